@@ -1,0 +1,6 @@
+"""Public knowledge about model families: which hidden space every axis of every weight lives in."""
+
+from mpunlearn.architecture.families import FAMILIES
+from mpunlearn.architecture.spaces import Architecture, Family, Heads, Place
+
+__all__ = ["FAMILIES", "Architecture", "Family", "Heads", "Place"]

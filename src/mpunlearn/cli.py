@@ -1,0 +1,114 @@
+"""The command line: one verb per library function; parses, validates, calls.
+
+Arguments, types and help come from the functions' signatures and docstrings, so there is one text for both interfaces. The
+options of `Perturbation` and `Training` stand beside a function's own. `--config FILE.yaml` gives any of them from a file.
+Bad input is one sentence on standard error and exit code 2; a traceback is a bug.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse._core import ArgumentGroup
+
+from mpunlearn.errors import MPUError
+
+COMMANDS = {
+    "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterised copies of the next round"),
+    "unlearn": ("mpunlearn.client", "client: unlearn on one published copy and write the update"),
+    "postprocess": ("mpunlearn.server", "server: aggregate the updates of all copies into a new checkpoint"),
+    "run": ("mpunlearn.protocol.local", "both parties in one process: all rounds, resumable"),
+    "demo": ("mpunlearn.demo", "unlearn four fictitious authors and compare with retraining"),
+}
+"""Verb → the module whose function of that name does it, and a line for the overview."""
+
+
+class _Dashes:
+    """Options are written with dashes, `--learning-rate`, whatever the parameter is called."""
+
+    def add_argument(self, *args: str, **kwargs: Any) -> Any:
+        dashed = [arg.replace("_", "-") if arg.startswith("--") else arg for arg in args]
+        return super().add_argument(*dashed, **kwargs)  # type: ignore[misc]
+
+
+class _Group(_Dashes, ArgumentGroup):
+    pass
+
+
+class _Parser(_Dashes, ArgumentParser):
+    _group_class = _Group
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0 done, 2 bad input)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    verb = arguments[0]
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"mpunlearn {version('mpunlearn')}")
+        return 0
+    if verb not in COMMANDS:
+        print(f"mpunlearn: no command {verb!r}\n\n{overview()}", file=sys.stderr)
+        return 2
+    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb)
+    try:
+        result = function(**parse(verb, function, arguments[1:]))
+    except MPUError as error:
+        print(f"mpunlearn {verb}: {error}", file=sys.stderr)
+        return 2
+    if verb != "demo":
+        for path in result if isinstance(result, list) else [result]:
+            print(path)
+    return 0
+
+
+def overview() -> str:
+    """What `mpunlearn --help` prints."""
+    lines = [f"  {verb:12s} {what}" for verb, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: mpunlearn COMMAND [--help] …", "", *lines])
+
+
+def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
+    """The keyword arguments of a verb's function from its command line."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=f"mpunlearn {verb}", description=(inspect.getdoc(function) or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parameters = inspect.signature(function, eval_str=True).parameters
+    option_groups = {name: group for name in parameters if (group := _dataclass_of(parameters[name].annotation))}
+    lists = {name for name, parameter in parameters.items() if str(parameter.annotation).startswith("list")}
+    for name in lists:
+        parser.add_argument(name, nargs="+", help=f"the {name}, one directory per copy, in any order")
+    parser.add_function_arguments(function, as_positional=True, skip={*option_groups, *lists})
+    for group in option_groups.values():
+        parser.add_class_arguments(group, None, skip={"alphas"})
+        if "alphas" in {field.name for field in dataclasses.fields(group)}:
+            parser.add_argument("--alphas", type=_numbers, help="secret scales of the copies' noise, such as 1,1.5,2")
+    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    result: dict[str, Any] = {name: given[name] for name in parameters if name not in option_groups}
+    for name, group in option_groups.items():
+        result[name] = group(**{field.name: given[field.name] for field in dataclasses.fields(group)})
+    return result
+
+
+def _dataclass_of(annotation: Any) -> type[Any] | None:
+    """The dataclass in an annotation `Options | None`."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
+    return None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

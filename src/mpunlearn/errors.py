@@ -1,0 +1,33 @@
+"""The errors a user can cause, each a sentence that says what, where, expected and found, and what to do next.
+
+Everything derives from `MPUError`, so that the command line can turn any of them into one line and exit code 2, while a
+bug in the program still shows its traceback.
+"""
+
+
+class MPUError(Exception):
+    """Base of every error that is about the input, not about the program."""
+
+
+class CheckpointError(MPUError):
+    """A directory is not a readable safetensors checkpoint, or cannot be written."""
+
+
+class UnsupportedModelError(MPUError):
+    """A readable checkpoint whose family, tensors or number format the program does not handle exactly."""
+
+
+class PlanError(MPUError):
+    """An option has an impossible value, or two options contradict each other."""
+
+
+class StateError(MPUError):
+    """The server's state does not fit what is asked of it."""
+
+
+class UpdateError(MPUError):
+    """What came back from the client cannot be an update of this round's copies."""
+
+
+class DataError(MPUError):
+    """An example file cannot be read as examples."""

@@ -1,0 +1,1 @@
+"""What a model still knows: metrics over question-answer examples."""

@@ -1,0 +1,22 @@
+"""Progress bars that say what is being done, on standard error and only where somebody looks."""
+
+import sys
+from collections.abc import Collection
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Collection[T], what: str) -> "tqdm[T]":
+    """Iterates over `items` behind a bar labelled `what`."""
+    return tqdm(items, desc=what, **_STYLE)
+
+
+def bar(total: int, what: str) -> "tqdm[None]":
+    """A bar of `total` steps that the caller advances and closes."""
+    return tqdm(total=total, desc=what, **_STYLE)
+
+
+_STYLE = {"leave": False, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}

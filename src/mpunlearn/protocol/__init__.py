@@ -1,0 +1,1 @@
+"""What both parties see: the plan, and what crosses between them."""

@@ -1,0 +1,168 @@
+"""One 256-bit secret, and every random quantity of a run as a stream with a name.
+
+The idea: noise and reparameterisations must be unpredictable to the client yet reproducible by the server after a restart,
+in any order and from any position. So the operating system's entropy gives one key, and each quantity is a stream named by
+its labels (round, copy, tensor, purpose ...): HKDF-SHA256 (RFC 5869) of the key with the labels as `info` gives an AES-256
+key, and AES in counter mode (NIST SP 800-38A) gives the bytes. Counter mode is seekable, so a tensor's noise can be drawn
+in any pieces. Keystream with AES instructions is also faster than torch's own generator.
+
+Bytes become uniforms, and by the Box-Muller transform normals: blocks of `BLOCK` 32-bit words, whose first half gives the
+radii and whose second half the angles. A radius is at most sqrt(2 ln 2^32) = 6.66: of 10^11 normals about three should
+lie beyond it and none does.
+
+Not covered: secrecy against someone who can read the server's memory or disk.
+"""
+
+import math
+import os
+import secrets as system_entropy
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from mpunlearn.errors import StateError
+
+KEY_BYTES = 32
+BLOCK = 1 << 17
+"""Normals per Box-Muller block: small enough for the processor's cache, large enough to amortise a call."""
+
+
+class Secret:
+    """The key of a run. It never shows itself: not in `repr`, not in an error, not in a pickle."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise StateError(f"the secret has {len(key)} bytes, expected {KEY_BYTES}: the key file is damaged")
+        self._key = key
+
+    @classmethod
+    def generate(cls) -> "Secret":
+        """A new secret from the operating system's entropy."""
+        return cls(system_entropy.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def load(cls, path: Path) -> "Secret":
+        """Reads a key file.
+
+        Raises:
+            StateError: the file is missing, damaged, or readable by others than its owner.
+        """
+        try:
+            mode = path.stat().st_mode & 0o777
+            key = path.read_bytes()
+        except OSError as error:
+            raise StateError(f"{path}: the secret cannot be read: {error.strerror}") from None
+        if mode & 0o077:
+            raise StateError(f"{path}: mode {mode:04o} lets others read the secret; expected 0600 (chmod 600 {path})")
+        return cls(key)
+
+    def save(self, path: Path) -> None:
+        """Writes a key file of mode 0600, synced to disk, which must not exist yet."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(descriptor, self._key)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def stream(self, *labels: str | int) -> "Stream":
+        """The stream of that name. Different labels give independent streams; labels are compared with their types."""
+        info = b"".join(_encode(label) for label in labels)
+        return Stream(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._key))
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    def __reduce__(self) -> "str":
+        raise TypeError("a Secret is never pickled; pass the path of the state instead")
+
+
+class Stream:
+    """An endless, seekable sequence of pseudo-random bytes under one AES-256 key, read in shapes.
+
+    Every method starts at the stream's beginning, so a stream serves one quantity only.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def read(self, count: int, start: int = 0) -> bytearray:
+        """`count` bytes from byte `start` (a multiple of 16) on."""
+        if start % 16:
+            raise ValueError(f"start {start} is not a multiple of the cipher's 16-byte block")
+        counter = (start // 16).to_bytes(16, "big")
+        encryptor = Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor()
+        out = bytearray(count)
+        encryptor.update_into(bytes(count), out)
+        return out
+
+    def normals(self, count: int, start: int = 0) -> torch.Tensor:
+        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
+
+        Args:
+            start: a multiple of `BLOCK`.
+        """
+        if start % BLOCK:
+            raise ValueError(f"start {start} is not a multiple of {BLOCK}")
+        out = torch.empty(count, dtype=torch.float32)
+        for first in range(0, count, BLOCK):
+            words = torch.frombuffer(self.read(4 * BLOCK, 4 * (start + first)), dtype=torch.int32)
+            out[first : first + BLOCK] = _box_muller(words)[: count - first]
+        return out
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """Uniforms in [0, 1), shape (count,), float64 with 53 random bits each."""
+        words = np.frombuffer(self.read(8 * count), dtype="<u8")
+        return (words >> np.uint64(11)) * 2.0**-53
+
+    def permutation(self, count: int) -> torch.Tensor:
+        """A uniform permutation of 0 … count-1, shape (count,), int64.
+
+        The order of 64-bit keys: exactly uniform unless two keys collide, which has probability below count² / 2^65.
+        """
+        return torch.from_numpy(np.argsort(np.frombuffer(self.read(8 * count), dtype="<u8"), kind="stable"))
+
+    def signs(self, count: int) -> torch.Tensor:
+        """Independent ±1, shape (count,), float64."""
+        bits = np.frombuffer(self.read(count), dtype=np.uint8) & 1
+        return torch.from_numpy(1.0 - 2.0 * bits)
+
+    def angles(self, count: int) -> torch.Tensor:
+        """Angles in [0, 2π) radians, shape (count,), float64."""
+        return torch.from_numpy(self.uniforms(count) * 2 * math.pi)
+
+    def orthogonal(self, count: int, dim: int) -> torch.Tensor:
+        """Orthogonal matrices from the Haar measure, shape (count, dim, dim), float64.
+
+        QR of normal matrices with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv math-ph/0609050).
+        """
+        normals = self.normals(count * dim * dim).double().view(count, dim, dim)
+        q, r = torch.linalg.qr(normals)
+        return q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+
+
+def _encode(label: str | int) -> bytes:
+    """Prefix-free, so that no two sequences of labels have the same encoding."""
+    text = str(label).encode()
+    kind = b"s" if isinstance(label, str) else b"i"
+    return kind + len(text).to_bytes(4, "big") + text
+
+
+def _box_muller(words: torch.Tensor) -> torch.Tensor:
+    """Normals from as many 32-bit words (given as signed integers), shape like `words`, float32.
+
+    The radius takes the lower 31 bits, as a number in (0, 1] whose float32 is finest near zero, where the tail is.
+    """
+    half = words.numel() // 2
+    radius = words[:half].bitwise_and(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+    radius = radius.log_().mul_(-2.0).sqrt_()
+    angle = words[half:].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)))
