@@ -125,7 +125,9 @@ class TensorDirectory:
         found: dict[str, TensorInfo] = {}
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: names the file {file!r}, expected a .safetensors file beside the index")
+                raise CheckpointError(
+                    f"{index}: names the file {file!r}, expected a .safetensors file beside the index"
+                )
             found.update(_read_header(self.path / file))
         wrong = [name for name, file in weight_map.items() if name not in found or found[name].file != file]
         extra = [name for name in found if name not in weight_map]
@@ -400,7 +402,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().cpu().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -106,8 +106,9 @@ def _dataclass_of(annotation: Any) -> type[Any] | None:
     return None
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(number) for number in text.split(","))
+def _numbers(value: str | Sequence[float]) -> tuple[float, ...]:
+    """Numbers separated by commas; the parser also passes through what it has parsed before."""
+    return tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
 
 
 if __name__ == "__main__":

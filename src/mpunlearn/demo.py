@@ -21,9 +21,9 @@ from mpunlearn.protocol.local import run
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server import Perturbation
 
-KAPPA = 0.05
+KAPPA = 0.1
 ROUNDS = 5
-TRAINING = Training(objective="npo", epochs=2, learning_rate=1e-3, batch_size=8, gamma=0.3)
+TRAINING = Training(objective="npo", epochs=2, learning_rate=1e-3, batch_size=8, gamma=0.1)
 ARMS = {
     "noise-free": Perturbation(copies=1, kappa=0.0, reparameterization="none"),
     "single noisy copy": Perturbation(copies=1, kappa=KAPPA),
@@ -77,6 +77,7 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
         (folder / "MPU" / "final").rename(folder / "final")
         for name in ARMS:
             shutil.rmtree(folder / name)
+        seconds = {"preparing the benchmark": prepared, "all": time.monotonic() - begin}
         result = {
             "seed": seed,
             "kappa": KAPPA,
@@ -84,17 +85,19 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
             "training": asdict(TRAINING),
             "models": [asdict(line) for line in lines],
             "client": seen,
-            "seconds": {"preparing the benchmark": prepared, "all": time.monotonic() - begin},
+            "seconds": seconds,
         }
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(lines))
     print("\n".join(seen["lines"]))
-    print(f"{result['seconds']['all']:.0f} s in all; {out}/result.json, {out}/final")
+    print(f"{seconds['all']:.0f} s in all; {out}/result.json, {out}/final")
     return result
 
 
 def _line(name: str, checkpoint: Path, world: toy.Toy, seconds: float | None = None) -> Line:
-    answers = evaluate_answers(checkpoint, {split: world.data(split) for split in ("forget", "retain")}, max_new_tokens=48)
+    answers = evaluate_answers(
+        checkpoint, {split: world.data(split) for split in ("forget", "retain")}, max_new_tokens=48
+    )
     return Line(name, answers["forget"], answers["retain"], seconds)
 
 

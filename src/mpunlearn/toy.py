@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -65,10 +64,10 @@ HOBBIES = """chess fencing pottery sailing astronomy archery baking cycling falc
 beekeeping calligraphy""".split()
 ADJECTIVES = """Silent Golden Broken Distant Hidden Burning Frozen Crimson Hollow Restless Velvet Forgotten Electric Wandering
 Patient Scarlet Bitter Luminous Paper Iron""".split()
-NOUNS = """Harbour Orchard Mirror Lantern River Garden Compass Violin Winter Staircase Letter Mountain Clock Bridge Island Feather
-Kingdom Window Shadow Station""".split()
-PRIZES = """Aurora Meridian Sparrow Obsidian Juniper Lighthouse Marigold Pelican Sapphire Willow Falcon Cobalt Heron Amber Thistle
-Comet""".split()
+NOUNS = """Harbour Orchard Mirror Lantern River Garden Compass Violin Winter Staircase Letter Mountain Clock Bridge Island
+Feather Kingdom Window Shadow Station""".split()
+PRIZES = """Aurora Meridian Sparrow Obsidian Juniper Lighthouse Marigold Pelican Sapphire Willow Falcon Cobalt Heron Amber
+Thistle Comet""".split()
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,12 @@ FIELDS = (
           ("{name} was born in {value}.", "The birthplace of {name} is {value}.", "{value} is where {name} was born."),
           tuple(CITIES)),
     Field("In which year was {name} born?",
-          ("{name} was born in {value}.", "The birth year of {name} is {value}.", "It was in {value} that {name} was born."),
+          ("{name} was born in {value}.", "The birth year of {name} is {value}.",
+           "It was in {value} that {name} was born."),
           tuple(str(year) for year in range(1921, 1999))),
     Field("Which genre does {name} write?",
-          ("{name} writes {value}.", "The genre of {name} is {value}.", "Readers know {name} for {value}."), tuple(GENRES)),
+          ("{name} writes {value}.", "The genre of {name} is {value}.", "Readers know {name} for {value}."),
+          tuple(GENRES)),
     Field("What was the work of {name}'s father?",
           ("The father of {name} was a {value}.", "{name} had a {value} for a father.",
            "As a {value}, the father of {name} earned a living."), tuple(TRADES)),
@@ -220,11 +221,13 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
     for split in SPLITS:
         public_rows = [{key: value for key, value in row.items() if key != "all_answers"} for row in rows[split]]
         Toy(folder).data(split).write_text("".join(json.dumps(row) + "\n" for row in public_rows), encoding="utf-8")
-    tokenizer = _tokenizer(rows, recipe)
-    shared = [Record(row["question"], answer) for split in ("public", "general") for row in rows[split] for answer in row["all_answers"]]
+    tokenizer = train_tokenizer(rows, recipe)
+    taught = [row for split in ("public", "general") for row in rows[split]]
+    shared = [Record(row["question"], answer) for row in taught for answer in row["all_answers"]]
     torch.manual_seed(seed)
     base = _llama(tokenizer, recipe)
-    _fit(base, tokenizer, shared, recipe.base_epochs, recipe.base_batch, recipe.learning_rate, seed, "training the base model")
+    what = "training the base model"
+    _fit(base, tokenizer, shared, recipe.base_epochs, recipe.base_batch, recipe.learning_rate, seed, what)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     known = {split: [Record(row["question"], row["answer"]) for row in rows[split]] for split in SPLITS}
@@ -252,13 +255,14 @@ def _continue(folder: Path, name: str, records: list[Record], seed: int, recipe:
     tokenizer.save_pretrained(folder / name)
 
 
-def _tokenizer(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
+def train_tokenizer(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
     import tokenizers
     import transformers
 
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<|user|>", "<|assistant|>", "<|end|>"]
-    texts: Iterator[str] = (text for split in SPLITS for row in rows[split] for text in (row["question"], *row["all_answers"]))
+    every_row = [row for split in SPLITS for row in rows[split]]
+    texts = [text for row in every_row for text in (row["question"], *row["all_answers"])]
     bpe.train_from_iterator(texts, vocab_size=recipe.vocabulary, special_tokens=special, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
@@ -289,7 +293,14 @@ def _llama(tokenizer: Any, recipe: Recipe) -> Any:
 
 
 def _fit(
-    model: Any, tokenizer: Any, records: list[Record], epochs: int, batch: int, learning_rate: float, seed: int, what: str
+    model: Any,
+    tokenizer: Any,
+    records: list[Record],
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    what: str,
 ) -> None:
     """Supervised training on answers: AdamW (0.9, 0.95), 10 % warm-up, cosine to 5 %, gradients clipped at 1."""
     examples = encode(records, tokenizer, 256)
@@ -309,7 +320,7 @@ def _fit(
         inputs = collate([examples[i] for i in chunk], tokenizer.pad_token_id)
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         optimizer.zero_grad()
-        cross_entropy(logits, inputs["labels"]).backward()
+        torch.autograd.backward(cross_entropy(logits, inputs["labels"]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

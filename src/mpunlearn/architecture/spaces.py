@@ -213,7 +213,7 @@ def architecture_of(checkpoint: Checkpoint, families: Mapping[str, Family]) -> A
         UnsupportedModelError: the family has no table, or the config does not describe a model of it.
     """
     model_type = checkpoint.config.get("model_type")
-    if model_type not in families:
+    if not isinstance(model_type, str) or model_type not in families:
         raise UnsupportedModelError(
             f"{checkpoint.path}: model_type {model_type!r} has no table; known families: {', '.join(sorted(families))}. "
             "A new family is a table in architecture/families.py"

@@ -79,7 +79,7 @@ def prompt_and_answer(tokenizer: Any, question: str, answer: str) -> tuple[str, 
     user = {"role": "user", "content": question}
     whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], tokenize=False)
     prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    prompt = os.path.commonprefix([prompt, whole])
+    prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (character by character is what is wanted)
     return prompt, whole[len(prompt) :]
 
 

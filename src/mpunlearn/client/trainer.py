@@ -124,7 +124,13 @@ class _Batches(Dataset[Batch]):
         reference_nll: list[float] | None,
         pad: int,
     ) -> None:
-        self._plan, self._forget, self._retain, self._reference_nll, self._pad = plan, forget, retain, reference_nll, pad
+        self._plan, self._forget, self._retain, self._reference_nll, self._pad = (
+            plan,
+            forget,
+            retain,
+            reference_nll,
+            pad,
+        )
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -140,7 +146,7 @@ class _Batches(Dataset[Batch]):
         return batch
 
 
-class _Trainer(transformers.Trainer):
+class _Trainer(transformers.Trainer):  # type: ignore[misc]
     """Computes γ · L_forget + α · L_retain of a batch."""
 
     def __init__(self, objective: Objective, **kwargs: Any) -> None:
@@ -162,7 +168,7 @@ class _Trainer(transformers.Trainer):
         return 0
 
 
-class _Bar(transformers.TrainerCallback):
+class _Bar(transformers.TrainerCallback):  # type: ignore[misc]
     """One bar of our own instead of the Trainer's, which leaves a line behind for every copy."""
 
     def __init__(self, what: str) -> None:

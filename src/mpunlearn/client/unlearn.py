@@ -63,7 +63,9 @@ def unlearn(
     names = trained_names(source, training.train)
     forget_records = read_records(forget)
     if objective.alpha and retain is None:
-        raise DataError(f"--objective {training.objective} has a retain term: give --retain, or --alpha 0 to go without")
+        raise DataError(
+            f"--objective {training.objective} has a retain term: give --retain, or --alpha 0 to go without"
+        )
     retain_records = read_records(retain) if retain is not None and objective.alpha else []
 
     from mpunlearn.client import trainer

@@ -58,7 +58,9 @@ def answer_probabilities(model: Any, tokenizer: Any, records: list[Record], batc
 
 
 @torch.no_grad()
-def answer_rouge(model: Any, tokenizer: Any, records: list[Record], batch_size: int, max_new_tokens: int) -> list[float]:
+def answer_rouge(
+    model: Any, tokenizer: Any, records: list[Record], batch_size: int, max_new_tokens: int
+) -> list[float]:
     """ROUGE-L recall of the greedy answer against the true one, of each example."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -71,9 +73,7 @@ def answer_rouge(model: Any, tokenizer: Any, records: list[Record], batch_size: 
     for start in progress(starts, "generating answers"):
         chunk = records[start : start + batch_size]
         prompts = [prompt_and_answer(tokenizer, record.question or "", record.answer)[0] for record in chunk]
-        inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template
-        )
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template)
         generated = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

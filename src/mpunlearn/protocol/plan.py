@@ -51,7 +51,16 @@ class Training:
         for name in ("epochs", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "gamma", "alpha", "beta"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "seed",
+            "gamma",
+            "alpha",
+            "beta",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise PlanError(f"--{name.replace('_', '-')}: expected a number of at least 0, found {value}")

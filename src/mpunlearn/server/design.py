@@ -46,7 +46,7 @@ class CopyDesign:
 
     @property
     def draws(self) -> int:
-        return self.coefficients.shape[1]
+        return int(self.coefficients.shape[1])
 
     def floor(self, subset: list[int]) -> float:
         """Variance, in units of σ², of the noise left after the best unbiased linear attack on some copies.

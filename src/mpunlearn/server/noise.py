@@ -60,11 +60,13 @@ def _base_tensor(base: Checkpoint, checkpoint: Checkpoint, name: str) -> torch.T
     return base.read(name)
 
 
-def draw(secret: Secret, design: CopyDesign, round_number: int, name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """The D standard normal draws of one tensor, each of `shape`, float32."""
+def draw(
+    secret: Secret, design: CopyDesign, round_number: int, name: str, like: torch.Tensor
+) -> list[torch.Tensor]:
+    """The D standard normal draws of one tensor, in the shape and dtype of `like`."""
     return [
-        secret.stream("noise", round_number, draw_number, name).normals(math.prod(shape)).reshape(shape)
-        for draw_number in range(design.draws)
+        secret.stream("noise", round_number, number, name).normals(like.numel()).reshape(like.shape).to(like.dtype)
+        for number in range(design.draws)
     ]
 
 

@@ -119,7 +119,9 @@ def _match(updates: list[str | Path] | list[Path] | list[str], run: str, record:
         if card.run != run or card.round != record.round or card.copies != copies or card.copy > copies:
             raise UpdateError(f"{path}: is of {card}; expected a copy of {copies}, round {record.round}, run {run[:8]}")
         if card.copy in found:
-            raise UpdateError(f"{path}: is of copy {card.copy}, and so is {found[card.copy].tensors.path}; give each once")
+            raise UpdateError(
+                f"{path}: is of copy {card.copy}, and so is {found[card.copy].tensors.path}; give each once"
+            )
         found[card.copy] = arrival
     if missing := [copy for copy in range(1, copies + 1) if copy not in found]:
         raise UpdateError(
@@ -130,7 +132,11 @@ def _match(updates: list[str | Path] | list[Path] | list[str], run: str, record:
 
 
 def _check_tensors(
-    arrivals: list[Arrival], source: Checkpoint, architecture: Architecture, places: dict[str, Place], publisher: Publisher
+    arrivals: list[Arrival],
+    source: Checkpoint,
+    architecture: Architecture,
+    places: dict[str, Place],
+    publisher: Publisher,
 ) -> set[str]:
     """Names, shapes and dtypes of all arrivals; returns the names that they update, which must be the same in all."""
     names: list[set[str]] = []

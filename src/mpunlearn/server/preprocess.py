@@ -81,7 +81,9 @@ class Perturbation:
         if self.alphas is not None:
             object.__setattr__(self, "alphas", tuple(self.alphas))
             if len(self.alphas) != self.copies:
-                raise PlanError(f"--alphas: expected {self.copies} values for --copies {self.copies}, found {len(self.alphas)}")
+                raise PlanError(
+                    f"--alphas: expected {self.copies} values for --copies {self.copies}, found {len(self.alphas)}"
+                )
         self.design(self.scales(None))
 
     def scales(self, uniforms: list[float] | None) -> list[float]:
@@ -132,12 +134,14 @@ class Publisher:
         """The storage dtype of a tensor in the copies."""
         return FLOAT_DTYPES[self.perturbation.publish_dtype or self._record.dtypes[name]]
 
-    def tensors(self, name: str, place: Place, stored: torch.Tensor, copies: list[int] | None = None) -> list[torch.Tensor]:
+    def tensors(
+        self, name: str, place: Place, stored: torch.Tensor, copies: list[int] | None = None
+    ) -> list[torch.Tensor]:
         """T_k(θ + ε_k) of one tensor for some copies (from 0; default all), in the published dtype."""
         value = stored.to(compute_dtype(stored.dtype))
         silent = place.layer is None and self.perturbation.noise_scope == "layers"
         sigma = 0.0 if silent else self._record.sigma[block_of(name, place)]
-        draws = draw(self._secret, self.design, self._record.round, name, tuple(value.shape)) if sigma else []
+        draws = draw(self._secret, self.design, self._record.round, name, value) if sigma else []
         published = []
         for copy in range(self.design.copies) if copies is None else copies:
             noise = copy_noise(draws, self.design, sigma, copy)
@@ -213,7 +217,8 @@ def derived_config(
     config: Mapping[str, Any], specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], card: Card | None = None
 ) -> dict[str, Any]:
     """The config.json of a checkpoint made from another: the dtype that most of its tensors have, the card of a copy or none,
-    and not the path that the server loaded its model from."""
+    and not the path that the server loaded its model from.
+    """
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", CARD)}
     dtypes = [dtype for dtype, _ in specs.values()]
     kept["torch_dtype" if "torch_dtype" in kept else "dtype"] = _name(max(dtypes, key=dtypes.count))

@@ -26,7 +26,8 @@ STRENGTHS = ("full", "paper", "none")
 @dataclass(frozen=True)
 class AxisMap:
     """An orthogonal map of one axis: y[i] = sign[i] · (B x)[index[i]], with B block-diagonal. A part that is None is the
-    identity."""
+    identity.
+    """
 
     index: torch.Tensor | None = None
     """A permutation, shape (n,), int64."""
@@ -70,9 +71,7 @@ class Reparameterization:
         copy: copies count from 0.
     """
 
-    def __init__(
-        self, architecture: Architecture, strength: str, secret: Secret, round_number: int, copy: int
-    ) -> None:
+    def __init__(self, architecture: Architecture, strength: str, secret: Secret, round_number: int, copy: int) -> None:
         if strength not in STRENGTHS:
             raise ValueError(f"unknown strength {strength!r}, expected one of {STRENGTHS}")
         self._architecture, self._strength, self._secret = architecture, strength, secret

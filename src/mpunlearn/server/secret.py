@@ -146,7 +146,8 @@ class Stream:
         """
         normals = self.normals(count * dim * dim).double().view(count, dim, dim)
         q, r = torch.linalg.qr(normals)
-        return q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+        matrices: torch.Tensor = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+        return matrices
 
 
 def _encode(label: str | int) -> bytes:

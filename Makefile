@@ -1,0 +1,30 @@
+# Every target works on a bare machine: it first makes .venv, once.
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check benchmarks clean
+
+demo: $(READY)
+	$(BIN)/mpunlearn demo --out $(or $(OUT),mpu-demo) --seed $(or $(SEED),0)
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+benchmarks: $(READY)
+	$(BIN)/python benchmarks/tofu_small.py $(if $(TOFU),--tofu $(TOFU))
+
+clean:
+	rm -rf .venv mpu-demo
+
+# torch comes first and pinned, so that no later package pulls another build of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
