@@ -42,14 +42,16 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float64, **changes: A
 def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Saves a tiny model, with the toy's tokenizer, to a directory of that name."""
 
-    def save(name: str = "model", model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    def save(
+        name: str = "model", model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> Path:
         from mpunlearn import toy
         from mpunlearn.client.trainer import quiet
 
         quiet()
         shard = changes.pop("max_shard_size", "5GB")
         recipe = toy.Recipe()
-        tokenizer = toy.train_tokenizer(toy.world(0, recipe), recipe)
+        tokenizer = toy.tokenizer_of(toy.world(0, recipe), recipe)
         changes = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, **changes}
         tiny_model(model_type, dtype, **changes).save_pretrained(tmp_path / name, max_shard_size=shard)
         tokenizer.save_pretrained(tmp_path / name)

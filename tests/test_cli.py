@@ -54,7 +54,9 @@ def test_a_run_and_a_configuration_file(save_tiny, tmp_path: Path, examples, mon
         "run model --forget forget.jsonl --rounds 0 --out r",
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(save_tiny, tmp_path, examples, monkeypatch, capsys, arguments) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    save_tiny, tmp_path, examples, monkeypatch, capsys, arguments
+) -> None:
     save_tiny("model")
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir())
@@ -67,7 +69,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(save_tiny, tmp_path, examples
 
 @pytest.mark.parametrize(
     "arguments",
-    ["preprocess", "preprocess m --state s --out c --kappa x", "run m --colour red", "preprocess m --state s --alphas a,b"],
+    [
+        "preprocess",
+        "preprocess m --state s --out c --kappa x",
+        "run m --colour red",
+        "preprocess m --state s --alphas a,b",
+    ],
 )
 def test_bad_options_are_explained_by_the_parser(arguments: str, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -99,11 +106,17 @@ def test_every_parameter_of_every_command_reaches_its_function() -> None:
     given = parse(
         "run",
         mpunlearn.run,
-        "model --forget f --out o --rounds 7 --eta 0.5 --base b --keep-exchange true --copies 4 --kappa 0.2 --noise-scope layers "
-        "--denoising extrapolate --publish-dtype bfloat16 --reparameterization paper --objective grad-diff --gamma 2 --seed 3 "
+        "model --forget f --out o --rounds 7 --eta 0.5 --base b --keep-exchange true --copies 4 --kappa 0.2 "
+        "--noise-scope layers --denoising extrapolate --publish-dtype bfloat16 --reparameterization paper --objective grad-diff --gamma 2 --seed 3 "
         "--train all".split(),
     )
-    assert (given["checkpoint"], given["forget"], given["out"], given["base"], given["retain"]) == ("model", "f", "o", "b", None)
+    assert (given["checkpoint"], given["forget"], given["out"], given["base"], given["retain"]) == (
+        "model",
+        "f",
+        "o",
+        "b",
+        None,
+    )
     assert (given["rounds"], given["eta"], given["keep_exchange"]) == (7, 0.5, True)
     perturbation, training = given["perturbation"], given["training"]
     assert (perturbation.copies, perturbation.kappa, perturbation.noise_scope) == (4, 0.2, "layers")

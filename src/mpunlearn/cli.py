@@ -91,7 +91,7 @@ def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict
         parser.add_class_arguments(group, None, skip={"alphas"})
         if "alphas" in {field.name for field in dataclasses.fields(group)}:
             parser.add_argument("--alphas", type=_numbers, help="secret scales of the copies' noise, such as 1,1.5,2")
-    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    given = parser.instantiate(parser.parse_args(arguments)).as_dict()
     result: dict[str, Any] = {name: given[name] for name in parameters if name not in option_groups}
     for name, group in option_groups.items():
         result[name] = group(**{field.name: given[field.name] for field in dataclasses.fields(group)})

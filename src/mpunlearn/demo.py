@@ -1,9 +1,11 @@
 """The demonstration: a small model unlearns four fictitious authors, and what that cost and disclosed is measured.
 
 Five models are compared on the embedded benchmark: original, retrained without the authors, noise-free unlearning, a single
-noisy copy, and MPU. All unlearning goes through `run`, with the same budget and hyper-parameters.
+noisy copy, and MPU. All unlearning goes through `run`, with the same budget and hyper-parameters; the noise is relative to
+the parameters, ten times the default, so that it shows.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,10 +26,11 @@ from mpunlearn.server import Perturbation
 KAPPA = 0.1
 ROUNDS = 5
 TRAINING = Training(objective="npo", epochs=2, learning_rate=1e-3, batch_size=8, gamma=0.1)
+MPU = "MPU, 3 copies"
 ARMS = {
-    "noise-free": Perturbation(copies=1, kappa=0.0, reparameterization="none"),
+    "noise-free unlearning": Perturbation(copies=1, kappa=0.0, reparameterization="none"),
     "single noisy copy": Perturbation(copies=1, kappa=KAPPA),
-    "MPU": Perturbation(copies=3, kappa=KAPPA),
+    MPU: Perturbation(copies=3, kappa=KAPPA),
 }
 
 
@@ -46,11 +49,15 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
     """Trains the embedded benchmark (once, cached), unlearns in three ways, and compares.
 
     Args:
-        out: a new directory for result.json and the model that MPU made, OUT/final.
+        out: a new directory for result.json, and for the MPU run itself with both sides: OUT/server, OUT/client,
+            OUT/exchange, OUT/final.
         seed: of the world, the models and the order of batches. The server's secrets never follow a seed.
 
     Returns:
         What result.json holds.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -58,46 +65,45 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
     begin = time.monotonic()
     world = toy.prepare(seed)
     prepared = time.monotonic() - begin
+    training = dataclasses.replace(TRAINING, seed=seed)
     with new_directory(out) as folder:
-        lines = [_line("original", world.original, world), _line("retrained", world.retrained, world)]
+        lines = [measure("original", world.original, world), measure("retrained", world.retrained, world)]
         for name, perturbation in progress(ARMS.items(), "unlearning in three ways"):
+            place = folder if name == MPU else folder / "other"
             started = time.monotonic()
             final = run(
                 world.original,
                 forget=world.data("forget"),
                 retain=world.data("retain"),
-                out=folder / name,
+                out=place,
                 rounds=ROUNDS,
                 keep_exchange=True,
                 perturbation=perturbation,
-                training=Training(**{**asdict(TRAINING), "seed": seed}),
+                training=training,
             )
-            lines.append(_line(name, final, world, time.monotonic() - started))
-        seen = what_the_client_saw(world.original, folder / "MPU" / "exchange" / "round-1" / "copies", ARMS["MPU"])
-        (folder / "MPU" / "final").rename(folder / "final")
-        for name in ARMS:
-            shutil.rmtree(folder / name)
-        seconds = {"preparing the benchmark": prepared, "all": time.monotonic() - begin}
+            lines.append(measure(name, final, world, time.monotonic() - started))
+            if name != MPU:
+                shutil.rmtree(place)
+        seen = what_the_client_saw(world, folder / "exchange" / "round-1" / "copies" / "copy-1", ARMS[MPU])
         result = {
             "seed": seed,
             "kappa": KAPPA,
             "rounds": ROUNDS,
-            "training": asdict(TRAINING),
+            "training": asdict(training),
             "models": [asdict(line) for line in lines],
             "client": seen,
-            "seconds": seconds,
+            "seconds": {"preparing the benchmark": prepared, "all": time.monotonic() - begin},
         }
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(lines))
-    print("\n".join(seen["lines"]))
-    print(f"{seconds['all']:.0f} s in all; {out}/result.json, {out}/final")
+    print(table(lines), *seen["lines"], sep="\n")
+    print(f"{time.monotonic() - begin:.0f} s in all. Both sides of the MPU run and its numbers: {out}")
     return result
 
 
-def _line(name: str, checkpoint: Path, world: toy.Toy, seconds: float | None = None) -> Line:
-    answers = evaluate_answers(
-        checkpoint, {split: world.data(split) for split in ("forget", "retain")}, max_new_tokens=48
-    )
+def measure(name: str, checkpoint: Path, world: toy.Toy, seconds: float | None = None) -> Line:
+    """Evaluates a model on the forget and the retain set."""
+    files = {split: world.data(split) for split in ("forget", "retain")}
+    answers = evaluate_answers(checkpoint, files, max_new_tokens=48)
     return Line(name, answers["forget"], answers["retain"], seconds)
 
 
@@ -114,25 +120,38 @@ def table(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
-def what_the_client_saw(original: Path, copies: Path, perturbation: Perturbation) -> dict[str, Any]:
-    """How far a published copy is from the server's model, and what noise is left to one who pools copies."""
-    source, copy = Checkpoint(original), Checkpoint(copies / "copy-1")
+def what_the_client_saw(world: toy.Toy, copy: Path, perturbation: Perturbation) -> dict[str, Any]:
+    """How far a published copy is from the server's model, and what noise is left to one who pools copies.
+
+    Args:
+        copy: a published copy of round 1.
+        perturbation: what the server did; the noise left is computed for α = 1, the least noise it can draw.
+    """
+    source, published = Checkpoint(world.original), Checkpoint(copy)
     equal = count = 0
     difference = norm = 0.0
     for name in source.tensors:
-        mine, theirs = source.read(name).double(), copy.read(name).double()
+        mine, theirs = source.read(name).double(), published.read(name).double()
         equal += int((mine == theirs).sum())
         count += mine.numel()
         difference += float((mine - theirs).square().sum())
         norm += float(mine.square().sum())
-    design = perturbation.design(perturbation.scales(None))
-    floors = [math.sqrt(design.floor(list(range(held)))) * perturbation.kappa for held in range(1, design.copies + 1)]
     distance = math.sqrt(difference / norm)
+    retain = measure("a published copy", copy, world).retain
+    design = perturbation.design(perturbation.scales(None))
+    left = [math.sqrt(design.floor(list(range(held)))) * perturbation.kappa for held in range(1, design.copies + 1)]
     lines = [
-        f"The client saw {design.copies} copies a round and no file of the server's: {equal / count:.1%} of a copy's weights "
-        f"equal the original's, and the two are {distance:.0%} apart.",
-        "Noise left to a client that undoes the change of basis and pools k copies, in per cent of the weights: "
-        + ", ".join(f"k={held}: {floor:.1%}" for held, floor in enumerate(floors, start=1))
-        + ". All copies in one hand cancel it: MPU hides a model from a party that holds fewer.",
+        f"The client saw {design.copies} copies a round. In one, {equal / count:.1%} of the weights are the original's, and "
+        f"as a whole it is {distance:.0%} away; but it answers retain questions with probability {retain.probability:.3f}: "
+        "the parameters are hidden, not what the model can do.",
+        "Noise left, relative to the weights, to a client that undoes the changes of basis and pools k copies: "
+        + ", ".join(f"k = {held}: {floor:.1%}" for held, floor in enumerate(left, start=1))
+        + ". Whoever holds all copies of a round can cancel it.",
     ]
-    return {"equal_weights": equal / count, "relative_distance": distance, "noise_left": floors, "lines": lines}
+    return {
+        "equal_weights": equal / count,
+        "relative_distance": distance,
+        "retain_probability": retain.probability,
+        "noise_left": left,
+        "lines": lines,
+    }

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.checkpoint import new_directory
-from mpunlearn.client.dataset import Record, collate, encode
-from mpunlearn.client.objectives import cross_entropy
+from mpunlearn.checkpoint import Checkpoint, new_directory
+from mpunlearn.client.dataset import IGNORED, Record, collate, encode
 from mpunlearn.progress import progress
 
 Row = dict[str, Any]
@@ -221,49 +220,67 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
     for split in SPLITS:
         public_rows = [{key: value for key, value in row.items() if key != "all_answers"} for row in rows[split]]
         Toy(folder).data(split).write_text("".join(json.dumps(row) + "\n" for row in public_rows), encoding="utf-8")
-    tokenizer = train_tokenizer(rows, recipe)
+    tokenizer = tokenizer_of(rows, recipe)
     taught = [row for split in ("public", "general") for row in rows[split]]
     shared = [Record(row["question"], answer) for row in taught for answer in row["all_answers"]]
     torch.manual_seed(seed)
-    base = _llama(tokenizer, recipe)
+    base = new_llama(tokenizer, recipe)
     what = "training the base model"
-    _fit(base, tokenizer, shared, recipe.base_epochs, recipe.base_batch, recipe.learning_rate, seed, what)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    fit(base, tokenizer, shared, recipe.base_epochs, recipe.base_batch, recipe.learning_rate, seed, what)
+    save(base, tokenizer, folder / "base")
     known = {split: [Record(row["question"], row["answer"]) for row in rows[split]] for split in SPLITS}
     rest = known["retain"] + known["public"] + known["general"]
-    jobs = [(folder, "original", known["forget"] + rest, seed, recipe), (folder, "retrained", rest, seed, recipe)]
+    jobs = {folder / "original": known["forget"] + rest, folder / "retrained": rest}
+    train_side_by_side(jobs, folder / "base", recipe, seed)
+
+
+def train_side_by_side(jobs: dict[Path, list[Record]], start: Path, recipe: Recipe, seed: int) -> None:
+    """Trains one model per job from the checkpoint `start`, each in a process of its own with one thread.
+
+    Args:
+        jobs: where to write a model → the examples it learns.
+    """
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        for job in [pool.submit(_continue, *job) for job in jobs]:
+        for job in [pool.submit(_train, start, *job, recipe, seed) for job in jobs.items()]:
             job.result()
 
 
-def _continue(folder: Path, name: str, records: list[Record], seed: int, recipe: Recipe) -> None:
-    """Trains one of the two models that continue from base; runs in a process of its own with one thread."""
-    import transformers
+def _train(start: Path, out: Path, records: list[Record], recipe: Recipe, seed: int) -> None:
+    from mpunlearn.client.trainer import load
 
+    torch.set_num_threads(1)
+    model, tokenizer = load(start, set(Checkpoint(start).tensors))
+    torch.manual_seed(seed)
+    what = f"training the {out.name} model"
+    fit(model, tokenizer, records, recipe.epochs, recipe.batch, recipe.learning_rate, seed, what)
+    save(model, tokenizer, out)
+
+
+def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Writes model and tokenizer as a checkpoint directory."""
     from mpunlearn.client.trainer import quiet
 
     quiet()
-    torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
-    torch.manual_seed(seed)
-    what = f"training the {name} model"
-    _fit(model, tokenizer, records, recipe.epochs, recipe.batch, recipe.learning_rate, seed, what)
-    model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
-def train_tokenizer(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
+def tokenizer_of(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
+    """The world's tokenizer."""
+    every_row = [row for split in SPLITS for row in rows[split]]
+    return train_tokenizer(
+        [text for row in every_row for text in (row["question"], *row["all_answers"])], recipe.vocabulary
+    )
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE of at most that many tokens, with the toy's chat template."""
     import tokenizers
     import transformers
 
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<|user|>", "<|assistant|>", "<|end|>"]
-    every_row = [row for split in SPLITS for row in rows[split]]
-    texts = [text for row in every_row for text in (row["question"], *row["all_answers"])]
-    bpe.train_from_iterator(texts, vocab_size=recipe.vocabulary, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
     )
@@ -271,7 +288,8 @@ def train_tokenizer(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _llama(tokenizer: Any, recipe: Recipe) -> Any:
+def new_llama(tokenizer: Any, recipe: Recipe) -> Any:
+    """A Llama with random weights from the current seed."""
     import transformers
 
     return transformers.LlamaForCausalLM(
@@ -282,7 +300,7 @@ def _llama(tokenizer: Any, recipe: Recipe) -> Any:
             num_attention_heads=recipe.heads,
             num_key_value_heads=recipe.groups,
             intermediate_size=recipe.ffn,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             tie_word_embeddings=True,
             initializer_range=0.02,
             bos_token_id=None,
@@ -292,7 +310,7 @@ def _llama(tokenizer: Any, recipe: Recipe) -> Any:
     )
 
 
-def _fit(
+def fit(
     model: Any,
     tokenizer: Any,
     records: list[Record],
@@ -303,7 +321,7 @@ def _fit(
     what: str,
 ) -> None:
     """Supervised training on answers: AdamW (0.9, 0.95), 10 % warm-up, cosine to 5 %, gradients clipped at 1."""
-    examples = encode(records, tokenizer, 256)
+    examples = encode(records, tokenizer, 512)
     steps = epochs * math.ceil(len(examples) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -318,9 +336,12 @@ def _fit(
     chunks = [order[start : start + batch] for order in orders for start in range(0, len(order), batch)]
     for chunk in progress(chunks, what):
         inputs = collate([examples[i] for i in chunk], tokenizer.pad_token_id)
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        targets = inputs["labels"][:, 1:]
+        predicted = targets != IGNORED
+        logits = model.lm_head(hidden[:, :-1][predicted])  # at answer positions only: most of the time goes into logits
         optimizer.zero_grad()
-        torch.autograd.backward(cross_entropy(logits, inputs["labels"]))
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits, targets[predicted]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.conftest import tiny_model
 from torch.overrides import TorchFunctionMode
 
 from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.server.reparameterization import IDENTITY, STRENGTHS, Reparameterization
 from mpunlearn.server.secret import Secret
-from tests.conftest import tiny_model
 
 VARIANTS = {
     "llama": {},

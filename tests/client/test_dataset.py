@@ -11,7 +11,7 @@ from mpunlearn.errors import DataError
 @pytest.fixture(scope="module")
 def tokenizer():
     recipe = toy.Recipe()
-    return toy.train_tokenizer(toy.world(0, recipe), recipe)
+    return toy.tokenizer_of(toy.world(0, recipe), recipe)
 
 
 def write(path: Path, *lines: str) -> Path:

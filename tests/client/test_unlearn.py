@@ -172,7 +172,9 @@ def test_impossible_training(save_tiny, tmp_path: Path, examples, options, kind,
     assert not (tmp_path / "u").exists()
 
 
-@pytest.mark.parametrize("option", ["epochs", "batch_size", "max_length", "learning_rate", "weight_decay", "gamma", "seed"])
+@pytest.mark.parametrize(
+    "option", ["epochs", "batch_size", "max_length", "learning_rate", "weight_decay", "gamma", "seed"]
+)
 def test_numbers_out_of_range(option: str) -> None:
     with pytest.raises(PlanError, match=f"--{option.replace('_', '-')}"):
         Training(**{option: -1})

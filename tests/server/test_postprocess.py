@@ -63,7 +63,7 @@ def test_extrapolation_is_exact_on_higher_orders_where_averaging_is_not() -> Non
 @pytest.mark.parametrize("strength", ["none", "paper", "full"])
 @pytest.mark.parametrize("denoising", ["harmonic", "extrapolate"])
 def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, denoising: str) -> None:
-    """Through the files: the client descends, in published coordinates, a quadratic that every orthogonal map leaves as it is."""
+    """Through the files: in published coordinates the client descends a quadratic that no orthogonal map changes."""
     path = save_tiny(dtype=torch.float64, model_type="qwen2")
     perturbation = Perturbation(copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation)

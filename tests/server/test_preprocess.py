@@ -56,7 +56,10 @@ def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, stre
         in_layer = ".layers." in name
         block = "layer " + name.split(".")[2] if in_layer else name
         z = torch.stack(
-            [state.secret.stream("noise", 1, d, name).normals(weight.numel()).double().view(weight.shape) for d in (0, 1)]
+            [
+                state.secret.stream("noise", 1, d, name).normals(weight.numel()).double().view(weight.shape)
+                for d in (0, 1)
+            ]
         )
         basis = torch.tensor([[1, 1], [-1, 1], [0, -2]]) / torch.tensor([2.0, 6.0], dtype=torch.float64).sqrt()
         for k in range(3):
@@ -107,7 +110,9 @@ def test_runs_rounds_and_tensors_are_independent(save_tiny, tmp_path: Path) -> N
         noises += [noise_of(path, copies)[0], noise_of(path, copies, KEY.replace("1", "0"))[0]]
     server = ServerState(tmp_path / "a")
     server.close()
-    noises.append(noise_of(path, preprocess(path, state=tmp_path / "a", out=tmp_path / "a-2", perturbation=perturbation))[0])
+    noises.append(
+        noise_of(path, preprocess(path, state=tmp_path / "a", out=tmp_path / "a-2", perturbation=perturbation))[0]
+    )
     correlations = np.corrcoef(np.stack([noise.numpy() for noise in noises])) - np.eye(len(noises))
     assert np.abs(correlations).max() < 5 / noises[0].numel() ** 0.5
 
@@ -140,7 +145,9 @@ def test_an_open_round_is_never_published_from_other_inputs(save_tiny, tmp_path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
-def test_copies_load_with_transformers_and_generate(save_tiny, tmp_path: Path, dtype, tied: bool, model_type: str) -> None:
+def test_copies_load_with_transformers_and_generate(
+    save_tiny, tmp_path: Path, dtype, tied: bool, model_type: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = save_tiny(model_type=model_type, dtype=dtype, tie_word_embeddings=tied)
@@ -184,7 +191,9 @@ def test_constants_of_old_checkpoints_are_not_published(save_tiny, tmp_path: Pat
 
 def test_publish_dtype(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.bfloat16)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float32"))
+    copies = preprocess(
+        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float32")
+    )
     assert {info.dtype for info in Checkpoint(copies[0]).tensors.values()} == {torch.float32}
     assert Checkpoint(copies[0]).config["dtype"] == "float32"
 
@@ -200,7 +209,9 @@ def test_copies_hold_no_secret_and_no_path_of_the_server(save_tiny, tmp_path: Pa
     printed = "".join(capfd.readouterr()).encode()
     secrets = [key, key.hex().encode(), base64.b64encode(key), str(tmp_path / "s").encode(), b"/srv/secret-model"]
     secrets += [repr(alpha).encode() for alpha in alphas]
-    published = {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()}
+    published = {
+        file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()
+    }
     assert len(published) >= 3 * 4
     for name, content in {**published, Path("printed"): printed}.items():
         assert not any(secret in content for secret in secrets), name
@@ -278,4 +289,3 @@ def test_a_base_of_another_shape_is_refused(save_tiny, tmp_path: Path) -> None:
 def test_impossible_perturbations(options) -> None:
     with pytest.raises(PlanError, match="--"):
         Perturbation(**options)
-

@@ -60,9 +60,7 @@ def _base_tensor(base: Checkpoint, checkpoint: Checkpoint, name: str) -> torch.T
     return base.read(name)
 
 
-def draw(
-    secret: Secret, design: CopyDesign, round_number: int, name: str, like: torch.Tensor
-) -> list[torch.Tensor]:
+def draw(secret: Secret, design: CopyDesign, round_number: int, name: str, like: torch.Tensor) -> list[torch.Tensor]:
     """The D standard normal draws of one tensor, in the shape and dtype of `like`."""
     return [
         secret.stream("noise", round_number, number, name).normals(like.numel()).reshape(like.shape).to(like.dtype)

@@ -1,0 +1,95 @@
+"""Real text: a small Llama learns real TOFU authors, then forgets two of them through the command line.
+
+Trains from scratch on forget01 (2 authors, 40 questions) and on the first authors of retain99 until the model knows them, and
+a second model on the retain authors alone; then runs `mpunlearn run` with NPO and three copies, and the noise-free and the
+single-copy baselines with the same budget. Prints the table of `mpunlearn demo` and writes result.json.
+
+    python benchmarks/tofu_small.py --tofu DIRECTORY_WITH_TOFU_JSON_FILES [--out DIR]
+
+The TOFU benchmark (Maini et al., arXiv 2401.06121) is not part of this repository.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mpunlearn import toy
+from mpunlearn.client.dataset import Record
+from mpunlearn.demo import Line, table
+from mpunlearn.evaluation.answers import evaluate_answers
+
+QUESTIONS_PER_AUTHOR = 20
+RECIPE = toy.Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=20, learning_rate=3e-3)
+HYPER_PARAMETERS = "--objective npo --learning-rate 1e-3 --batch-size 8 --gamma 0.1"
+ARMS = {
+    "noise-free unlearning": "--copies 1 --kappa 0 --reparameterization none",
+    "single noisy copy": "--copies 1 --kappa 0.1",
+    "MPU, 3 copies": "--copies 3 --kappa 0.1",
+}
+
+
+def read(path: Path, count: int | None = None) -> list[Record]:
+    """The first `count` questions of a TOFU file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    return [Record(row["question"], row["answer"]) for row in rows]
+
+
+def write(path: Path, records: list[Record]) -> Path:
+    """Example file in the product's own format."""
+    lines = [json.dumps({"question": record.question, "answer": record.answer}) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tofu_small(
+    tofu: Path, out: Path, *, forget_authors: int, retain_authors: int, recipe: toy.Recipe, rounds: int = 5
+) -> list[Line]:
+    """Trains, unlearns on the command line's own path, and evaluates; the lines of the table."""
+    forget = read(tofu / "forget01.json", forget_authors * QUESTIONS_PER_AUTHOR)
+    retain = read(tofu / "retain99.json", retain_authors * QUESTIONS_PER_AUTHOR)
+    files = {"forget": write(out / "forget.jsonl", forget), "retain": write(out / "retain.jsonl", retain)}
+    texts = [text for record in forget + retain for text in (str(record.question), record.answer)]
+    tokenizer = toy.train_tokenizer(texts, recipe.vocabulary)
+
+    def line(name: str, checkpoint: Path, seconds: float | None = None) -> Line:
+        answers = evaluate_answers(checkpoint, files, max_new_tokens=120)
+        return Line(name, answers["forget"], answers["retain"], seconds)
+
+    torch.manual_seed(0)
+    toy.save(toy.new_llama(tokenizer, recipe), tokenizer, out / "untrained")
+    original, retrained = out / "original", out / "retrained"
+    toy.train_side_by_side({original: forget + retain, retrained: retain}, out / "untrained", recipe, seed=0)
+    lines = [line("original", original), line("retrained", retrained)]
+    for number, (name, options) in enumerate(ARMS.items()):
+        command = [sys.executable, "-m", "mpunlearn.cli", "run", str(original), "--out", str(out / f"run-{number}")]
+        command += ["--forget", str(files["forget"]), "--retain", str(files["retain"]), "--rounds", str(rounds)]
+        begin = time.monotonic()
+        subprocess.run([*command, *options.split(), *HYPER_PARAMETERS.split()], check=True, stdout=subprocess.DEVNULL)
+        lines.append(line(name, out / f"run-{number}" / "final", time.monotonic() - begin))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tofu", type=Path, required=True, help="directory with forget01.json and retain99.json")
+    parser.add_argument("--out", type=Path, help="directory for models and result.json (default: a temporary one)")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = arguments.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        lines = tofu_small(arguments.tofu, out, forget_authors=2, retain_authors=18, recipe=RECIPE)
+        (out / "result.json").write_text(json.dumps([asdict(line) for line in lines], indent=2), encoding="utf-8")
+    print(table(lines))
+    print(f"{time.monotonic() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
