@@ -107,8 +107,8 @@ def test_every_parameter_of_every_command_reaches_its_function() -> None:
         "run",
         mpunlearn.run,
         "model --forget f --out o --rounds 7 --eta 0.5 --base b --keep-exchange true --copies 4 --kappa 0.2 "
-        "--noise-scope layers --denoising extrapolate --publish-dtype bfloat16 --reparameterization paper --objective grad-diff --gamma 2 --seed 3 "
-        "--train all".split(),
+        "--noise-scope layers --denoising extrapolate --publish-dtype bfloat16 --reparameterization paper "
+        "--objective grad-diff --gamma 2 --seed 3 --train all".split(),
     )
     assert (given["checkpoint"], given["forget"], given["out"], given["base"], given["retain"]) == (
         "model",
