@@ -17,7 +17,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 benchmarks: $(READY)
-	$(BIN)/python benchmarks/tofu_small.py $(if $(TOFU),--tofu $(TOFU))
+	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")
 
 clean:
 	rm -rf .venv mpu-demo
