@@ -1,37 +1,176 @@
 """The model families: name templates, as they stand in a checkpoint on disk, and the roles of their axes.
 
-Read a table beside the family's `modeling_*.py`: a linear layer's weight is (outputs, inputs), so `q_proj: "query residual"`
-says that its rows are query heads and its columns read the residual stream. Roles are explained in `spaces`.
+Read a table beside the family's `modeling_*.py`: a linear layer's weight is (outputs, inputs), so `q_proj: "query, residual"`
+says that its rows are query heads and its columns read the residual stream. Roles are explained in `spaces`. The tables are
+put together from parts that several families share; a family's own line says what is special about it.
 """
 
-from mpunlearn.architecture.spaces import EMBEDDING, HEAD, Family
+from mpunlearn.architecture.spaces import Family
 
-_LLAMA = {
-    EMBEDDING: "vocabulary residual",
-    "model.layers.{layer}.input_layernorm.weight": "norm",
-    "model.layers.{layer}.self_attn.q_proj.weight": "query residual",
-    "model.layers.{layer}.self_attn.q_proj.bias": "query",
-    "model.layers.{layer}.self_attn.k_proj.weight": "key residual",
-    "model.layers.{layer}.self_attn.k_proj.bias": "key",
-    "model.layers.{layer}.self_attn.v_proj.weight": "value residual",
-    "model.layers.{layer}.self_attn.v_proj.bias": "value",
-    "model.layers.{layer}.self_attn.o_proj.weight": "residual attended",
-    "model.layers.{layer}.self_attn.o_proj.bias": "residual",
-    "model.layers.{layer}.post_attention_layernorm.weight": "norm",
-    "model.layers.{layer}.mlp.gate_proj.weight": "gate residual",
-    "model.layers.{layer}.mlp.gate_proj.bias": "gate",
-    "model.layers.{layer}.mlp.up_proj.weight": "ffn residual",
-    "model.layers.{layer}.mlp.up_proj.bias": "ffn",
-    "model.layers.{layer}.mlp.down_proj.weight": "residual ffn",
-    "model.layers.{layer}.mlp.down_proj.bias": "residual",
+_LAYER = "model.layers.{layer}."
+
+
+def _in_layer(table: dict[str, str], prefix: str = _LAYER) -> dict[str, str]:
+    return {prefix + name: roles for name, roles in table.items()}
+
+
+_OUTSIDE = {
+    "model.embed_tokens.weight": "vocabulary, residual",
     "model.norm.weight": "norm",
-    HEAD: "vocabulary residual",
+    "lm_head.weight": "vocabulary, residual",
 }
-_INVERSE_FREQUENCIES = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+_ATTENTION = _in_layer(
+    {
+        "self_attn.q_proj.weight": "query, residual",
+        "self_attn.q_proj.bias": "query",
+        "self_attn.k_proj.weight": "key, residual",
+        "self_attn.k_proj.bias": "key",
+        "self_attn.v_proj.weight": "value, residual",
+        "self_attn.v_proj.bias": "value",
+        "self_attn.o_proj.weight": "residual, attended",
+        "self_attn.o_proj.bias": "residual",
+    }
+)
+_FFN = _in_layer(
+    {
+        "mlp.gate_proj.weight": "gate, residual",
+        "mlp.gate_proj.bias": "gate",
+        "mlp.up_proj.weight": "ffn, residual",
+        "mlp.up_proj.bias": "ffn",
+        "mlp.down_proj.weight": "residual, ffn",
+        "mlp.down_proj.bias": "residual",
+    }
+)
+_NORMS_BEFORE = _in_layer({"input_layernorm.weight": "norm", "post_attention_layernorm.weight": "norm"})
+_NORMS_AFTER = _in_layer({"post_attention_layernorm.weight": "norm", "post_feedforward_layernorm.weight": "norm"})
+_NORMS_AROUND = {**_NORMS_BEFORE, **_NORMS_AFTER, **_in_layer({"pre_feedforward_layernorm.weight": "norm"})}
+_NORM_PER_HEAD = _in_layer({"self_attn.q_norm.weight": "head norm", "self_attn.k_norm.weight": "head norm"})
+_NORM_OF_ALL_HEADS = _in_layer({"self_attn.q_norm.weight": "query norm", "self_attn.k_norm.weight": "key norm"})
+
+_LLAMA = {**_OUTSIDE, **_NORMS_BEFORE, **_ATTENTION, **_FFN}
+_GEMMA_2 = {**_OUTSIDE, **_NORMS_AROUND, **_ATTENTION, **_FFN}
+_OLD_BUFFERS = (_LAYER + "self_attn.rotary_emb.inv_freq",)
+
+_PHI = {
+    "model.embed_tokens.weight": "vocabulary, residual",
+    "model.final_layernorm.weight": "norm",
+    "model.final_layernorm.bias": "residual",
+    "lm_head.weight": "vocabulary, residual",
+    "lm_head.bias": "vocabulary",
+    **_in_layer(
+        {
+            "input_layernorm.weight": "norm",
+            "input_layernorm.bias": "residual",
+            "self_attn.q_proj.weight": "query, residual",
+            "self_attn.q_proj.bias": "query",
+            "self_attn.k_proj.weight": "key, residual",
+            "self_attn.k_proj.bias": "key",
+            "self_attn.v_proj.weight": "value, residual",
+            "self_attn.v_proj.bias": "value",
+            "self_attn.dense.weight": "residual, attended",
+            "self_attn.dense.bias": "residual",
+            "mlp.fc1.weight": "gate, residual",
+            "mlp.fc1.bias": "gate",
+            "mlp.fc2.weight": "residual, gate",
+            "mlp.fc2.bias": "residual",
+        }
+    ),
+}
+_PHI_3 = {
+    **_OUTSIDE,
+    **_NORMS_BEFORE,
+    **_in_layer(
+        {
+            "self_attn.qkv_proj.weight": "query + key + value, residual",
+            "self_attn.o_proj.weight": "residual, attended",
+            "mlp.gate_up_proj.weight": "gate + ffn, residual",
+            "mlp.down_proj.weight": "residual, ffn",
+        }
+    ),
+}
+_GPT_NEOX = {
+    "gpt_neox.embed_in.weight": "vocabulary, residual",
+    "gpt_neox.final_layer_norm.weight": "norm",
+    "gpt_neox.final_layer_norm.bias": "residual",
+    "embed_out.weight": "vocabulary, residual",
+    **_in_layer(
+        {
+            "input_layernorm.weight": "norm",
+            "input_layernorm.bias": "residual",
+            "post_attention_layernorm.weight": "norm",
+            "post_attention_layernorm.bias": "residual",
+            "attention.query_key_value.weight": "qkv, residual",
+            "attention.query_key_value.bias": "qkv",
+            "attention.dense.weight": "residual, attended",
+            "attention.dense.bias": "residual",
+            "mlp.dense_h_to_4h.weight": "gate, residual",
+            "mlp.dense_h_to_4h.bias": "gate",
+            "mlp.dense_4h_to_h.weight": "residual, gate",
+            "mlp.dense_4h_to_h.bias": "residual",
+        },
+        "gpt_neox.layers.{layer}.",
+    ),
+}
+_MIXTRAL_EXPERTS = _in_layer(
+    {
+        "block_sparse_moe.gate.weight": "experts, residual",
+        "block_sparse_moe.experts.{expert}.w1.weight": "gate, residual",
+        "block_sparse_moe.experts.{expert}.w3.weight": "ffn, residual",
+        "block_sparse_moe.experts.{expert}.w2.weight": "residual, ffn",
+    }
+)
+_QWEN_EXPERTS = _in_layer(
+    {
+        "mlp.gate.weight": "experts, residual",
+        "mlp.experts.{expert}.gate_proj.weight": "gate, residual",
+        "mlp.experts.{expert}.up_proj.weight": "ffn, residual",
+        "mlp.experts.{expert}.down_proj.weight": "residual, ffn",
+    }
+)
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LLAMA, constants=_INVERSE_FREQUENCIES),
-    "mistral": Family(_LLAMA, constants=_INVERSE_FREQUENCIES, defaults={"num_key_value_heads": 8}),
-    "qwen2": Family(_LLAMA, constants=_INVERSE_FREQUENCIES),
+    "llama": Family(_LLAMA, constants=_OLD_BUFFERS),
+    "mistral": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 8}),
+    "qwen2": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 32}),
+    # A norm on each query and key head.
+    "qwen3": Family({**_LLAMA, **_NORM_PER_HEAD}, query_key="signs", defaults={"head_dim": 128, "num_key_value_heads": 32}),
+    # head_dim is not hidden/heads; norm weights are stored minus one, which a permutation does not see.
+    "gemma": Family(_LLAMA, defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True}),
+    # Norms before and behind each sub-layer.
+    "gemma2": Family(_GEMMA_2, defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "gemma3_text": Family(
+        {**_GEMMA_2, **_NORM_PER_HEAD},
+        query_key="signs",
+        defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    # LayerNorm with bias, one for both sub-layers; part of each head is rotary; no gate.
+    "phi": Family(_PHI, signs=False, partial_rotary=0.5),
+    # Fused weights.
+    "phi3": Family(_PHI_3, partial_rotary=1.0),
+    # LayerNorm with bias; part of each head is rotary; q, k and v interleaved by head; no gate.
+    "gpt_neox": Family(
+        _GPT_NEOX,
+        embedding="gpt_neox.embed_in.weight",
+        head="embed_out.weight",
+        signs=False,
+        partial_rotary=0.25,
+        constants=tuple(
+            "gpt_neox.layers.{layer}.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+        ),
+    ),
+    # Norms behind the sub-layers only, and on all query and all key heads at once.
+    "olmo2": Family({**_OUTSIDE, **_NORMS_AFTER, **_ATTENTION, **_FFN, **_NORM_OF_ALL_HEADS}, query_key="signs"),
+    # Experts, each with a hidden space of its own.
+    "mixtral": Family(
+        {**_OUTSIDE, **_NORMS_BEFORE, **_ATTENTION, **_MIXTRAL_EXPERTS},
+        constants=_OLD_BUFFERS,
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8},
+    ),
+    # Experts in some layers, one FFN in the others.
+    "qwen3_moe": Family(
+        {**_LLAMA, **_NORM_PER_HEAD, **_QWEN_EXPERTS},
+        query_key="signs",
+        defaults={"num_key_value_heads": 4},
+    ),
 }
 """Every known family by the model_type of its config.json."""

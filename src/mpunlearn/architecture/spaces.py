@@ -7,41 +7,47 @@ the same idea for permutations alone.
 
 The roles an axis can have, and the exact maps its space admits:
 
-========== ============================================================ =================================================
-role       axis                                                         maps
-========== ============================================================ =================================================
-vocabulary rows of the embedding and of the LM head                     none
-residual   columns of the embedding, of q/k/v/gate/up and of the LM      one permutation and one vector of signs,
-           head; rows and biases of o and down                          model-wide
-norm       a norm weight on the residual stream: a diagonal             follows the permutation, not the signs
-gate       FFN hidden axis before the non-linearity                     one permutation per layer
-ffn        FFN hidden axis behind or beside it: rows of up, columns     the same permutation, and signs
-           of down
-query      rows and biases of q: heads x head_dim                       per KV group one rotation of the RoPE planes;
-                                                                        heads permuted within groups, and groups
-key        rows and biases of k: groups x head_dim                      the same rotation; groups permuted alike
-value      rows and biases of v: groups x head_dim                      per KV group any orthogonal matrix; groups alike
-attended   columns of o: heads x head_dim                               the value matrix of the head's group; heads alike
-========== ============================================================ =================================================
+========== ======================================================= =====================================================
+role       axis                                                    maps
+========== ======================================================= =====================================================
+vocabulary rows of the embedding and of the LM head                none
+residual   columns of the embedding, of q/k/v/gate/up and of the   one permutation, model-wide; with RMSNorm also signs
+           LM head; rows and biases of o and down
+norm       a norm weight on the residual stream: a diagonal        follows the permutation, not the signs
+gate       FFN hidden axis around a non-linearity: rows of gate    one permutation per layer (and expert)
+ffn        FFN hidden axis that is linear on both sides: rows of   the same permutation, and signs
+           up beside a gate, columns of down
+query      rows and biases of q: heads x head_dim                  per KV group one map that commutes with RoPE; heads
+                                                                   permuted within groups, and groups
+key        rows and biases of k: groups x head_dim                 the same map; groups permuted alike
+value      rows and biases of v: groups x head_dim                 per KV group any orthogonal matrix; groups alike
+attended   columns of o: heads x head_dim                          the value matrix of the head's group; heads alike
+qkv        rows and biases of a q, k, v interleaved by head:       as query, key and value
+           heads x 3 x head_dim (GPT-NeoX)
+query norm a norm weight on all query heads at once                follows the permutation, not the map within heads
+key norm   the same on all key heads                               alike
+head norm  a norm weight on one head, shared by all                none
+experts    rows of a router, and the expert number in a name       one permutation per layer
+========== ======================================================= =====================================================
 
-RoPE is the half-split pairing (planes (i, i + head_dim/2)) that Hugging Face checkpoints use.
+A fused weight's axis is a concatenation of roles, written with `+`. The map that commutes with RoPE rotates the planes
+(i, i + r/2) of the r rotary entries, in the half-split pairing of Hugging Face checkpoints, and is any orthogonal matrix on
+the others; where queries and keys are normed, only signs of whole planes are left.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mpunlearn.checkpoint import Checkpoint, TensorInfo, tensor_digest
 from mpunlearn.errors import CheckpointError, UnsupportedModelError
 
-ROLES = ("vocabulary", "residual", "norm", "gate", "ffn", "query", "key", "value", "attended")
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+Axis = tuple[str, ...]
+"""The roles along one axis of a weight, in order; more than one where the weight is fused."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,29 @@ class Family:
     """One model family as a table.
 
     Raises:
-        ValueError: a role in the table is not one of `ROLES`.
+        ValueError: a role in the table is not one that `spaces` knows.
     """
 
     tensors: Mapping[str, str]
-    """Name template on disk (`{layer}` stands for the layer's number) → the roles of its axes, separated by blanks."""
+    """Name template on disk → the roles of its axes, separated by commas. `{layer}` and `{expert}` stand for numbers."""
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    """The LM head, which repeats the embedding where the config ties them."""
+    signs: bool = True
+    """Whether the residual stream admits signs: with RMSNorm, not with LayerNorm, which subtracts the mean."""
+    query_key: Literal["rotations", "signs"] = "rotations"
+    """What a norm on queries and keys leaves of the map that commutes with RoPE."""
+    partial_rotary: float | None = None
+    """Share of a head that is rotary where the config is silent; None: always the whole head."""
     constants: tuple[str, ...] = ()
     """Templates of tensors some checkpoints carry that are functions of the config: neither published nor updated."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the family's code assumes where config.json is silent and the usual rule does not hold."""
 
     def __post_init__(self) -> None:
-        unknown = {role for roles in self.tensors.values() for role in roles.split()} - set(ROLES)
+        unknown = {role for text in self.tensors.values() for axis in _axes(text) for role in axis} - set(_ROLES)
         if unknown:
-            raise ValueError(f"unknown roles {sorted(unknown)}; expected some of {ROLES}")
+            raise ValueError(f"unknown roles {sorted(unknown)}; expected some of {_ROLES}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,8 @@ class Heads:
     groups: int
     dim: int
     """Entries of one head."""
+    rotary: int
+    """How many of them, from the first on, RoPE rotates."""
 
     @property
     def per_group(self) -> int:
@@ -83,10 +100,12 @@ class Heads:
 class Place:
     """Where a tensor stands in the network."""
 
-    roles: tuple[str, ...]
-    """One role per axis."""
+    template: str
+    axes: tuple[Axis, ...]
     layer: int | None
     """Number of the transformer layer, or None outside the layers."""
+    expert: int | None
+    """Number of the expert whose weight it is, or None."""
 
 
 class Architecture:
@@ -107,55 +126,110 @@ class Architecture:
                 "original weights; use the checkpoint in bfloat16, float16 or float32"
             )
         self.family = family
-        self.config = {**family.defaults, **config}
+        self.config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
         self.layers = self._size("num_hidden_layers")
         self.residual = self._size("hidden_size")
-        self.ffn = self._size("intermediate_size")
-        count = self._size("num_attention_heads")
-        groups = self.config.get("num_key_value_heads") or count
-        self.heads = Heads(count, groups, self.config.get("head_dim") or self.residual // count)
-        if count % groups:
-            raise UnsupportedModelError(f"config.json: {count} attention heads do not divide into {groups} KV groups")
+        self.heads = self._heads()
+        self.experts = self._size("num_local_experts", "num_experts") if self._mixture else 0
         self.tied = bool(self.config.get("tie_word_embeddings", False))
-        self.sizes = {
+        heads = self.heads
+        self._sizes = {
             "vocabulary": self._size("vocab_size"),
             "residual": self.residual,
             "norm": self.residual,
-            "gate": self.ffn,
-            "ffn": self.ffn,
-            "query": self.heads.count * self.heads.dim,
-            "key": self.heads.groups * self.heads.dim,
-            "value": self.heads.groups * self.heads.dim,
-            "attended": self.heads.count * self.heads.dim,
+            "query": heads.count * heads.dim,
+            "query norm": heads.count * heads.dim,
+            "key": heads.groups * heads.dim,
+            "key norm": heads.groups * heads.dim,
+            "value": heads.groups * heads.dim,
+            "attended": heads.count * heads.dim,
+            "qkv": 3 * heads.count * heads.dim,
+            "head norm": heads.dim,
+            "experts": self.experts,
         }
 
-    def _size(self, key: str) -> int:
-        value = self.config.get(key)
+    def _size(self, *keys: str) -> int:
+        value = next((self.config[key] for key in keys if key in self.config), None)
         if not isinstance(value, int) or value < 1:
-            raise UnsupportedModelError(f"config.json: expected a positive integer {key}, found {value!r}")
+            raise UnsupportedModelError(f"config.json: expected a positive integer {keys[0]}, found {value!r}")
         return value
 
+    def _heads(self) -> Heads:
+        count = self._size("num_attention_heads")
+        grouped = "num_key_value_heads" in self.config and "qkv" not in self.roles
+        groups = self._size("num_key_value_heads") if grouped else count
+        dim = self._size("head_dim") if "head_dim" in self.config else self.residual // count
+        share = 1.0
+        if self.family.partial_rotary is not None:
+            rope = self.config.get("rope_parameters") or {}
+            named = (rope.get("partial_rotary_factor"), *map(self.config.get, ("partial_rotary_factor", "rotary_pct")))
+            share = next((float(value) for value in named if value is not None), self.family.partial_rotary)
+        heads = Heads(count, groups, dim, int(dim * share))
+        if count % groups or heads.rotary % 2 or not 0 < heads.rotary <= dim:
+            raise UnsupportedModelError(f"config.json: {heads} is not a shape of attention that the tables describe")
+        return heads
+
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], tuple[str, ...]]]:
-        return [(_pattern(template), tuple(roles.split())) for template, roles in self.family.tensors.items()]
+    def _mixture(self) -> bool:
+        return any("{expert}" in template for template in self.family.tensors)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], str, tuple[Axis, ...]]]:
+        return [(_pattern(template), template, _axes(text)) for template, text in self.family.tensors.items()]
+
+    @cached_property
+    def roles(self) -> set[str]:
+        """Every role that occurs in the family."""
+        return {role for _, _, axes in self._patterns for axis in axes for role in axis}
 
     def place(self, name: str) -> Place | None:
-        """Where the tensor of that name stands; None if the family has no such tensor."""
-        for pattern, roles in self._patterns:
+        """Where the tensor of that name stands; None if a model of this config has no such tensor."""
+        for pattern, template, axes in self._patterns:
             if match := pattern.fullmatch(name):
-                layer = int(match["layer"]) if "layer" in pattern.groupindex else None
-                return Place(roles, layer) if layer is None or layer < self.layers else None
+                numbers = {key: int(value) for key, value in match.groupdict().items()}
+                place = Place(template, axes, numbers.get("layer"), numbers.get("expert"))
+                return place if self._exists(place) else None
         return None
 
+    def _exists(self, place: Place) -> bool:
+        if place.layer is None:
+            return True
+        if place.layer >= self.layers or (place.expert is not None and place.expert >= self.experts):
+            return False
+        if not self._mixture:
+            return True
+        roles = {role for axis in place.axes for role in axis}
+        if place.expert is not None or "experts" in roles:
+            return self.sparse(place.layer)
+        return not self.sparse(place.layer) if roles & {"gate", "ffn"} else True
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer of a mixture of experts has experts, rather than one FFN (Qwen3-MoE has both kinds)."""
+        step = self.config.get("decoder_sparse_step", 1)
+        return layer not in self.config.get("mlp_only_layers", ()) and (layer + 1) % step == 0
+
+    def ffn(self, expert: bool) -> int:
+        """Size of the FFN's hidden axis, of an expert or of a layer."""
+        return self._size("moe_intermediate_size", "intermediate_size") if expert else self._size("intermediate_size")
+
+    def size(self, axis: Axis, expert: bool) -> int:
+        """Length of an axis."""
+        return sum(self.ffn(expert) if role in ("gate", "ffn") else self._sizes[role] for role in axis)
+
     def shape(self, place: Place) -> tuple[int, ...]:
-        return tuple(self.sizes[role] for role in place.roles)
+        """The shape that config.json implies for a tensor."""
+        return tuple(self.size(axis, place.expert is not None) for axis in place.axes)
 
     def required(self) -> set[str]:
         """Names a complete checkpoint must have: everything but biases and a tied LM head."""
         names: set[str] = set()
-        for template in self.family.tensors:
-            if not template.endswith(".bias") and not (template == HEAD and self.tied):
-                names.update(template.format(layer=layer) for layer in range(self.layers))
+        for _, template, axes in self._patterns:
+            if template.endswith(".bias") or (template == self.family.head and self.tied):
+                continue
+            for layer in range(self.layers) if "{layer}" in template else [None]:
+                for expert in range(self.experts) if "{expert}" in template else [None]:
+                    if self._exists(Place(template, axes, layer, expert)):
+                        names.add(template.format(layer=layer, expert=expert))
         return names
 
     def places(self, checkpoint: Checkpoint) -> dict[str, Place]:
@@ -188,13 +262,14 @@ class Architecture:
                 f"{checkpoint.path}: {len(missing)} tensors are missing, the first is {missing[0]}; config.json "
                 f"announces {self.layers} layers"
             )
-        if self.tied and HEAD in places:
-            if tensor_digest(checkpoint.read(HEAD)) != tensor_digest(checkpoint.read(EMBEDDING)):
+        head, embedding = self.family.head, self.family.embedding
+        if self.tied and head in places:
+            if tensor_digest(checkpoint.read(head)) != tensor_digest(checkpoint.read(embedding)):
                 raise CheckpointError(
-                    f"{checkpoint.path}: config.json ties {HEAD} to {EMBEDDING}, but the stored tensors differ; set "
+                    f"{checkpoint.path}: config.json ties {head} to {embedding}, but the stored tensors differ; set "
                     "tie_word_embeddings to false or remove one"
                 )
-            del places[HEAD]
+            del places[head]
         return places
 
     def _check(self, checkpoint: Checkpoint, name: str, info: TensorInfo, expected: tuple[int, ...]) -> None:
@@ -203,7 +278,10 @@ class Architecture:
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, expected {list(expected)} from config.json"
             )
         if not info.dtype.is_floating_point:
-            raise UnsupportedModelError(f"{checkpoint.path}: {name} has dtype {info.dtype}, expected floating point")
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: {name} has dtype {info.dtype}, expected floating point; a quantised checkpoint is "
+                "not supported, use the original in bfloat16, float16 or float32"
+            )
 
 
 def architecture_of(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Architecture:
@@ -221,15 +299,20 @@ def architecture_of(checkpoint: Checkpoint, families: Mapping[str, Family]) -> A
     return Architecture(families[model_type], checkpoint.config)
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d*)"))
-
-
-def is_matrix_of_vocabulary(place: Place) -> bool:
-    """Whether a tensor is an embedding or an LM head."""
-    return "vocabulary" in place.roles
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic on weights stored in `dtype`: float32, or float64 for float64 storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_ROLES = (
+    "vocabulary", "residual", "norm", "gate", "ffn", "query", "key", "value", "attended", "qkv",
+    "query norm", "key norm", "head norm", "experts",
+)  # fmt: skip
+
+
+def _axes(text: str) -> tuple[Axis, ...]:
+    return tuple(tuple(role.strip() for role in axis.split("+")) for axis in text.split(","))
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9]\\d*)", re.escape(template)))
