@@ -1,7 +1,7 @@
 """Unlearning between a model owner and a data owner, neither of whom shows the other what it holds.
 
-The five verbs are `preprocess` and `postprocess` (the server's), `unlearn` (the client's), `run` (both, in one process) and
-`demo`. Names are imported when they are first used, so that `mpunlearn.server` and `mpunlearn.client` load nothing of each
+The verbs are `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the client's), `run` (both, in one process)
+and `demo`. Names are imported when they are first used, so that `mpunlearn.server` and `mpunlearn.client` load nothing of each
 other.
 """
 
@@ -13,6 +13,7 @@ _HOMES = {
     "Perturbation": "mpunlearn.server",
     "Training": "mpunlearn.protocol.plan",
     "demo": "mpunlearn.demo",
+    "describe": "mpunlearn.server",
     "postprocess": "mpunlearn.server",
     "preprocess": "mpunlearn.server",
     "run": "mpunlearn.protocol.local",

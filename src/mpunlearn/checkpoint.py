@@ -13,12 +13,13 @@ nothing behind and a killed process leaves a `.NAME.partial` that the next attem
 Not covered: quantised number formats, and files other than safetensors.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +101,10 @@ class TensorDirectory:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: expected a checkpoint directory, found {_describe(self.path)}")
         single, index = self.path / f"{stem}.safetensors", self.path / f"{stem}.safetensors.index.json"
+        if index.is_file() and single.is_file():
+            raise CheckpointError(
+                f"{self.path}: holds both {single.name} and {index.name}; remove the one that is not meant"
+            )
         if index.is_file():
             self.tensors = self._read_index(index)
         elif single.is_file():
@@ -141,21 +146,35 @@ class TensorDirectory:
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter since it was opened.
         """
+        info = self._info(name)
+        return self._read(info, name, 0, info.nbytes).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start … stop of a tensor's first axis, otherwise as `read`."""
+        info = self._info(name)
+        row = info.nbytes // max(1, info.shape[0])
+        return self._read(info, name, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+
+    def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
-        data = bytearray(info.nbytes)
-        view, done = memoryview(data), 0
-        with open(self.path / info.file, "rb", buffering=0) as file:
-            file.seek(info.offset)
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{self.path / info.file}: ends within {name}; copy the file again")
-                done += count
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        return info
+
+    def _read(self, info: TensorInfo, name: str, start: int, count: int) -> torch.Tensor:
+        out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype)
+        view, done = _bytes(out), 0
+        try:
+            with open(self.path / info.file, "rb", buffering=0) as file:
+                file.seek(info.offset + start)
+                while done < count:
+                    found = file.readinto(view[done:])
+                    if not found:
+                        raise CheckpointError(f"{self.path / info.file}: ends within {name}; copy the file again")
+                    done += found
+        except OSError as error:
+            raise CheckpointError(f"{self.path / info.file}: cannot be read: {error.strerror}") from error
+        return out
 
 
 class Checkpoint(TensorDirectory):
@@ -244,7 +263,8 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._files.append(descriptor)
-        os.posix_fallocate(descriptor, 0, 8 + len(text) + start)
+        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not after an hour
+            os.posix_fallocate(descriptor, 0, 8 + len(text) + start)
         _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name, (dtype, shape) in shard.items():
             first, last = header[name]["data_offsets"]
@@ -257,6 +277,14 @@ class TensorWriter:
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {tensor.dtype} {tuple(tensor.shape)}")
         _write_all(descriptor, _bytes(tensor), info.offset)
+        self._missing.discard(name)
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Puts rows of one tensor at their place, from row `start` on; for tensors written in pieces."""
+        descriptor, info = self._where[name]
+        if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
+            raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {rows.dtype} {tuple(rows.shape)}")
+        _write_all(descriptor, _bytes(rows), info.offset + start * (info.nbytes // max(1, info.shape[0])))
         self._missing.discard(name)
 
     def _close(self) -> None:
@@ -291,10 +319,10 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path}: exists already; name another directory, or remove this one")
     partial = path.parent / f".{path.name}.partial"
+    lock = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=mode)
+        lock = _claim(partial, mode)
         yield partial
         for folder, _, files in os.walk(partial):
             for file in files:
@@ -307,14 +335,52 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
             f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, free the cause and run again"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock >= 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _claim(partial: Path, mode: int) -> int:
+    """Makes a temporary directory and locks it; one that a killed process left unlocked is removed first."""
+    for _ in range(2):
+        with suppress(FileExistsError):
+            partial.mkdir(mode=mode)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise CheckpointError(f"{partial}: another process is writing there; wait for it, or stop it") from None
+        if not any(partial.iterdir()):
+            partial.chmod(mode & ~_umask())
+            return lock
+        shutil.rmtree(partial)
+        os.close(lock)
+    raise CheckpointError(f"{partial}: cannot be emptied; remove it")
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Carries tokenizer, chat template and generation settings from one checkpoint directory to another."""
     for name in COMPANIONS:
-        if (source / name).is_file():
+        if name == "tokenizer_config.json" and (source / name).is_file():
+            write_json(target / name, without_paths(read_json(source / name)))
+        elif (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the entries that name where its owner keeps things: absolute paths, and `name_or_path`."""
+
+    def path(value: Any) -> bool:
+        return isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] == ":\\") and len(value) > 1
+
+    return {key: value for key, value in config.items() if key.strip("_") != "name_or_path" and not path(value)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -325,7 +391,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -348,15 +414,15 @@ def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Places of all tensors of one safetensors file, after the library has found the file sound."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; expected the shard that the index names")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; expected the shard that the index names")
         with safe_open(path, framework="pt"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _HEADER_LIMIT)))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))

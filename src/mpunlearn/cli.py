@@ -9,19 +9,25 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse._core import ArgumentGroup
 
-from mpunlearn.errors import MPUError
+from mpunlearn.errors import DisclosureWarning, MPUError
 
 COMMANDS = {
     "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterised copies of the next round"),
     "unlearn": ("mpunlearn.client", "client: unlearn on one published copy and write the update"),
     "postprocess": ("mpunlearn.server", "server: aggregate the updates of all copies into a new checkpoint"),
     "run": ("mpunlearn.protocol.local", "both parties in one process: all rounds, resumable"),
+    "describe": (
+        "mpunlearn.server",
+        "server: what a change of basis would do to a checkpoint, and how much choice it has",
+    ),
     "demo": ("mpunlearn.demo", "unlearn four fictitious authors and compare with retraining"),
 }
 """Verb → the module whose function of that name does it, and a line for the overview."""
@@ -60,13 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     function = getattr(importlib.import_module(COMMANDS[verb][0]), verb)
     try:
-        result = function(**parse(verb, function, arguments[1:]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DisclosureWarning)
+            result = function(**parse(verb, function, arguments[1:]))
     except MPUError as error:
         print(f"mpunlearn {verb}: {error}", file=sys.stderr)
         return 2
-    if verb != "demo":
-        for path in result if isinstance(result, list) else [result]:
-            print(path)
+    for warning in caught:
+        if issubclass(warning.category, DisclosureWarning):
+            print(f"mpunlearn {verb}: warning: {warning.message}", file=sys.stderr)
+    if isinstance(result, str | Path):
+        print(result)
+    elif verb == "preprocess":
+        print(result.summary(), file=sys.stderr)
+        print(*result.copies, sep="\n")
     return 0
 
 
@@ -83,7 +96,7 @@ def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     parameters = inspect.signature(function, eval_str=True).parameters
     option_groups = {name: group for name in parameters if (group := _dataclass_of(parameters[name].annotation))}
-    lists = {name for name, parameter in parameters.items() if str(parameter.annotation).startswith("list")}
+    lists = {name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)}
     for name in lists:
         parser.add_argument(name, nargs="+", help=f"the {name}, one directory per copy, in any order")
     parser.add_function_arguments(function, as_positional=True, skip={*option_groups, *lists})

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn import toy
+from mpunlearn.architecture import FAMILIES
+from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint, new_directory
 from mpunlearn.errors import CheckpointError
 from mpunlearn.evaluation.answers import Answers, evaluate_answers
 from mpunlearn.progress import progress
 from mpunlearn.protocol.local import run
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server import Perturbation
+from mpunlearn.server import Perturbation, ServerState
+from mpunlearn.server.preprocess import Publisher
 
 KAPPA = 0.1
 ROUNDS = 5
@@ -84,7 +87,7 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
             lines.append(measure(name, final, world, time.monotonic() - started))
             if name != MPU:
                 shutil.rmtree(place)
-        seen = what_the_client_saw(world, folder / "exchange" / "round-1" / "copies" / "copy-1", ARMS[MPU])
+        seen = what_the_client_saw(world, folder, ARMS[MPU])
         result = {
             "seed": seed,
             "kappa": KAPPA,
@@ -120,33 +123,41 @@ def table(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
-def what_the_client_saw(world: toy.Toy, copy: Path, perturbation: Perturbation) -> dict[str, Any]:
+def what_the_client_saw(world: toy.Toy, run_folder: Path, perturbation: Perturbation) -> dict[str, Any]:
     """How far a published copy is from the server's model, and what noise is left to one who pools copies.
 
     Args:
-        copy: a published copy of round 1.
+        run_folder: a run whose exchange was kept.
         perturbation: what the server did; the noise left is computed for α = 1, the least noise it can draw.
     """
-    source, published = Checkpoint(world.original), Checkpoint(copy)
+    source = Checkpoint(world.original)
+    copies = run_folder / "exchange" / "round-1" / "copies"
+    state = ServerState(run_folder / "server" / "state")
+    architecture = architecture_of(source, FAMILIES)
+    maps = Publisher(state.secret, state.rounds[0], architecture).maps[0]
+    published = Checkpoint(copies / "copy-1")
     equal = count = 0
     difference = norm = 0.0
-    for name in source.tensors:
-        mine, theirs = source.read(name).double(), published.read(name).double()
+    for name, place in architecture.places(source).items():
+        mine = source.read(name)
+        # As a client sees it that has undone the change of basis: what is left to protect the weights is the noise.
+        theirs = maps.invert(place, published.read(maps.published_name(name, place)))
         equal += int((mine == theirs).sum())
         count += mine.numel()
         difference += float((mine - theirs).square().sum())
         norm += float(mine.square().sum())
     distance = math.sqrt(difference / norm)
-    retain = measure("a published copy", copy, world).retain
+    retain = measure("a published copy", copies / "copy-1", world).retain
     design = perturbation.design(perturbation.scales(None))
     left = [math.sqrt(design.floor(list(range(held)))) * perturbation.kappa for held in range(1, design.copies + 1)]
     lines = [
-        f"The client saw {design.copies} copies a round. In one, {equal / count:.1%} of the weights are the original's, and "
-        f"as a whole it is {distance:.0%} away; but it answers retain questions with probability {retain.probability:.3f}: "
-        "the parameters are hidden, not what the model can do.",
-        "Noise left, relative to the weights, to a client that undoes the changes of basis and pools k copies: "
+        f"The client saw {design.copies} copies a round. To one who undoes its change of basis, a copy's weights are "
+        f"{distance:.0%} away from the server's, and {equal / count:.1%} of them equal; as a model it answers retain questions "
+        f"with probability {retain.probability:.3f}: parameters are hidden, not what the model can do.",
+        "Noise left, relative to the weights, to one who pools k copies of a round: "
         + ", ".join(f"k = {held}: {floor:.1%}" for held, floor in enumerate(left, start=1))
-        + ". Whoever holds all copies of a round can cancel it.",
+        + f"; who pools one copy of each of the {ROUNDS} rounds, between which the model moves little: "
+        f"{left[0] / math.sqrt(ROUNDS):.1%}. Whoever holds all copies of a round can cancel it.",
     ]
     return {
         "equal_weights": equal / count,

@@ -9,6 +9,10 @@ class MPUError(Exception):
     """Base of every error that is about the input, not about the program."""
 
 
+class DisclosureWarning(UserWarning):
+    """What was done is less protected than it may seem."""
+
+
 class CheckpointError(MPUError):
     """A directory is not a readable safetensors checkpoint, or cannot be written."""
 

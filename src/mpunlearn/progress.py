@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -11,12 +11,13 @@ T = TypeVar("T")
 
 def progress(items: Collection[T], what: str) -> "tqdm[T]":
     """Iterates over `items` behind a bar labelled `what`."""
-    return tqdm(items, desc=what, **_STYLE)
+    return tqdm(items, desc=what, **_style())
 
 
 def bar(total: int, what: str) -> "tqdm[None]":
     """A bar of `total` steps that the caller advances and closes."""
-    return tqdm(total=total, desc=what, **_STYLE)
+    return tqdm(total=total, desc=what, unit_scale=True, **_style())
 
 
-_STYLE = {"leave": False, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+def _style() -> dict[str, Any]:
+    return {"leave": False, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}

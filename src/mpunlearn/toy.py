@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.checkpoint import Checkpoint, new_directory
+from mpunlearn.checkpoint import new_directory
+from mpunlearn.client import dataset
 from mpunlearn.client.dataset import IGNORED, Record, collate, encode
 from mpunlearn.progress import progress
 
@@ -206,7 +207,10 @@ def prepare(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = No
     """
     recipe = recipe or Recipe()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
-    digest = hashlib.sha256(Path(__file__).read_bytes() + f"{recipe} {seed} {torch.__version__}".encode())
+    import transformers
+
+    made_by = f"{recipe} {seed} {torch.__version__} {transformers.__version__}".encode()
+    digest = hashlib.sha256(Path(__file__).read_bytes() + Path(dataset.__file__).read_bytes() + made_by)
     toy = Toy((cache or root) / f"toy-{digest.hexdigest()[:16]}")
     if not toy.path.is_dir():
         with new_directory(toy.path) as folder:
@@ -249,7 +253,7 @@ def _train(start: Path, out: Path, records: list[Record], recipe: Recipe, seed: 
     from mpunlearn.client.trainer import load
 
     torch.set_num_threads(1)
-    model, tokenizer = load(start, set(Checkpoint(start).tensors))
+    model, tokenizer = load(start)
     torch.manual_seed(seed)
     what = f"training the {out.name} model"
     fit(model, tokenizer, records, recipe.epochs, recipe.batch, recipe.learning_rate, seed, what)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tests.conftest import tiny_model
 from torch.overrides import TorchFunctionMode
-
 from transformers.core_model_loading import revert_weight_conversion
 
 from mpunlearn.architecture import FAMILIES, Architecture, Family
@@ -39,7 +38,9 @@ VARIANTS = {
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
     "phi": {},
-    "phi all rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    "phi all rotary": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    },
     "phi3": {},
     "phi3 partial rotary": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
@@ -80,9 +81,13 @@ class InFloat64(TorchFunctionMode):
 def loaded(model, weights):
     """The same model with those tensors, given under their names on disk."""
     copies = {name: tensor.clone() for name, tensor in weights.items()}
-    return type(model).from_pretrained(
-        None, config=model.config, state_dict=copies, dtype=torch.float64, experts_implementation="eager"
-    ).eval()
+    return (
+        type(model)
+        .from_pretrained(
+            None, config=model.config, state_dict=copies, dtype=torch.float64, experts_implementation="eager"
+        )
+        .eval()
+    )
 
 
 def logits(model, weights) -> torch.Tensor:
@@ -95,7 +100,9 @@ def publish(architecture, maps, weights) -> dict[str, torch.Tensor]:
     places = {name: architecture.place(name) for name in weights}
     assert None not in places.values()
     assert all(architecture.shape(places[name]) == tuple(weight.shape) for name, weight in weights.items())
-    return {maps.published_name(name, places[name]): maps.apply(places[name], weight) for name, weight in weights.items()}
+    return {
+        maps.published_name(name, places[name]): maps.apply(places[name], weight) for name, weight in weights.items()
+    }
 
 
 def test_every_family_is_tested() -> None:

@@ -11,6 +11,7 @@ from mpunlearn.client import unlearn
 from mpunlearn.client.dataset import batches, collate, encode, read_records
 from mpunlearn.client.objectives import answer_nll, cross_entropy
 from mpunlearn.client.trainer import load
+from mpunlearn.client.unlearn import select
 from mpunlearn.errors import CheckpointError, DataError, PlanError
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
@@ -21,7 +22,8 @@ QUICK = Training(objective="npo", epochs=2, batch_size=4, learning_rate=1e-3, ma
 
 def hand_written(path: Path, forget: Path, retain: Path | None, training: Training, beta: float | None) -> dict:
     """AdamW on γ·L_forget + α·L_retain in twenty lines, over all the transformer layers' weights."""
-    model, tokenizer = load(path, {name for name in Checkpoint(path).tensors if ".layers." in name})
+    model, tokenizer = load(path)
+    select(model, "blocks")
     forget_set = encode(read_records(forget), tokenizer, 64)
     retain_set = encode(read_records(retain), tokenizer, 64) if retain else []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +76,8 @@ def test_copies_without_noise_give_equal_updates_once_inverted(save_tiny, tmp_pa
     for copies, strength in ((1, "none"), (3, "full")):
         name = f"{copies}"
         perturbation = Perturbation(copies=copies, kappa=0.0, reparameterization=strength)
-        published = preprocess(path, state=tmp_path / f"s{name}", out=tmp_path / f"c{name}", perturbation=perturbation)
+        place = {"state": tmp_path / f"s{name}", "out": tmp_path / f"c{name}"}
+        published = preprocess(path, **place, perturbation=perturbation).copies
         training = Training(**{**QUICK.__dict__, "train": r"mlp\."})
         updates = [
             unlearn(copy, forget=forget, retain=retain, out=tmp_path / f"u{name}" / copy.name, training=training)
@@ -117,11 +120,11 @@ def as_round(copy: Path, number: int, out: Path) -> Path:
 
 def test_the_reference_is_the_copy_of_round_one(save_tiny, tmp_path: Path, examples) -> None:
     forget, retain = examples
-    copies = preprocess(save_tiny(), state=tmp_path / "s", out=tmp_path / "c")
+    copies = preprocess(save_tiny(), state=tmp_path / "s", out=tmp_path / "c").copies
     memory = tmp_path / "memory"
     unlearn(copies[1], forget=forget, retain=retain, out=tmp_path / "u1", memory=memory, training=QUICK)
     kept = json.loads((memory / "copy-2.json").read_text())
-    model, tokenizer = load(copies[1], set())
+    model, tokenizer = load(copies[1])
     whole = collate(encode(read_records(forget), tokenizer, 64), 2)
     with torch.no_grad():
         logits = model(input_ids=whole["input_ids"], attention_mask=whole["attention_mask"]).logits

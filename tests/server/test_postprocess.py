@@ -66,7 +66,7 @@ def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, den
     """Through the files: in published coordinates the client descends a quadratic that no orthogonal map changes."""
     path = save_tiny(dtype=torch.float64, model_type="qwen2")
     perturbation = Perturbation(copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation)
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
     for copy in copies:
         tensors = load_file(copy / "model.safetensors")
         save_file({name: 0.7 * tensor for name, tensor in tensors.items()}, copy / "model.safetensors")
@@ -80,7 +80,7 @@ def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, den
 def published(save_tiny, tmp_path: Path):
     """A published round and a valid update for each of its three copies."""
     path = save_tiny()
-    copies = preprocess(path, state=tmp_path / "state", out=tmp_path / "copies")
+    copies = preprocess(path, state=tmp_path / "state", out=tmp_path / "copies").copies
     updates = [write_update(copy, tmp_path / "updates" / copy.name) for copy in copies]
     return path, copies, updates
 
@@ -123,7 +123,9 @@ def test_small_updates_survive_between_rounds_in_float32(save_tiny, tmp_path: Pa
     perturbation = Perturbation(copies=1, kappa=0.0, reparameterization="none")
     current = path
     for number in (1, 2):
-        [copy] = preprocess(current, state=tmp_path / "s", out=tmp_path / f"c{number}", perturbation=perturbation)
+        [copy] = preprocess(
+            current, state=tmp_path / "s", out=tmp_path / f"c{number}", perturbation=perturbation
+        ).copies
         update = write_update(copy, tmp_path / f"u{number}", scale=1.5 * 2**-10)
         dtype = "float32" if number == 1 else None
         current = postprocess([update], state=tmp_path / "s", out=tmp_path / f"o{number}", dtype=dtype)

@@ -35,7 +35,7 @@ def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, stre
     path = save_tiny(dtype=torch.float64, model_type="qwen2", max_shard_size="40KB")
     base = save_tiny("base", dtype=torch.float64, model_type="qwen2", initializer_range=0.5)
     perturbation = Perturbation(copies=3, kappa=0.1, reparameterization=strength, noise_scope=scope)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", base=base, perturbation=perturbation)
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", base=base, perturbation=perturbation).copies
     state = ServerState(tmp_path / "s")
     record = state.rounds[0]
     from mpunlearn.architecture import FAMILIES, Architecture
@@ -57,7 +57,7 @@ def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, stre
         block = "layer " + name.split(".")[2] if in_layer else name
         z = torch.stack(
             [
-                state.secret.stream("noise", 1, d, name).normals(weight.numel()).double().view(weight.shape)
+                state.secret.stream("noise", record.inputs, d, name).normals(weight.numel()).double().view(weight.shape)
                 for d in (0, 1)
             ]
         )
@@ -67,8 +67,8 @@ def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, stre
             expected = weight + noise if in_layer or scope == "all" else weight
             place = architecture.place(name)
             matrices = [
-                dense_matrix(publisher.maps[k]._map(role, place.layer), size)
-                for role, size in zip(place.roles, weight.shape, strict=True)
+                dense_matrix(axis_map, size)
+                for axis_map, size in zip(publisher.maps[k].maps(place), weight.shape, strict=True)
             ]
             expected = matrices[0] @ expected if len(matrices) == 1 else matrices[0] @ expected @ matrices[1].T
             assert torch.allclose(Checkpoint(copies[k]).read(name), expected, rtol=1e-12, atol=1e-12), name
@@ -82,7 +82,7 @@ def noise_of(path: Path, copies: list[Path], name: str = KEY) -> torch.Tensor:
 def test_noise_sums_to_zero_and_has_the_stated_covariance(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.float64, hidden_size=128, intermediate_size=512)
     perturbation = Perturbation(copies=4, kappa=0.2, reparameterization="none", alphas=(1.0, 1.0, 1.5, 2.0))
-    noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation))
+    noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies)
     sigma = ServerState(tmp_path / "s").rounds[0].sigma["layer 1"]
     alpha = torch.tensor(perturbation.alphas, dtype=torch.float64)
     assert float((noise / alpha[:, None]).sum(dim=0).abs().max()) < 1e-12
@@ -96,7 +96,7 @@ def test_noise_sums_to_zero_and_has_the_stated_covariance(save_tiny, tmp_path: P
 def test_one_copy_carries_noise_that_nothing_cancels(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.float64, hidden_size=128, intermediate_size=512)
     perturbation = Perturbation(copies=1, kappa=0.1, reparameterization="none")
-    noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation))
+    noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies)
     sigma = ServerState(tmp_path / "s").rounds[0].sigma["layer 1"]
     assert stats.kstest((noise[0] / sigma).numpy(), "norm").pvalue > 1e-4
 
@@ -106,12 +106,14 @@ def test_runs_rounds_and_tensors_are_independent(save_tiny, tmp_path: Path) -> N
     perturbation = Perturbation(copies=2, kappa=0.1, reparameterization="none")
     noises = []
     for run in ("a", "b"):
-        copies = preprocess(path, state=tmp_path / run, out=tmp_path / f"{run}-1", perturbation=perturbation)
+        copies = preprocess(path, state=tmp_path / run, out=tmp_path / f"{run}-1", perturbation=perturbation).copies
         noises += [noise_of(path, copies)[0], noise_of(path, copies, KEY.replace("1", "0"))[0]]
     server = ServerState(tmp_path / "a")
     server.close()
     noises.append(
-        noise_of(path, preprocess(path, state=tmp_path / "a", out=tmp_path / "a-2", perturbation=perturbation))[0]
+        noise_of(path, preprocess(path, state=tmp_path / "a", out=tmp_path / "a-2", perturbation=perturbation).copies)[
+            0
+        ]
     )
     correlations = np.corrcoef(np.stack([noise.numpy() for noise in noises])) - np.eye(len(noises))
     assert np.abs(correlations).max() < 5 / noises[0].numel() ** 0.5
@@ -119,25 +121,28 @@ def test_runs_rounds_and_tensors_are_independent(save_tiny, tmp_path: Path) -> N
 
 def test_the_same_state_publishes_the_same_copies_again(save_tiny, tmp_path: Path) -> None:
     path = save_tiny()
-    first = preprocess(path, state=tmp_path / "s", out=tmp_path / "one")
-    again = preprocess(path, state=tmp_path / "s", out=tmp_path / "two")
+    first = preprocess(path, state=tmp_path / "s", out=tmp_path / "one").copies
+    again = preprocess(path, state=tmp_path / "s", out=tmp_path / "two").copies
     assert [checkpoint_digest(copy) for copy in first] == [checkpoint_digest(copy) for copy in again]
-    other = preprocess(path, state=tmp_path / "t", out=tmp_path / "three")
+    other = preprocess(path, state=tmp_path / "t", out=tmp_path / "three").copies
     assert not {checkpoint_digest(copy) for copy in first} & {checkpoint_digest(copy) for copy in other}
 
 
-@pytest.mark.parametrize("change", ["kappa", "weights"])
+@pytest.mark.parametrize("change", ["kappa", "weights", "base"])
 def test_an_open_round_is_never_published_from_other_inputs(save_tiny, tmp_path: Path, change: str) -> None:
     path = save_tiny()
     preprocess(path, state=tmp_path / "s", out=tmp_path / "one")
-    if change == "weights":
+    base = None
+    if change == "base":
+        base, perturbation = path, Perturbation()
+    elif change == "weights":
         path, perturbation = save_tiny("other", hidden_act="gelu"), Perturbation()
         file = path / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
     else:
         perturbation = Perturbation(kappa=0.02)
     with pytest.raises(StateError, match="round 1 is open"):
-        preprocess(path, state=tmp_path / "s", out=tmp_path / "two", perturbation=perturbation)
+        preprocess(path, state=tmp_path / "s", out=tmp_path / "two", base=base, perturbation=perturbation)
     assert not (tmp_path / "two").exists()
     assert len(ServerState(tmp_path / "s").rounds) == 1
 
@@ -151,7 +156,9 @@ def test_copies_load_with_transformers_and_generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = save_tiny(model_type=model_type, dtype=dtype, tie_word_embeddings=tied)
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1, kappa=0))
+    [copy] = preprocess(
+        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1, kappa=0)
+    ).copies
     original, published = (AutoModelForCausalLM.from_pretrained(p) for p in (path, copy))
     assert published.dtype == dtype
     tokens = AutoTokenizer.from_pretrained(copy)("Where was", return_tensors="pt")["input_ids"]
@@ -172,7 +179,7 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(save_tiny, tmp_path: Path) 
     path = save_tiny(tie_word_embeddings=True)
     tensors = load_file(path / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1))
+    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
     assert "lm_head.weight" not in Checkpoint(copy).tensors
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="differ"):
@@ -185,7 +192,7 @@ def test_constants_of_old_checkpoints_are_not_published(save_tiny, tmp_path: Pat
     path = save_tiny()
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file({**load_file(path / "model.safetensors"), **extra}, path / "model.safetensors")
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1))
+    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
     assert not set(extra) & set(Checkpoint(copy).tensors)
 
 
@@ -193,7 +200,7 @@ def test_publish_dtype(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.bfloat16)
     copies = preprocess(
         path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float32")
-    )
+    ).copies
     assert {info.dtype for info in Checkpoint(copies[0]).tensors.values()} == {torch.float32}
     assert Checkpoint(copies[0]).config["dtype"] == "float32"
 
@@ -202,6 +209,9 @@ def test_copies_hold_no_secret_and_no_path_of_the_server(save_tiny, tmp_path: Pa
     path = save_tiny()
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "_name_or_path": "/srv/secret-model"}))
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+    paths = {"name_or_path": "/srv/secret-model", "special_tokens_map_file": "/srv/secret-model/map.json"}
+    (path / "tokenizer_config.json").write_text(json.dumps({**tokenizer, **paths}))
     (path / "optimizer.pt").write_text("server's own")
     preprocess(path, state=tmp_path / "s", out=tmp_path / "c")
     key = (tmp_path / "s" / "secret.key").read_bytes()
@@ -228,7 +238,7 @@ def bad_model(save_tiny, how: str) -> tuple[Path, type[MPUError], str]:
     tensors = load_file(file)
     if how == "unknown family":
         (path / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
-        return path, UnsupportedModelError, "known families: llama, mistral, qwen2"
+        return path, UnsupportedModelError, "known families: gemma, gemma2, gemma3_text, gpt_neox, llama, mistral"
     if how == "no model_type":
         (path / "config.json").write_text("{}")
         return path, UnsupportedModelError, "known families"

@@ -133,7 +133,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 8}),
     "qwen2": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 32}),
     # A norm on each query and key head.
-    "qwen3": Family({**_LLAMA, **_NORM_PER_HEAD}, query_key="signs", defaults={"head_dim": 128, "num_key_value_heads": 32}),
+    "qwen3": Family(
+        {**_LLAMA, **_NORM_PER_HEAD}, query_key="signs", defaults={"head_dim": 128, "num_key_value_heads": 32}
+    ),
     # head_dim is not hidden/heads; norm weights are stored minus one, which a permutation does not see.
     "gemma": Family(_LLAMA, defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True}),
     # Norms before and behind each sub-layer.

@@ -44,7 +44,7 @@ def read_records(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     records = [_record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -67,9 +67,9 @@ def _record(path: Path, number: int, line: str) -> Record:
     return Record(None, value["text"]) if fields == ("text",) else Record(value["question"], value["answer"])
 
 
-def records_digest(records: list[Record]) -> str:
-    """SHA-256 (hex) of examples and their order."""
-    return hashlib.sha256(json.dumps([[r.question, r.answer] for r in records]).encode()).hexdigest()
+def examples_digest(examples: list[Example]) -> str:
+    """SHA-256 (hex) of tokenised examples and their order."""
+    return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()
 
 
 def prompt_and_answer(tokenizer: Any, question: str, answer: str) -> tuple[str, str]:
@@ -77,8 +77,10 @@ def prompt_and_answer(tokenizer: Any, question: str, answer: str) -> tuple[str, 
     if not tokenizer.chat_template:
         return f"Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
     user = {"role": "user", "content": question}
-    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], tokenize=False)
-    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    # Some templates write today's date into the prompt: a fixed one keeps all copies of a run alike.
+    fixed = {"tokenize": False, "date_string": "1 January 2025"}
+    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], **fixed)
+    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **fixed)
     prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (character by character is what is wanted)
     return prompt, whole[len(prompt) :]
 

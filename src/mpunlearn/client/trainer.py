@@ -22,21 +22,30 @@ from mpunlearn.protocol.plan import Training
 Batch = dict[str, Any]
 
 
-def load(path: Path, trained: set[str]) -> tuple[Any, Any]:
-    """Model (float32, with only the named parameters trainable) and tokenizer of a checkpoint directory.
+def load(path: Path) -> tuple[Any, Any]:
+    """Model (float32) and tokenizer of a checkpoint directory.
 
     Raises:
         CheckpointError: transformers cannot load them.
     """
     quiet()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    return model, tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's parameters under the names and in the shapes that its checkpoint has on disk.
+
+    They differ where transformers keeps several of a checkpoint's tensors as one, such as the experts of a mixture.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, parameters)
+    return found
 
 
 def quiet() -> None:
@@ -103,6 +112,7 @@ def train(
                 dataloader_pin_memory=torch.cuda.is_available(),
                 disable_tqdm=True,
             )
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # a plan's batch is one item: it is not spread over GPUs
         except ValueError as error:
             raise PlanError(f"the training options do not fit: {error}") from error
         progress = _Bar(f"unlearning with {training.objective}")
@@ -110,6 +120,8 @@ def train(
             objective, model=model, args=arguments, train_dataset=dataset, data_collator=_first, callbacks=[progress]
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if arguments.world_size > 1:
+            raise PlanError("training on several processes is not supported yet; start one")
         trainer.train()
 
 
@@ -190,4 +202,5 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _first(items: list[Batch]) -> Batch:
-    return items[0]
+    [batch] = items
+    return batch

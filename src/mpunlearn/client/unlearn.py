@@ -9,16 +9,13 @@ kept in the client's own memory folder, so later rounds need neither that copy n
 An ordinary checkpoint works as well and gives a plain, noise-free update; no server will take that for one of its copies.
 """
 
-import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.architecture import FAMILIES
-from mpunlearn.architecture.spaces import architecture_of
-from mpunlearn.checkpoint import Checkpoint, TensorWriter, new_directory, write_json
-from mpunlearn.client.dataset import Record, batches, encode, read_records, records_digest
+from mpunlearn.checkpoint import Checkpoint, TensorWriter, new_directory, read_json, write_json
+from mpunlearn.client.dataset import Example, Record, batches, encode, examples_digest, read_records
 from mpunlearn.client.objectives import OBJECTIVES, Objective
 from mpunlearn.errors import CheckpointError, DataError, PlanError
 from mpunlearn.protocol.exchange import Card
@@ -54,29 +51,23 @@ def unlearn(
         PlanError: an unknown objective, or a weight selection that selects nothing.
     """
     training = training or Training()
-    objective = resolve(training)
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory for the update, or remove this one")
     source = Checkpoint(copy)
     card = Card.of(source.config)
-    names = trained_names(source, training.train)
-    forget_records = read_records(forget)
-    if objective.alpha and retain is None:
-        raise DataError(
-            f"--objective {training.objective} has a retain term: give --retain, or --alpha 0 to go without"
-        )
-    retain_records = read_records(retain) if retain is not None and objective.alpha else []
+    task = check(training, forget, retain)
 
     from mpunlearn.client import trainer
 
-    model, tokenizer = trainer.load(source.path, names)
-    forget_examples = encode(forget_records, tokenizer, training.max_length)
-    retain_examples = encode(retain_records, tokenizer, training.max_length)
+    model, tokenizer = trainer.load(source.path)
+    select(model, training.train)
+    forget_examples = encode(task.forget, tokenizer, training.max_length)
+    retain_examples = encode(task.retain, tokenizer, training.max_length)
     reference_nll = None
-    if objective.reference:
+    if task.objective.reference:
         kept = _memory_file(memory, card)
-        reference_nll = _recall(kept, card, forget_records)
+        reference_nll = _recall(kept, card, forget_examples)
         if reference_nll is None:
             if card is not None and card.round > 1:
                 raise DataError(
@@ -84,7 +75,7 @@ def unlearn(
                     "directory that round 1 was run with"
                 )
             reference_nll = trainer.nll(model, forget_examples, training.batch_size, tokenizer)
-            _remember(kept, card, forget_records, reference_nll)
+            _remember(kept, card, forget_examples, reference_nll)
     plan = batches(
         len(forget_examples),
         len(retain_examples),
@@ -93,17 +84,50 @@ def unlearn(
         seed=training.seed,
         round_number=card.round if card else 1,
     )
-    trainer.train(model, tokenizer, objective, training, plan, forget_examples, retain_examples, reference_nll)
+    trainer.train(model, tokenizer, task.objective, training, plan, forget_examples, retain_examples, reference_nll)
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = trainer.on_disk(model, trained)
+    if missing := sorted(set(tensors) - set(source.tensors)):
+        raise CheckpointError(f"{source.path}: has no tensor {missing[0]}, which its model trained; is it damaged?")
     import torch
 
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
     with new_directory(out) as folder:
-        specs = {name: (torch.float32, tuple(parameter.shape)) for name, parameter in parameters.items()}
+        specs = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with TensorWriter(folder, specs, stem="update") as writer:
-            for name, parameter in parameters.items():
-                writer.write(name, parameter.detach().cpu().float() - source.read(name).float())
+            for name, tensor in tensors.items():
+                writer.write(name, tensor.cpu().float() - source.read(name).float())
         write_json(folder / "update.json", {"format": 1, **(card.entry() if card else {})})
     return out
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be unlearned, read and checked."""
+
+    objective: Objective
+    forget: list[Record]
+    retain: list[Record]
+    """Empty where the objective has no retain term."""
+
+
+def check(training: Training, forget: str | Path, retain: str | Path | None) -> Task:
+    """Everything that can be known to be wrong before a model is loaded.
+
+    Raises:
+        DataError: an example file cannot be read, or is missing.
+        PlanError: an unknown objective or hyper-parameter, or a weight selection that is not a regular expression.
+    """
+    objective = resolve(training)
+    try:
+        re.compile(training.train)
+    except re.error as error:
+        expected = "expected blocks, all or a regular expression"
+        raise PlanError(f"--train: {expected}, found {training.train!r} ({error})") from None
+    if objective.alpha and retain is None:
+        raise DataError(
+            f"--objective {training.objective} has a retain term: give --retain, or --alpha 0 to go without"
+        )
+    return Task(objective, read_records(forget), read_records(retain) if retain is not None and objective.alpha else [])
 
 
 def resolve(training: Training) -> Objective:
@@ -123,46 +147,51 @@ def resolve(training: Training) -> Objective:
     return replace(objective, **given)
 
 
-def trained_names(source: Checkpoint, train: str) -> set[str]:
-    """Names of the tensors that train.
+def select(model: Any, train: str) -> None:
+    """Lets the selected weights of a model train, and no others.
+
+    Args:
+        train: "blocks" (the transformer layers'), "all", or a regular expression over the model's parameter names.
 
     Raises:
-        UnsupportedModelError: "blocks" was asked of a family without a table.
-        PlanError: not a regular expression, or one that no tensor matches.
+        PlanError: no parameter matches.
     """
-    if train == "all":
-        return set(source.tensors)
-    if train == "blocks":
-        places = architecture_of(source, FAMILIES).places(source)
-        return {name for name, place in places.items() if place.layer is not None}
-    try:
-        names = {name for name in source.tensors if re.search(train, name)}
-    except re.error as error:
-        raise PlanError(f"--train: expected blocks, all or a regular expression, found {train!r} ({error})") from None
-    if not names:
-        raise PlanError(f"--train: no tensor of {source.path} matches {train!r}, the first is {min(source.tensors)}")
-    return names
+    pattern = {"all": "", "blocks": r"\.(layers|h|blocks)\.\d+\."}.get(train, train)
+    names = [name for name, _ in model.named_parameters()]
+    selected = {name for name in names if re.search(pattern, name)}
+    if not selected:
+        raise PlanError(f"--train: no parameter matches {train!r}; the first is {names[0]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in selected)
 
 
 def _memory_file(memory: str | Path | None, card: Card | None) -> Path | None:
     return Path(memory) / f"copy-{card.copy}.json" if memory is not None and card is not None else None
 
 
-def _recall(path: Path | None, card: Card | None, records: list[Record]) -> list[float] | None:
+def _recall(path: Path | None, card: Card | None, examples: list[Example]) -> list[float] | None:
     """The log-likelihoods kept for these examples and this copy's run, or None."""
     if path is None or card is None or not path.is_file():
         return None
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if kept["run"] != card.run or kept["examples"] != records_digest(records):
+    try:
+        kept = read_json(path)
+        same = kept["run"] == card.run and kept["examples"] == examples_digest(examples)
+        values = [float(value) for value in kept["forget_nll"]]
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a memory of round 1 ({error}); restore it, or begin the run anew") from error
+    if not same or len(values) != len(examples):
         raise DataError(
-            f"{path}: belongs to another run or another forget set; give each run its own --memory and the same --forget"
+            f"{path}: belongs to another run, another forget set or another --max-length; give each run its own --memory"
         )
-    return [float(value) for value in kept["forget_nll"]]
+    return values
 
 
-def _remember(path: Path | None, card: Card | None, records: list[Record], reference_nll: list[float]) -> None:
+def _remember(path: Path | None, card: Card | None, examples: list[Example], reference_nll: list[float]) -> None:
     if path is None or card is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    kept = {**asdict(card), "examples": records_digest(records), "forget_nll": reference_nll}
-    write_json(path, kept, mode=0o600)
+    kept = {**asdict(card), "examples": examples_digest(examples), "forget_nll": reference_nll}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, kept, mode=0o600)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error

@@ -33,7 +33,7 @@ def evaluate_answers(
     Args:
         files: JSON lines by any name; the result has the same names.
     """
-    model, tokenizer = load(Path(checkpoint), set())
+    model, tokenizer = load(Path(checkpoint))
     model.eval()
     results = {}
     for name, file in files.items():
@@ -51,6 +51,7 @@ def answer_probabilities(model: Any, tokenizer: Any, records: list[Record], batc
     values: list[float] = []
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
+        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
         values += torch.exp(-answer_nll(logits, batch["labels"]) / counts).tolist()
@@ -73,7 +74,9 @@ def answer_rouge(
     for start in progress(starts, "generating answers"):
         chunk = records[start : start + batch_size]
         prompts = [prompt_and_answer(tokenizer, record.question or "", record.answer)[0] for record in chunk]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template)
+        inputs = tokenizer(
+            prompts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template
+        ).to(model.device)
         generated = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

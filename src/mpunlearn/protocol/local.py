@@ -1,27 +1,33 @@
 """Both parties in one process, apart on disk, and resumable.
 
-    RUN/server/      the server's alone: plan, secret state, θ between rounds
-    RUN/client/      the client's alone: its memory of the round-1 copies
+    RUN/server/      the server's alone (mode 0700): plan, secret state, θ between rounds
+    RUN/client/      the client's alone (mode 0700): digests of its files, its memory of the round-1 copies
     RUN/exchange/    what crosses between them: round-1/copies/copy-1 …, round-1/updates/copy-1 …
-    RUN/final/       the unlearned checkpoint
+    RUN/final/       the unlearned checkpoint, the server's
 
 The journal is the tree itself: every directory appears by one rename when it is whole, and a round is closed in the server's
-state after its result has its name. So a run killed anywhere goes on with what is missing, and ends with the same bytes,
-since secrets come from the state and training is a function of the plan. Between rounds θ is kept in float32.
+state after its result has its name. So a run killed anywhere goes on with what is missing, and ends with the same bytes where
+the client trains alike (the same machine and number of threads); the server's own bytes are the same everywhere. Between
+rounds θ is kept in float32. A copy is deleted when its update is there: one round's copies are the most that is ever held.
 """
 
 import dataclasses
 import hashlib
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import read_json, write_json
-from mpunlearn.client.unlearn import resolve, unlearn
-from mpunlearn.errors import DataError, PlanError
+from mpunlearn.architecture import FAMILIES
+from mpunlearn.architecture.spaces import architecture_of
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, read_json, write_json
+from mpunlearn.client.unlearn import check, unlearn
+from mpunlearn.errors import CheckpointError, DataError, PlanError, StateError
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
+from mpunlearn.server.state import locked
 
 
 def run(
@@ -58,84 +64,147 @@ def run(
         PlanError: `out` holds a run with other arguments, or an option has an impossible value.
         MPUError: as `preprocess`, `unlearn` and `postprocess` do.
     """
-    out = Path(out)
+    out, source = Path(out), Path(checkpoint)
     perturbation, training = perturbation or Perturbation(), training or Training()
     if rounds < 1:
         raise PlanError(f"--rounds: expected at least 1, found {rounds}")
-    resolve(training)
-    plan = {
-        "checkpoint": str(Path(checkpoint).resolve()),
-        "base": str(Path(base).resolve()) if base is not None else None,
-        "forget": _file_digest(forget),
-        "retain": _file_digest(retain) if retain is not None else None,
-        "rounds": rounds,
-        "eta": eta,
-        "perturbation": dataclasses.asdict(perturbation),
-        "training": dataclasses.asdict(training),
+    if not math.isfinite(eta):
+        raise PlanError(f"--eta: expected a number, found {eta}")
+    check(training, forget, retain)
+    for model in (source, *([Path(base)] if base is not None else [])):
+        opened = Checkpoint(model)
+        architecture_of(opened, FAMILIES).places(opened)
+        if out.resolve() in (model.resolve(), *model.resolve().parents):
+            raise PlanError(f"--out {out}: holds the model {model} itself; name a directory of its own for the run")
+    plans: dict[Path, dict[str, Any]] = {
+        out / "server" / "plan.json": {
+            "checkpoint": str(source.resolve()),
+            "base": str(Path(base).resolve()) if base is not None else None,
+            "rounds": rounds,
+            "eta": eta,
+            "perturbation": perturbation.plain(),
+            "training": dataclasses.asdict(training),
+        },
+        out / "client" / "plan.json": {
+            "forget": _file_digest(forget),
+            "retain": _file_digest(retain) if retain is not None else None,
+        },
     }
-    server, exchange, final = out / "server", out / "exchange", out / "final"
-    _pin(server / "plan.json", plan)
-    state = server / "state"
+    _check_room(out, source, perturbation, rounds)
+    _pin(out, plans)
+    work = _Run(out, source, forget, retain, base, rounds, eta, keep_exchange, perturbation, training)
+    with locked(out / "server"):
+        for number in progress(range(1, rounds + 1), "rounds"):
+            work.round(number)
+    if not work.theta(rounds).is_dir():
+        raise StateError(f"{out}: the run is complete, but its final model has been removed; start another --out")
+    return work.theta(rounds)
 
-    def theta(number: int) -> Path:
-        """The model after round `number`; 0 is the model that was given."""
-        return Path(checkpoint) if number == 0 else final if number == rounds else server / f"round-{number}"
 
-    for number in progress(range(1, rounds + 1), "rounds"):
-        folder = exchange / f"round-{number}"
-        if not _closed(state, number):
-            shutil.rmtree(theta(number), ignore_errors=True)
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of `run`, and what it does with them."""
+
+    out: Path
+    checkpoint: Path
+    forget: str | Path
+    retain: str | Path | None
+    base: str | Path | None
+    rounds: int
+    eta: float
+    keep_exchange: bool
+    perturbation: Perturbation
+    training: Training
+
+    @property
+    def state(self) -> Path:
+        return self.out / "server" / "state"
+
+    def theta(self, number: int) -> Path:
+        """Where the model after round `number` lies; 0 is the model that was given."""
+        if number == 0:
+            return self.checkpoint
+        return self.out / "final" if number == self.rounds else self.out / "server" / f"round-{number}"
+
+    def round(self, number: int) -> None:
+        """What is missing of one round, and nothing of it left over."""
+        folder = self.out / "exchange" / f"round-{number}"
+        if not self._closed(number):
+            shutil.rmtree(self.theta(number), ignore_errors=True)
+            before = self.theta(number - 1)
             if not (folder / "copies").exists():
-                preprocess(theta(number - 1), state=state, out=folder / "copies", base=base, perturbation=perturbation)
-            updates = []
-            for copy in progress(range(1, perturbation.copies + 1), f"round {number} of {rounds}: copies"):
-                updates.append(folder / "updates" / f"copy-{copy}")
-                if not updates[-1].exists():
-                    unlearn(
-                        folder / "copies" / f"copy-{copy}",
-                        forget=forget,
-                        retain=retain,
-                        out=updates[-1],
-                        memory=out / "client" / "memory",
-                        training=training,
-                    )
+                preprocess(
+                    before, state=self.state, out=folder / "copies", base=self.base, perturbation=self.perturbation
+                )
+            updates = [folder / "updates" / f"copy-{copy}" for copy in range(1, self.perturbation.copies + 1)]
+            for update in progress(updates, f"round {number} of {self.rounds}: copies"):
+                self._unlearn(folder / "copies" / update.name, update)
             postprocess(
                 updates,
-                state=state,
-                out=theta(number),
-                eta=eta,
-                checkpoint=theta(number - 1),
-                dtype=None if number == rounds else "float32",
+                state=self.state,
+                out=self.theta(number),
+                eta=self.eta,
+                checkpoint=before,
+                dtype=None if number == self.rounds else "float32",
             )
-        if not keep_exchange:
+        if not self.keep_exchange:
             shutil.rmtree(folder, ignore_errors=True)
         if number > 1:
-            shutil.rmtree(theta(number - 1), ignore_errors=True)
-    return final
+            shutil.rmtree(self.theta(number - 1), ignore_errors=True)
+
+    def _unlearn(self, copy: Path, update: Path) -> None:
+        if not update.exists():
+            memory = self.out / "client" / "memory"
+            unlearn(copy, forget=self.forget, retain=self.retain, out=update, memory=memory, training=self.training)
+        if not self.keep_exchange:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _closed(self, number: int) -> bool:
+        rounds = ServerState(self.state).rounds if self.state.exists() else []
+        return any(record.closed for record in rounds[number - 1 : number])
 
 
-def _closed(state: Path, number: int) -> bool:
-    return state.exists() and any(record.closed for record in ServerState(state).rounds[number - 1 : number])
+def _pin(out: Path, plans: dict[Path, dict[str, Any]]) -> None:
+    """Writes the plans of a new run, or checks that those of an old one are the same."""
+    server = next(iter(plans))
+    if not server.exists() and any((out / name).exists() for name in ("final", "exchange", "client")):
+        raise PlanError(f"--out {out}: holds something else than a run; name a directory of its own for the run")
+    for path, plan in plans.items():
+        if path.exists():
+            pinned = read_json(path)
+            if changed := [key for key, value in plan.items() if pinned.get(key) != value]:
+                raise PlanError(
+                    f"{out}: holds a run with another {' and '.join(changed)}; give the same arguments to go on with it, or "
+                    "another --out"
+                )
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.chmod(0o700)
+            write_json(path, plan, mode=0o600)
+        except OSError as error:
+            raise PlanError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
-def _pin(path: Path, plan: dict[str, Any]) -> None:
-    """Writes the plan of a new run, or checks that an old one is the same."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(path, plan, mode=0o600)
-        return
-    pinned = read_json(path)
-    if changed := [key for key, value in plan.items() if pinned.get(key) != _as_json(value)]:
-        raise PlanError(
-            f"{path.parent.parent}: holds a run with another {' and '.join(changed)}; give the same arguments to go on with "
-            "it, or another --out"
+def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds: int) -> None:
+    """Refuses a run that would fill the disk: the copies or the updates of one round, and θ before and after it.
+
+    Raises:
+        CheckpointError: there is less space than that.
+    """
+    tensors = Checkpoint(checkpoint).tensors.values()
+    entries = sum(info.nbytes // info.dtype.itemsize for info in tensors)
+    dtype = perturbation.publish_dtype
+    copy = entries * FLOAT_DTYPES[dtype].itemsize if dtype else sum(info.nbytes for info in tensors)
+    update = theta = 4 * entries
+    needed = perturbation.copies * max(copy, update) + min(copy, update) + theta * min(rounds, 2)
+    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out}: the run needs up to {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some space, "
+            "name an --out elsewhere, or take fewer --copies"
         )
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _file_digest(path: str | Path) -> str:

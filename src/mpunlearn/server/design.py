@@ -35,9 +35,11 @@ class CopyDesign:
         copies = len(self.weights)
         if self.coefficients.ndim != 2 or len(self.coefficients) != copies:
             raise ValueError(f"{copies} weights, but coefficients of shape {self.coefficients.shape}")
-        if abs(self.weights.sum() - 1) > TOLERANCE:
+        size = np.abs(self.weights).sum()
+        if not abs(self.weights.sum() - 1) <= TOLERANCE * size:
             raise ValueError(f"the weights sum to {self.weights.sum()}, expected 1")
-        if copies > 1 and np.abs(self.weights @ self.coefficients).max(initial=0.0) > TOLERANCE:
+        largest = np.abs(self.coefficients).max(initial=0.0)
+        if copies > 1 and not np.abs(self.weights @ self.coefficients).max(initial=0.0) <= TOLERANCE * size * largest:
             raise ValueError("the weighted noise does not cancel to first order")
 
     @property

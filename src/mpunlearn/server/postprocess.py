@@ -8,6 +8,8 @@ larger than the model. A copy that is missing is an error, never averaged over: 
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,17 +26,17 @@ from mpunlearn.checkpoint import (
     write_json,
 )
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
-from mpunlearn.progress import progress
 from mpunlearn.protocol.exchange import Arrival
-from mpunlearn.server.preprocess import Publisher, derived_config
-from mpunlearn.server.state import RoundRecord, ServerState
+from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
+from mpunlearn.server.state import RoundRecord, ServerState, locked
+from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
 
 
 def postprocess(
-    updates: list[str | Path] | list[Path] | list[str],
+    updates: Sequence[str | Path],
     *,
     state: str | Path,
     out: str | Path,
@@ -58,58 +60,129 @@ def postprocess(
 
     Raises:
         UpdateError: an update is missing, doubled, of another run or round, or cannot be an update of this model.
-        StateError: no round was ever published from this state, or its checkpoint is not what it was.
+        StateError: no round was ever published from this state, its checkpoint is not what it was, or the state is in use.
         CheckpointError: the checkpoint cannot be read, or `out` exists or cannot be written.
     """
     if not math.isfinite(eta):
         raise PlanError(f"--eta: expected a number, found {eta}")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise PlanError(f"--dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
-    server = ServerState(state)
-    if not server.rounds:
-        raise StateError(f"{server.path}: no round was published from this state; run `preprocess` first")
-    record = server.rounds[-1]
-    source = Checkpoint(checkpoint or record.checkpoint)
-    architecture = architecture_of(source, FAMILIES)
-    places = architecture.places(source)
-    arrivals = _match(updates, server.run, record)
-    publisher = Publisher(server.secret, record, architecture)
-    trained = _check_tensors(arrivals, source, architecture, places, publisher)
-    specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in places}
-    squares, model_square = [0.0] * len(arrivals), 0.0
-    with new_directory(out) as folder:
-        copy_companions(source.path, folder)
-        write_json(folder / "config.json", derived_config(source.config, specs))
-        with TensorWriter(folder, specs) as writer:
-            for name, place in progress(places.items(), f"round {record.round}: aggregating {len(arrivals)} updates"):
-                stored = source.read(name)
-                if tensor_digest(stored) != record.digests.get(name):
-                    raise StateError(
-                        f"{source.path}: {name} is not what round {record.round} was published from; restore that "
-                        "checkpoint, or name where it lies now"
+    with locked(Path(state)):
+        server = ServerState(state)
+        if not server.rounds:
+            raise StateError(f"{server.path}: no round was published from this state; run `preprocess` first")
+        record = server.rounds[-1]
+        source = Checkpoint(checkpoint or record.checkpoint)
+        architecture = architecture_of(source, FAMILIES)
+        places = architecture.places(source)
+        if set(places) != set(record.dtypes):
+            raise StateError(f"{source.path}: is another model than round {record.round} was published from")
+        publisher = Publisher(server.secret, record, architecture)
+        arrivals = _match(updates, server.run, record)
+        trained = _check_tensors(arrivals, source, architecture, places, publisher)
+        round_ = _Round(source, record, publisher, arrivals, trained, eta)
+        specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in places}
+        with new_directory(out, mode=0o700) as folder:
+            copy_companions(source.path, folder)
+            write_json(folder / "config.json", derived_config(source.config, specs))
+            with TensorWriter(folder, specs) as writer:
+                cut = _numbered(pieces(source, places))
+
+                def work(item: tuple[int, Piece]) -> tuple[float, list[float]]:
+                    value, square, squares = round_.aggregate(*item)
+                    name, start = item[1].name, item[1].start
+                    writer.write_rows(name, start, checked_cast(value, specs[name][0], name))
+                    return square, squares
+
+                what = f"round {record.round}: aggregating {len(arrivals)} updates"
+                results = in_parallel(cut, work, what, lambda item: item[1].stop - item[1].start)
+            model = sum(square for square, _ in results)
+            for copy, arrival in enumerate(arrivals):
+                square = sum(squares[copy] for _, squares in results)
+                if square > NORM_LIMIT**2 * model:
+                    raise UpdateError(
+                        f"{arrival.tensors.path}: the update's norm is {math.sqrt(square / model):.3g} times the model's, "
+                        f"expected at most {NORM_LIMIT:g}; train with a smaller learning rate"
                     )
-                value = stored.to(compute_dtype(stored.dtype))
-                model_square += float(value.square().sum(dtype=torch.float64))
-                if name in trained:
-                    total = torch.zeros_like(value)
-                    for copy, arrival in enumerate(arrivals):
-                        update = _update(arrival, copy, name, place, stored, publisher)
-                        squares[copy] += float(update.square().sum(dtype=torch.float64))
-                        inverted = publisher.maps[copy].invert(place, update)
-                        total.add_(inverted, alpha=float(publisher.design.weights[copy]))
-                    value = value + eta * total
-                writer.write(name, value.to(specs[name][0]))
-        for arrival, square in zip(arrivals, squares, strict=True):
-            if square > NORM_LIMIT**2 * model_square:
-                raise UpdateError(
-                    f"{arrival.tensors.path}: the update's norm is {math.sqrt(square / model_square):.3g} times the "
-                    f"model's, expected at most {NORM_LIMIT:g}; train with a smaller learning rate"
-                )
-    server.close()
+        server.close()
     return Path(out)
 
 
-def _match(updates: list[str | Path] | list[Path] | list[str], run: str, record: RoundRecord) -> list[Arrival]:
+def _numbered(cut: list[Piece]) -> list[tuple[int, Piece]]:
+    """Pieces with their number within their tensor."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for piece in cut:
+        numbered.append((seen.get(piece.name, 0), piece))
+        seen[piece.name] = numbered[-1][0] + 1
+    return numbered
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What is needed to aggregate one piece after another."""
+
+    source: Checkpoint
+    record: RoundRecord
+    publisher: Publisher
+    arrivals: list[Arrival]
+    trained: set[str]
+    """Names of the tensors that the updates hold."""
+    eta: float
+
+    def aggregate(self, number: int, piece: Piece) -> tuple[torch.Tensor, float, list[float]]:
+        """θ + η Δ̄ of a piece in the arithmetic dtype, and the squared norms of θ's and of each update's piece.
+
+        Raises:
+            StateError: θ is not what the round was published from.
+            UpdateError: an update holds NaN or infinite values.
+        """
+        stored = self.source.read_rows(piece.name, piece.start, piece.stop)
+        if tensor_digest(stored) != self.record.digests[piece.name][number]:
+            raise StateError(
+                f"{self.source.path}: {piece.name} is not what round {self.record.round} was published from; restore that "
+                "checkpoint, or name where it lies now"
+            )
+        value = stored.to(compute_dtype(stored.dtype), copy=True)
+        square, squares = _square(value), [0.0] * len(self.arrivals)
+        if piece.name in self.trained:
+            for copy, arrival in enumerate(self.arrivals):
+                squares[copy] = self._add(value, copy, arrival, piece, stored)
+        return value, square, squares
+
+    def _add(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, stored: torch.Tensor) -> float:
+        """Adds η w_k T_k⁻¹(Δ'_k) to `value`; returns the squared norm of Δ'_k."""
+        name = self.publisher.maps[copy].published_name(piece.name, piece.place)
+        update = arrival.tensors.read_rows(name, piece.start, piece.stop)
+        if arrival.trained is not None:
+            published = self.publisher.publish(piece, stored, [copy])[0][0]
+            update = update.to(value.dtype) - published.to(value.dtype)
+        weight = self.eta * float(self.publisher.design.weights[copy])
+        maps = self.publisher.maps[copy].maps(piece.place)
+        rows, row = len(value), value.numel() // max(1, len(value))
+        square = 0.0
+        for start, stop in chunks(rows, row, maps[0].block):
+            delta = maps[0].gather(update, start, stop)
+            for axis, axis_map in list(enumerate(maps))[1:]:
+                delta = axis_map.rearrange(delta, axis)
+            delta = delta.to(value.dtype)
+            square += _square(delta)
+            for axis, axis_map in enumerate(maps):
+                delta = axis_map.rotate(delta, axis, start if axis == 0 else 0, transpose=True)
+            value[start:stop].add_(delta, alpha=weight)
+        if not math.isfinite(square):
+            raise UpdateError(
+                f"{arrival.tensors.path}: {name} holds NaN or infinite values; train copy {copy + 1} again"
+            )
+        return square
+
+
+def _square(value: torch.Tensor) -> float:
+    flat = value.flatten()
+    return sum(float(torch.dot(flat[a:b], flat[a:b])) for a, b in chunks(flat.numel(), 1, 1))
+
+
+def _match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[Arrival]:
     """The arrivals in the order of their copies, exactly one for each copy of the round."""
     copies = record.settings["copies"]
     found: dict[int, Arrival] = {}
@@ -138,10 +211,11 @@ def _check_tensors(
     places: dict[str, Place],
     publisher: Publisher,
 ) -> set[str]:
-    """Names, shapes and dtypes of all arrivals; returns the names that they update, which must be the same in all."""
+    """Names, shapes and dtypes of all arrivals; returns θ's names of what they update, which must be the same in all."""
     names: list[set[str]] = []
-    for arrival in arrivals:
+    for copy, arrival in enumerate(arrivals):
         path, tensors = arrival.tensors.path, arrival.tensors.tensors
+        originals = {publisher.maps[copy].published_name(name, place): name for name, place in places.items()}
         if arrival.trained is not None:
             try:
                 mine = set(architecture.places(arrival.trained))
@@ -150,37 +224,24 @@ def _check_tensors(
         else:
             mine = set(tensors)
         for name in sorted(mine):
-            if name not in places:
+            if name not in originals:
                 raise UpdateError(f"{path}: updates {name}, which the model does not have; expected its tensors' names")
-            expected, info = source.tensors[name], tensors[name]
+            expected, info = source.tensors[originals[name]], tensors[name]
             if info.shape != expected.shape:
                 raise UpdateError(f"{path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
             if not info.dtype.is_floating_point:
                 raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
-            published = publisher.dtype(name)
+            published = publisher.dtype(originals[name])
             if arrival.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
                 raise UpdateError(
                     f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
                     f"would drown the update, save the trained model as {published}"
                 )
-        names.append(mine)
-    for arrival, mine in zip(arrivals[1:], names[1:], strict=True):
-        if difference := sorted(mine ^ names[0]):
+        names.append({originals[name] for name in mine})
+    for arrival, found in zip(arrivals[1:], names[1:], strict=True):
+        if difference := sorted(found ^ names[0]):
             raise UpdateError(
                 f"{arrival.tensors.path} and {arrivals[0].tensors.path} update different tensors, the first is "
                 f"{difference[0]}; every copy must be trained alike, or the noise does not cancel"
             )
     return names[0]
-
-
-def _update(
-    arrival: Arrival, copy: int, name: str, place: Place, stored: torch.Tensor, publisher: Publisher
-) -> torch.Tensor:
-    """Δ'_k of one tensor, in published coordinates and in the arithmetic dtype."""
-    arrived = arrival.tensors.read(name)
-    update = arrived.to(compute_dtype(stored.dtype))
-    if not bool(torch.isfinite(update).all()):
-        raise UpdateError(f"{arrival.tensors.path}: {name} holds NaN or infinite values; train copy {copy + 1} again")
-    if arrival.trained is not None:
-        update = update - publisher.tensors(name, place, stored, [copy])[0].to(update.dtype)
-    return update

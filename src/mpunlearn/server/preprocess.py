@@ -2,15 +2,16 @@
 
     θ_k = T_k(θ + ε_k),    ε_k = σ Σ_d A_kd z_d        (arXiv 2602.23798, Algorithm 1)
 
-One pass measures σ and fingerprints θ, a second streams it tensor by tensor through noise, reparameterisation and the cast
-to the storage dtype, which comes last and once. The copies get their names together, by one rename, after the round's
-record is safe in the server's state.
+One pass measures σ and fingerprints θ, a second streams it through noise, rotations, the cast to the storage dtype, which
+comes once, and signed permutations, which move numbers without rounding. The copies get their names together, by one rename.
 
-Not covered: noise below the spacing of the storage dtype is lost to the cast.
+What the cast leaves of the noise is measured on the way: the share of published entries that equal the original's (before the
+change of basis), and the bits of doubt that the noise leaves about an entry on the original's grid.
 """
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from mpunlearn.architecture import FAMILIES, Architecture, Place
+from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.architecture.spaces import architecture_of, compute_dtype
 from mpunlearn.checkpoint import (
     FLOAT_DTYPES,
@@ -27,19 +28,22 @@ from mpunlearn.checkpoint import (
     TensorWriter,
     copy_companions,
     new_directory,
+    without_paths,
     write_json,
 )
-from mpunlearn.errors import CheckpointError, PlanError
-from mpunlearn.progress import progress
+from mpunlearn.errors import CheckpointError, DisclosureWarning, PlanError, StateError, UnsupportedModelError
 from mpunlearn.protocol.exchange import CARD, Card
 from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign
-from mpunlearn.server.noise import block_of, copy_noise, draw, measure
+from mpunlearn.server.noise import block_of, copy_noise, draw, floored, measure, spacing, uncertainty
 from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
 from mpunlearn.server.secret import Secret
-from mpunlearn.server.state import RoundRecord, ServerState
+from mpunlearn.server.state import RoundRecord, ServerState, locked
+from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
 
 ALPHA_RANGE = (1.0, 2.0)
+SAMPLE = 4096
+"""Entries of a piece from which the bits of doubt are estimated."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Perturbation:
     """secret scales of the copies' noise, such as 1,1.5,2 (default: drawn uniformly from [1, 2])"""
     noise_scope: Literal["all", "layers"] = "all"
     """all noises every tensor; layers leaves embeddings, LM head and final norm without noise, as the paper's code does"""
+    noise_floor: Literal["none", "grid"] = "none"
+    """grid raises σ, entry by entry, to at least the spacing of the storage dtype, so that rounding cannot undo the noise"""
     publish_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """storage dtype of the copies (default: each tensor's own)"""
 
@@ -74,6 +80,7 @@ class Perturbation:
             ("--reparameterization", self.reparameterization, STRENGTHS),
             ("--denoising", self.denoising, ("harmonic", "extrapolate")),
             ("--noise-scope", self.noise_scope, ("all", "layers")),
+            ("--noise-floor", self.noise_floor, ("none", "grid")),
             ("--publish-dtype", self.publish_dtype, (None, *FLOAT_DTYPES)),
         ):
             if value not in known:
@@ -111,6 +118,44 @@ class Perturbation:
             return designs.single_copy()
         return designs.extrapolated(scales) if self.denoising == "extrapolate" else designs.harmonic(scales)
 
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        return {**dataclasses.asdict(self), "alphas": list(self.alphas) if self.alphas is not None else None}
+
+
+@dataclass(frozen=True)
+class Honesty:
+    """What the cast to the storage dtype left of one tensor's noise."""
+
+    equal: float
+    """Share of published entries that equal the original's before the change of basis, in the copy with most of them."""
+    bits: float
+    """Mean doubt that the least noisy copy leaves about an entry, in bits: the entropy of the noise on the original's grid."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published round."""
+
+    round: int
+    copies: list[Path]
+    """Their directories, in order."""
+    honesty: dict[str, Honesty]
+    """Per tensor; empty without noise."""
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [f"round {self.round}: {len(self.copies)} copies"]
+        if self.honesty:
+            values = list(self.honesty.values())
+            bits = sorted(value.bits for value in values)
+            lines.append(
+                f"noise left after rounding: {bits[0]:.2f} to {bits[-1]:.2f} bits of doubt per entry, median tensor "
+                f"{bits[len(bits) // 2]:.2f}; published entries that equal the original's, before the change of basis: at "
+                f"most {max(value.equal for value in values):.1%} of a tensor"
+            )
+        return "\n".join(lines)
+
 
 class Publisher:
     """Computes published tensors, the same whenever it is asked.
@@ -122,32 +167,86 @@ class Publisher:
     """
 
     def __init__(self, secret: Secret, record: RoundRecord, architecture: Architecture) -> None:
-        self._secret, self._record = secret, record
+        self._secret, self._record, self._inputs = secret, record, record.inputs
         self.perturbation = Perturbation(**record.settings)
         self.design = self.perturbation.design(record.alphas)
         self.maps = [
-            Reparameterization(architecture, self.perturbation.reparameterization, secret, record.round, copy)
+            Reparameterization(architecture, self.perturbation.reparameterization, secret, self._inputs, copy)
             for copy in range(self.design.copies)
         ]
+        self._quietest = int((self.design.coefficients**2).sum(axis=1).argmin())
 
     def dtype(self, name: str) -> torch.dtype:
         """The storage dtype of a tensor in the copies."""
         return FLOAT_DTYPES[self.perturbation.publish_dtype or self._record.dtypes[name]]
 
-    def tensors(
-        self, name: str, place: Place, stored: torch.Tensor, copies: list[int] | None = None
-    ) -> list[torch.Tensor]:
-        """T_k(θ + ε_k) of one tensor for some copies (from 0; default all), in the published dtype."""
-        value = stored.to(compute_dtype(stored.dtype))
-        silent = place.layer is None and self.perturbation.noise_scope == "layers"
-        sigma = 0.0 if silent else self._record.sigma[block_of(name, place)]
-        draws = draw(self._secret, self.design, self._record.round, name, value) if sigma else []
-        published = []
-        for copy in range(self.design.copies) if copies is None else copies:
-            noise = copy_noise(draws, self.design, sigma, copy)
-            noisy = value if noise is None else value + noise
-            published.append(self.maps[copy].apply(place, noisy).to(self.dtype(name)))
-        return published
+    def sigma(self, piece: Piece) -> float:
+        """The noise level of a piece's block, in units of the weights; 0 where there is no noise."""
+        if piece.place.layer is None and self.perturbation.noise_scope == "layers":
+            return 0.0
+        return self._record.sigma[block_of(piece.name, piece.place)] if self.design.draws else 0.0
+
+    def publish(
+        self, piece: Piece, stored: torch.Tensor, copies: list[int] | None = None
+    ) -> tuple[list[torch.Tensor], list[int]]:
+        """T_k(θ + ε_k) of a piece.
+
+        Args:
+            stored: the piece's rows of θ.
+            copies: for which copies (from 0; default all).
+
+        Returns:
+            The rows for each copy, in the published dtype; and for each how many entries equal θ's before the change of basis.
+
+        Raises:
+            UnsupportedModelError: a value leaves the range of the published dtype.
+        """
+        copies = list(range(self.design.copies)) if copies is None else copies
+        dtype, sigma = self.dtype(piece.name), self.sigma(piece)
+        streams = [
+            self._secret.stream("noise", self._inputs, number, piece.name)
+            for number in range(self.design.draws if sigma else 0)
+        ]
+        rows, row = len(stored), stored.numel() // max(1, len(stored))
+        maps = [self.maps[copy].maps(piece.place) for copy in copies]
+        published = [torch.empty(stored.shape, dtype=dtype) for _ in copies]
+        equal = [0] * len(copies)
+        for start, stop in chunks(rows, row, maps[0][0].block):
+            original = stored[start:stop]
+            value = original.to(compute_dtype(stored.dtype))
+            draws = draw(streams, (piece.start + start) * row, value)
+            level = self._level(sigma, value, stored.dtype, dtype)
+            for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):
+                noise = copy_noise(draws, self.design, level, copy)
+                noisy = value if noise is None else noise.add_(value)
+                rotated = noisy
+                for axis, axis_map in enumerate(axes):
+                    rotated = axis_map.rotate(rotated, axis, start if axis == 0 else 0)
+                cast = checked_cast(rotated, dtype, piece.name)
+                if draws:
+                    unrotated = cast if rotated is noisy else noisy.to(dtype)
+                    equal[number] += int((unrotated == original).sum())
+                for axis, axis_map in list(enumerate(axes))[1:]:
+                    cast = axis_map.arrange(cast, axis)
+                axes[0].scatter(published[number], cast, start)
+        return published, equal
+
+    def _level(
+        self, sigma: float, value: torch.Tensor, stored: torch.dtype, dtype: torch.dtype
+    ) -> float | torch.Tensor:
+        if self.perturbation.noise_floor == "none" or not sigma:
+            return sigma
+        coarser = max(stored, dtype, key=lambda kind: torch.finfo(kind).eps)
+        return floored(sigma, value, coarser)
+
+    def bits(self, piece: Piece, stored: torch.Tensor) -> float:
+        """Mean bits of doubt about an entry of a piece, from a sample of its entries."""
+        flat = stored.flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].to(compute_dtype(stored.dtype))
+        level = self._level(self.sigma(piece), sample, stored.dtype, self.dtype(piece.name))
+        scale = float((self.design.coefficients[self._quietest] ** 2).sum() ** 0.5)
+        ratio = scale * level / spacing(sample, stored.dtype)
+        return float(uncertainty(ratio.double().numpy()).mean())
 
 
 def preprocess(
@@ -157,23 +256,24 @@ def preprocess(
     out: str | Path,
     base: str | Path | None = None,
     perturbation: Perturbation | None = None,
-) -> list[Path]:
+) -> Published:
     """Publishes the copies of the next round.
 
     Args:
         checkpoint: the server's model θ, a checkpoint directory.
         state: the server's secret state; created with the first round, and the same directory for all rounds of a run.
-        out: a new directory for the copies, OUT/copy-1 … OUT/copy-m. Nothing in it is secret.
+        out: a new directory for the copies, OUT/copy-1 … OUT/copy-m. Nothing in it is secret; config.json is the
+            checkpoint's own, without paths.
         base: the public checkpoint that the model was trained from; the noise is then relative to the task vector.
         perturbation: number of copies, noise level, reparameterisation.
 
     Returns:
-        The directories of the copies, in order.
+        The copies, and what rounding left of their noise.
 
     Raises:
         CheckpointError: the checkpoint or the base is damaged, or `out` exists or cannot be written.
         UnsupportedModelError: the model's family or number format has no exact handling.
-        StateError: the state is damaged, or a round is open with other inputs.
+        StateError: the state is damaged or in use, or a round is open with other inputs.
     """
     perturbation = perturbation or Perturbation()
     source, out = Checkpoint(checkpoint), Path(out)
@@ -181,55 +281,109 @@ def preprocess(
     places = architecture.places(source)
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory for the copies, or remove this one")
-    server = ServerState(state)
-    rms, digests = measure(source, Checkpoint(base) if base is not None else None, places)
-    number = server.next_round
-    uniforms = [float(u) for u in server.secret.stream("alpha", number).uniforms(perturbation.copies)]
-    record = RoundRecord(
-        round=number,
-        checkpoint=str(source.path.resolve()),
-        digests=digests,
-        dtypes=server.rounds[0].dtypes if server.rounds else {n: _name(source.tensors[n].dtype) for n in places},
-        settings=_plain(perturbation),
-        alphas=perturbation.scales(uniforms),
-        sigma={block: perturbation.kappa * value for block, value in rms.items()},
-    )
+    with locked(Path(state)):
+        server = ServerState(state)
+        if server.rounds and set(server.rounds[0].dtypes) != set(places):
+            raise StateError(f"{server.path}: belongs to another model than {source.path}; give each run its own state")
+        rms, digests, base_digest = measure(source, Checkpoint(base) if base is not None else None, places)
+        number = server.next_round
+        record = RoundRecord(
+            round=number,
+            checkpoint=str(source.path.resolve()),
+            digests=digests,
+            base=base_digest,
+            dtypes=server.rounds[0].dtypes if server.rounds else {n: _name(source.tensors[n].dtype) for n in places},
+            settings=perturbation.plain(),
+            alphas=[],
+            sigma={block: perturbation.kappa * value for block, value in rms.items()},
+        )
+        uniforms = server.secret.stream("alpha", record.inputs).uniforms(perturbation.copies)
+        record = dataclasses.replace(record, alphas=perturbation.scales([float(u) for u in uniforms]))
+        with server.opened(record) as pinned, new_directory(out) as folder:
+            honesty = _write(source, architecture, server, pinned, folder)
+    for name, value in honesty.items():
+        if value.bits < 1:
+            warnings.warn(
+                f"rounding undoes the noise of {name} (and perhaps others): it leaves {value.bits:.2f} bits of doubt per "
+                "entry; raise --kappa, or take --noise-floor grid",
+                DisclosureWarning,
+                stacklevel=2,
+            )
+            break
+    return Published(number, [out / f"copy-{copy}" for copy in range(1, perturbation.copies + 1)], honesty)
+
+
+def _write(
+    source: Checkpoint, architecture: Architecture, server: ServerState, record: RoundRecord, folder: Path
+) -> dict[str, Honesty]:
+    """Streams the copies into a folder."""
     publisher = Publisher(server.secret, record, architecture)
-    with new_directory(out) as folder:
-        with ExitStack() as stack:
-            specs = {name: (publisher.dtype(name), source.tensors[name].shape) for name in places}
-            writers = []
-            for copy in range(1, perturbation.copies + 1):
-                target = folder / f"copy-{copy}"
-                target.mkdir()
-                copy_companions(source.path, target)
-                card = Card(server.run, number, copy, perturbation.copies)
-                write_json(target / "config.json", derived_config(source.config, specs, card))
-                writers.append(stack.enter_context(TensorWriter(target, specs)))
-            for name, place in progress(places.items(), f"round {number}: publishing {perturbation.copies} copies"):
-                for writer, tensor in zip(writers, publisher.tensors(name, place, source.read(name)), strict=True):
-                    writer.write(name, tensor)
-        server.open(record)
-    return [out / f"copy-{copy}" for copy in range(1, perturbation.copies + 1)]
+    places = architecture.places(source)
+    copies = publisher.design.copies
+    specs = {name: (publisher.dtype(name), source.tensors[name].shape) for name in places}
+    with ExitStack() as stack:
+        writers = []
+        for copy in range(1, copies + 1):
+            target = folder / f"copy-{copy}"
+            target.mkdir()
+            copy_companions(source.path, target)
+            write_json(
+                target / "config.json",
+                derived_config(source.config, specs, Card(server.run, record.round, copy, copies)),
+            )
+            writers.append(stack.enter_context(TensorWriter(target, specs)))
+
+        def work(piece: Piece) -> tuple[list[int], int, float]:
+            stored = source.read_rows(piece.name, piece.start, piece.stop)
+            published, equal = publisher.publish(piece, stored)
+            for writer, maps, rows in zip(writers, publisher.maps, published, strict=True):
+                writer.write_rows(maps.published_name(piece.name, piece.place), piece.start, rows)
+            return equal, stored.numel(), publisher.bits(piece, stored) if publisher.sigma(piece) else math.inf
+
+        cut = pieces(source, places)
+        what = f"round {record.round}: publishing {copies} copies"
+        results = in_parallel(cut, work, what, lambda piece: piece.stop - piece.start)
+    if not publisher.design.draws:
+        return {}
+    found: dict[str, list[tuple[list[int], int, float]]] = {}
+    for piece, result in zip(cut, results, strict=True):
+        if math.isfinite(result[2]):
+            found.setdefault(piece.name, []).append(result)
+    return {
+        name: Honesty(
+            max(sum(equal[copy] for equal, _, _ in parts) for copy in range(copies))
+            / sum(count for _, count, _ in parts),
+            sum(bits * count for _, count, bits in parts) / sum(count for _, count, _ in parts),
+        )
+        for name, parts in found.items()
+    }
 
 
 def derived_config(
     config: Mapping[str, Any], specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], card: Card | None = None
 ) -> dict[str, Any]:
     """The config.json of a checkpoint made from another: the dtype that most of its tensors have, the card of a copy or none,
-    and not the path that the server loaded its model from.
+    and no path of the server's.
     """
-    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", CARD)}
+    kept = {key: value for key, value in without_paths(config).items() if key != CARD}
     dtypes = [dtype for dtype, _ in specs.values()]
     kept["torch_dtype" if "torch_dtype" in kept else "dtype"] = _name(max(dtypes, key=dtypes.count))
     return {**kept, **(card.entry() if card else {})}
 
 
+def checked_cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The value in `dtype`, once it is known that nothing overflowed (only float16 has a smaller range than float32).
+
+    Raises:
+        UnsupportedModelError: an entry of the tensor `name` leaves the range.
+    """
+    cast = value.to(dtype)
+    if torch.finfo(dtype).max < 1e30 and not bool(torch.isfinite(cast).all()):
+        raise UnsupportedModelError(
+            f"{name}: a value of {float(value.abs().max()):.3g} leaves the range of {dtype}; use bfloat16 or float32"
+        )
+    return cast
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _plain(perturbation: Perturbation) -> dict[str, Any]:
-    settings = dataclasses.asdict(perturbation)
-    settings["alphas"] = list(perturbation.alphas) if perturbation.alphas is not None else None
-    return settings

@@ -80,6 +80,17 @@ class AxisMap:
             x = x.index_select(axis, self.index)
         return x if self.sign is None else x * _along(self.sign, x, axis)
 
+    def scatter(self, out: torch.Tensor, rows: torch.Tensor, start: int) -> None:
+        """`arrange` along the first axis, in pieces: puts rows start … of x, in any dtype, where y has them."""
+        stop = start + len(rows)
+        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        out[places] = rows if self.sign is None else rows * _along(self.sign[places], rows, 0)
+
+    def gather(self, y: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The inverse of `scatter`: rows start … stop of x, out of the whole of y."""
+        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        return y[places] if self.sign is None else y[places] * _along(self.sign[places], y, 0)
+
     def rearrange(self, y: torch.Tensor, axis: int) -> torch.Tensor:
         """The inverse of `arrange`."""
         if self.sign is not None:
@@ -105,7 +116,11 @@ def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
         sign = torch.cat(
             [torch.ones(n).double() if part.sign is None else part.sign for part, n in zip(maps, sizes, strict=True)]
         )
-    if d := max(part.block for part in maps if part.blocks is not None) if any(p.blocks is not None for p in maps) else 0:
+    if (
+        d := max(part.block for part in maps if part.blocks is not None)
+        if any(p.blocks is not None for p in maps)
+        else 0
+    ):
         eye = torch.eye(d, dtype=torch.float64)
         blocks = torch.cat(
             [
@@ -141,15 +156,15 @@ class Reparameterization:
         architecture: which spaces there are.
         strength: one of `STRENGTHS`.
         secret: the run's secret.
-        round_number: rounds count from 1.
+        inputs: names what the maps hide, so that no two publications share any: the digest of a round's inputs.
         copy: copies count from 0.
     """
 
-    def __init__(self, architecture: Architecture, strength: str, secret: Secret, round_number: int, copy: int) -> None:
+    def __init__(self, architecture: Architecture, strength: str, secret: Secret, inputs: str | int, copy: int) -> None:
         if strength not in STRENGTHS:
             raise ValueError(f"unknown strength {strength!r}, expected one of {STRENGTHS}")
         self._architecture, self._strength, self._secret = architecture, strength, secret
-        self._labels = ("reparameterization", round_number, copy)
+        self._labels = ("reparameterization", inputs, copy)
         # A layer asks for each of its maps several times; a few layers' worth is kept.
         self._cached = lru_cache(maxsize=32)(self._draw_axis)
 
@@ -217,8 +232,8 @@ class Reparameterization:
     def _attention(self, role: str, layer: int | None) -> AxisMap:
         heads = self._architecture.heads
         if role == "qkv":
-            parts = [self._attention(part, layer) for part in ("query", "key", "value")]
-            return interleaved(*parts, heads.count, heads.dim)
+            query, key, value = (self._attention(part, layer) for part in ("query", "key", "value"))
+            return interleaved(query, key, value, heads.count, heads.dim)
         per_head = role in ("query", "attended", "query norm")
         within = AxisMap()
         if role in ("query", "key"):

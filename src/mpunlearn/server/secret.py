@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mpunlearn.errors import StateError
 
 KEY_BYTES = 32
-BLOCK = 1 << 17
-"""Normals per Box-Muller block: small enough for the processor's cache, large enough to amortise a call."""
+BLOCK = 1 << 14
+"""Normals per Box-Muller block: what is drawn beyond both ends of a range that begins or ends within one."""
 
 
 class Secret:
@@ -101,22 +101,16 @@ class Stream:
         counter = (start // 16).to_bytes(16, "big")
         encryptor = Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor()
         out = bytearray(count)
-        encryptor.update_into(bytes(count), out)
+        encryptor.update_into(out, out)  # the keystream is the encryption of zeros
         return out
 
     def normals(self, count: int, start: int = 0) -> torch.Tensor:
-        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
-
-        Args:
-            start: a multiple of `BLOCK`.
-        """
-        if start % BLOCK:
-            raise ValueError(f"start {start} is not a multiple of {BLOCK}")
-        out = torch.empty(count, dtype=torch.float32)
-        for first in range(0, count, BLOCK):
-            words = torch.frombuffer(self.read(4 * BLOCK, 4 * (start + first)), dtype=torch.int32)
-            out[first : first + BLOCK] = _box_muller(words)[: count - first]
-        return out
+        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32."""
+        first, last = start // BLOCK, -(-(start + count) // BLOCK)
+        if not count:
+            return torch.empty(0)
+        words = torch.frombuffer(self.read(4 * BLOCK * (last - first), 4 * BLOCK * first), dtype=torch.int32)
+        return _box_muller(words.view(-1, 2, BLOCK // 2)).flatten()[start - first * BLOCK :][:count]
 
     def uniforms(self, count: int) -> np.ndarray:
         """Uniforms in [0, 1), shape (count,), float64 with 53 random bits each."""
@@ -158,12 +152,14 @@ def _encode(label: str | int) -> bytes:
 
 
 def _box_muller(words: torch.Tensor) -> torch.Tensor:
-    """Normals from as many 32-bit words (given as signed integers), shape like `words`, float32.
+    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32.
 
     The radius takes the lower 31 bits, as a number in (0, 1] whose float32 is finest near zero, where the tail is.
     """
-    half = words.numel() // 2
-    radius = words[:half].bitwise_and(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+    out = torch.empty(words.shape, dtype=torch.float32)
+    radius = words[:, 0].bitwise_and(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
     radius = radius.log_().mul_(-2.0).sqrt_()
-    angle = words[half:].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
-    return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)))
+    angle = words[:, 1].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    torch.mul(torch.cos(angle), radius, out=out[:, 0])
+    torch.mul(torch.sin(angle), radius, out=out[:, 1])
+    return out

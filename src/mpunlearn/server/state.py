@@ -1,9 +1,10 @@
 """The server's state: the secret, and one record per round, in a directory of mode 0700.
 
-The idea: noise must never be drawn twice for two different models, since the difference of the two publications would
-then be free of it. So a round's record (which checkpoint, which settings) is on disk before its copies have their name,
-and a round that is still open is only ever published again from the same inputs. Records are small; the copies themselves
-are recomputed from the checkpoint and the secret.
+The idea: noise must never serve two different models, since the difference of the two publications would then be free of it.
+So every stream of a round is named by the digest of all that the round hides (the model, the base, the settings): other inputs
+have other noise, whatever was killed or run twice. The record of a round is on disk before the first byte of its copies is,
+and a round that is open is only ever published again from the same inputs. Records are small; copies are recomputed from the
+checkpoint and the secret.
 
     STATE/secret.key        32 bytes, mode 0600
     STATE/state.json        the run's public identifier
@@ -11,7 +12,14 @@ are recomputed from the checkpoint and the secret.
 """
 
 import dataclasses
+import fcntl
+import hashlib
+import json
+import os
 import secrets as system_entropy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +39,10 @@ class RoundRecord:
     """Counted from 1."""
     checkpoint: str
     """Path of θ."""
-    digests: dict[str, str]
-    """SHA-256 of each of θ's tensors."""
+    digests: dict[str, list[str]]
+    """SHA-256 of each piece of each of θ's tensors."""
+    base: str | None
+    """SHA-256 over the base's tensors."""
     dtypes: dict[str, str]
     """Storage dtype of each tensor in the run's first checkpoint. Between rounds θ may be kept wider."""
     settings: dict[str, Any]
@@ -44,6 +54,12 @@ class RoundRecord:
     closed: bool = False
     """Whether the round's updates have been aggregated."""
 
+    @property
+    def inputs(self) -> str:
+        """SHA-256 over everything that the round's noise hides: the name of all its streams."""
+        hidden = [self.round, self.digests, self.base, self.dtypes, self.settings]
+        return hashlib.sha256(json.dumps(hidden, sort_keys=True).encode()).hexdigest()
+
 
 class ServerState:
     """The state in one directory, created with its first round.
@@ -52,7 +68,7 @@ class ServerState:
         path: the directory; it need not exist.
 
     Raises:
-        StateError: the directory is there but is not a state of this program, or lets others read it.
+        StateError: the directory is there but is not a sound state of this program, or lets others read it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,14 +79,17 @@ class ServerState:
             self.secret, self.run = Secret.generate(), system_entropy.token_hex(16)
             return
         header = self._read(self.path / "state.json")
-        if header.get("format") != FORMAT:
+        if header.get("format") != FORMAT or not isinstance(header.get("run"), str):
             raise StateError(f"{self.path}: state of format {header.get('format')!r}, this program knows {FORMAT}")
         if mode := self.path.stat().st_mode & 0o077:
             raise StateError(f"{self.path}: others may open the state (mode bits {mode:03o}); chmod 700 {self.path}")
-        self.run = str(header["run"])
+        self.run = header["run"]
         self.secret = Secret.load(self.path / "secret.key")
         for number, file in enumerate(sorted(self.path.glob("round-*.json")), start=1):
-            record = RoundRecord(**self._read(file))
+            try:
+                record = RoundRecord(**self._read(file))
+            except TypeError as error:
+                raise StateError(f"{file}: not the record of a round ({error}); restore it from a backup") from None
             if record.round != number:
                 raise StateError(f"{file}: found the record of round {record.round}, expected round {number}")
             self.rounds.append(record)
@@ -89,31 +108,78 @@ class ServerState:
             return self.rounds[-1].round
         return len(self.rounds) + 1
 
-    def open(self, record: RoundRecord) -> None:
-        """Pins a round before its copies are published. An open round may be pinned again with the same inputs.
+    @contextmanager
+    def opened(self, record: RoundRecord) -> Iterator[RoundRecord]:
+        """Pins a round, in the block that publishes its copies, and gives the record to publish from.
+
+        A round that is open already is published again from its own record. If the block raises, a newly pinned round is
+        forgotten: its noise serves no other inputs anyway.
 
         Raises:
             StateError: a round is open with other inputs.
         """
-        if self.rounds and not self.rounds[-1].closed:
-            pinned = self.rounds[-1]
-            if dataclasses.replace(record, checkpoint=pinned.checkpoint) != pinned:
+        pinned = self.rounds[-1] if self.rounds and not self.rounds[-1].closed else None
+        if pinned is not None:
+            if pinned.inputs != record.inputs:
+                changed = [
+                    key for key in ("digests", "base", "settings") if getattr(pinned, key) != getattr(record, key)
+                ]
+                names = {"digests": "another checkpoint", "base": "another base", "settings": "other options"}
                 raise StateError(
-                    f"{self.path}: round {pinned.round} is open for {pinned.checkpoint} with {pinned.settings}, and its "
-                    "noise must not be used for anything else; finish it with `postprocess`, repeat `preprocess` with the "
-                    "same inputs, or start another state"
+                    f"{self.path}: round {pinned.round} is open with {' and '.join(names[key] for key in changed)}; finish "
+                    "it with `postprocess`, repeat `preprocess` with the same inputs, or start another state"
                 )
-        if self._new:
+            yield pinned
+            return
+        was_new = self._new
+        if was_new:
             with new_directory(self.path, mode=0o700) as folder:
                 self.secret.save(folder / "secret.key")
                 write_json(folder / "state.json", {"format": FORMAT, "run": self.run}, mode=0o600)
             self._new = False
         self._store(record)
+        try:
+            yield record
+        except BaseException:
+            self.rounds.pop()
+            self._file(record).unlink()
+            if was_new:
+                shutil.rmtree(self.path)
+            raise
 
     def close(self) -> None:
         """Marks the last round as aggregated, so that the next `preprocess` begins another."""
         self._store(dataclasses.replace(self.rounds[-1], closed=True))
 
+    def _file(self, record: RoundRecord) -> Path:
+        return self.path / f"round-{record.round:03d}.json"
+
     def _store(self, record: RoundRecord) -> None:
-        write_json(self.path / f"round-{record.round:03d}.json", dataclasses.asdict(record), mode=0o600)
+        try:
+            write_json(self._file(record), dataclasses.asdict(record), mode=0o600)
+        except OSError as error:
+            raise StateError(
+                f"{self.path}: cannot be written: {error.strerror}; free the cause and run again"
+            ) from error
         self.rounds[record.round - 1 :] = [record]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working on a directory at the same time; one that does not exist yet is not locked.
+
+    Raises:
+        StateError: another process holds the lock.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"{folder}: another process is working on it; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Streaming a model through the server: pieces of tensors, a few at a time, on all cores.
+
+The idea: memory must not grow with the model. A tensor whose rows stay where they are (an embedding, an LM head) is cut into
+pieces of rows that know nothing of one another; any other tensor is one piece. Pieces are read, computed and written by a few
+threads, each of which holds one at a time: torch, the cipher, hashing and file access all release the interpreter's lock.
+Within a piece, arithmetic runs over chunks that fit the processor's cache.
+
+Peak memory is about the number of threads times one piece: its storage-dtype rows once per copy, and a few chunks. Not
+covered: a single weight matrix so large that m copies of it in the storage dtype do not fit.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from mpunlearn.architecture import Place
+from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.progress import bar
+
+PIECE = 1 << 22
+"""Entries of a piece of a tensor that can be cut."""
+CHUNK = 1 << 18
+"""Entries that are computed at once."""
+THREADS = min(4, os.cpu_count() or 1)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` … `stop` of one tensor; of a vector, entries."""
+
+    name: str
+    place: Place
+    start: int
+    stop: int
+
+
+def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
+    """A model in pieces, in the order of its tensors' names."""
+    cut: list[Piece] = []
+    for name, place in places.items():
+        shape = checkpoint.tensors[name].shape
+        rows, row = (
+            shape[0],
+            max(1, checkpoint.tensors[name].nbytes // checkpoint.tensors[name].dtype.itemsize // shape[0]),
+        )
+        step = max(1, PIECE // row) if place.axes[0] == ("vocabulary",) else rows
+        cut += [Piece(name, place, start, min(start + step, rows)) for start in range(0, rows, step)]
+    return cut
+
+
+def chunks(rows: int, row: int, multiple: int) -> list[tuple[int, int]]:
+    """Ranges of rows of about `CHUNK` entries, each starting at a multiple of `multiple`."""
+    step = max(1, CHUNK // max(1, row) // multiple) * multiple
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def in_parallel(items: Collection[T], work: Callable[[T], R], what: str, weight: Callable[[T], int]) -> list[R]:
+    """Calls `work` on every item from a few threads; results in the order of the items. The first exception stops all.
+
+    Args:
+        what: label of the progress bar.
+        weight: how much of the bar an item is worth.
+    """
+    threads = torch.get_num_threads()
+    results: list[R] = []
+    pending: deque[tuple[T, Future[R]]] = deque()
+    progress = bar(sum(map(weight, items)), what)
+    # Parallelism lies between pieces: within one, a second thread of torch's would only get in the way.
+    pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
+
+    def collect() -> None:
+        item, future = pending.popleft()
+        results.append(future.result())
+        progress.update(weight(item))
+
+    try:
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > THREADS:
+                collect()
+        while pending:
+            collect()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        progress.close()
+    return results
