@@ -83,6 +83,24 @@ def test_bad_options_are_explained_by_the_parser(arguments: str, capsys) -> None
     assert "error" in capsys.readouterr().err
 
 
+def test_describe_and_what_preprocess_says(save_tiny, tmp_path: Path, monkeypatch, capsys) -> None:
+    import torch
+
+    save_tiny("model", dtype=torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    assert main(["describe", "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "llama, 2 layers" in printed
+    assert "permutation and signs" in printed
+    assert "orthogonal" in printed
+    assert main(["describe", "model", "--reparameterization", "half"]) == 2
+    assert main("preprocess model --state s --out c --kappa 0.00001".split()) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["c/copy-1", "c/copy-2", "c/copy-3"]
+    assert "bits of doubt" in captured.err
+    assert "warning: rounding undoes the noise" in captured.err
+
+
 def test_help_of_every_command(capsys) -> None:
     assert main([]) == 0
     overview = capsys.readouterr().out

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ also hold optimiser states or logs, which must not be published."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HEADER_LIMIT = 100_000_000
+FLUSH_BYTES = 1 << 27
+"""How much a writer lets pile up before it lets the disk begin, so that computing and syncing overlap."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,9 @@ class TensorWriter:
         self._missing = set(specs)
         self._where: dict[str, tuple[int, TensorInfo]] = {}
         self._files: list[int] = []
+        self._unsynced = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
         shards = _plan_shards(specs, max_shard_bytes)
         files = [
             f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -276,7 +282,7 @@ class TensorWriter:
         descriptor, info = self._where[name]
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {tensor.dtype} {tuple(tensor.shape)}")
-        _write_all(descriptor, _bytes(tensor), info.offset)
+        self._put(descriptor, tensor, info.offset)
         self._missing.discard(name)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
@@ -284,10 +290,19 @@ class TensorWriter:
         descriptor, info = self._where[name]
         if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
             raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {rows.dtype} {tuple(rows.shape)}")
-        _write_all(descriptor, _bytes(rows), info.offset + start * (info.nbytes // max(1, info.shape[0])))
+        self._put(descriptor, rows, info.offset + start * (info.nbytes // max(1, info.shape[0])))
         self._missing.discard(name)
 
+    def _put(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
+        """Writes, and now and then lets the disk begin with what it will have to hold in the end anyway."""
+        _write_all(descriptor, _bytes(tensor), offset)
+        self._unsynced += tensor.nbytes
+        if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._unsynced = 0
+            self._flushing = self._flusher.submit(os.fsync, descriptor)
+
     def _close(self) -> None:
+        self._flusher.shutdown()
         for descriptor in self._files:
             os.close(descriptor)
         self._files = []

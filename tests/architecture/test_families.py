@@ -1,4 +1,4 @@
-"""Every family at every strength: the function stays, the inverse restores, and leaving any one map out shows."""
+"""Every family at every strength: the function stays, the inverse restores, steps commute, and a map left out shows."""
 
 import dataclasses
 import math

@@ -107,6 +107,26 @@ def test_only_trained_tensors_are_in_the_update(save_tiny, tmp_path: Path, examp
     assert {info.dtype for info in TensorDirectory(out, stem="update").tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_neox", "phi3"])
+def test_families_that_transformers_holds_otherwise_are_updated_under_their_names_on_disk(
+    save_tiny, tmp_path: Path, examples, model_type: str
+) -> None:
+    sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
+    sizes |= {"num_key_value_heads": 4} if model_type == "gpt_neox" else {}
+    path = save_tiny(model_type=model_type, **sizes)
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(kappa=0.01)).copies
+    updates = [
+        unlearn(copy, forget=examples[0], retain=examples[1], out=tmp_path / "u" / copy.name, training=QUICK)
+        for copy in copies
+    ]
+    for copy, update in zip(copies, updates, strict=True):
+        names = set(TensorDirectory(update, stem="update").tensors)
+        assert names == {name for name in Checkpoint(copy).tensors if ".layers." in name}
+    new = Checkpoint(postprocess(updates, state=tmp_path / "s", out=tmp_path / "o"))
+    moved = {name for name in new.tensors if not torch.equal(new.read(name), Checkpoint(path).read(name))}
+    assert moved == {name for name in new.tensors if ".layers." in name}
+
+
 def as_round(copy: Path, number: int, out: Path) -> Path:
     """The same published copy, as if it were of another round."""
     import shutil
@@ -163,7 +183,7 @@ def test_plain_text_with_no_retain_set(save_tiny, tmp_path: Path) -> None:
         ({"objective": "forget-me"}, PlanError, "expected one of grad-ascent, grad-diff, npo"),
         ({"objective": "grad-diff", "beta": 1.0}, PlanError, "--beta"),
         ({"beta": 0.0}, PlanError, "--beta"),
-        ({"train": "no such tensor"}, PlanError, "--train"),
+        ({"train": "no such parameter"}, PlanError, "--train"),
         ({"train": "("}, PlanError, "--train"),
         ({"scheduler": "zigzag"}, PlanError, "zigzag"),
     ],

@@ -15,7 +15,7 @@ from mpunlearn.errors import PlanError, StateError, UpdateError
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
 from mpunlearn.server.design import CopyDesign, extrapolated, harmonic
-from mpunlearn.server.noise import copy_noise
+from mpunlearn.server.noise import noisy
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -38,7 +38,7 @@ def test_on_a_quadratic_the_aggregate_is_the_noise_free_update(copies: int, data
     alphas = data.draw(st.lists(st.floats(1, 3), min_size=copies, max_size=copies))
     design, theta = harmonic(alphas), torch.linspace(-1, 1, 24, dtype=torch.float64)
     draws = [torch.randn(24, dtype=torch.float64) for _ in range(design.draws)]
-    updates = [quadratic_descent(theta + copy_noise(draws, design, 0.5, k)) for k in range(copies)]
+    updates = [quadratic_descent(noisy(theta, draws, design, 0.5, k)) for k in range(copies)]
     exact = quadratic_descent(theta)
     aggregate = sum(float(w) * update for w, update in zip(design.weights, updates, strict=True))
     assert float((aggregate - exact).abs().max()) < 1e-10
@@ -52,7 +52,7 @@ def test_extrapolation_is_exact_on_higher_orders_where_averaging_is_not() -> Non
     theta, draw = torch.linspace(-1, 1, 24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
 
     def error(design: CopyDesign, draws: list[torch.Tensor]) -> float:
-        updates = [-((theta + copy_noise(draws, design, 0.2, k)) ** 3) for k in range(design.copies)]
+        updates = [-(noisy(theta, draws, design, 0.2, k) ** 3) for k in range(design.copies)]
         aggregate = sum(float(w) * update for w, update in zip(design.weights, updates, strict=True))
         return float((aggregate + theta**3).abs().max())
 

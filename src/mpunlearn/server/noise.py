@@ -11,6 +11,7 @@ about two of them at every entry.
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from mpunlearn.architecture.spaces import compute_dtype
 from mpunlearn.checkpoint import Checkpoint, tensor_digest
 from mpunlearn.errors import CheckpointError
 from mpunlearn.server.design import CopyDesign
+from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Stream
 from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
 
@@ -50,9 +52,9 @@ def measure(
         square = 0.0
         # Always over the same chunks and in one thread: the sum does not depend on how many there are.
         for start, stop in chunks(stored.numel(), 1, 1):
-            value = stored.flatten()[start:stop].to(compute_dtype(stored.dtype))
+            value = scratch("value", (stop - start,), compute_dtype(stored.dtype)).copy_(stored.view(-1)[start:stop])
             if other is not None:
-                value = value - other.flatten()[start:stop].to(value.dtype)
+                value.sub_(scratch("base", (stop - start,), value.dtype).copy_(other.view(-1)[start:stop]))
             square += float(torch.dot(value, value))
         if not math.isfinite(square):
             raise CheckpointError(
@@ -90,26 +92,37 @@ def _check_base(base: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
 
 
 def draw(streams: list[Stream], start: int, like: torch.Tensor) -> list[torch.Tensor]:
-    """Standard normals from entry `start` of each stream on, in the shape and dtype of `like`."""
-    return [stream.normals(like.numel(), start).reshape(like.shape).to(like.dtype) for stream in streams]
+    """Standard normals from entry `start` of each stream on, in the shape and dtype of `like`, in scratch memory."""
+    shape, dtype = tuple(like.shape), like.dtype
+    draws = [scratch(f"draw {number}", shape, dtype) for number in range(len(streams))]
+    for stream, out in zip(streams, draws, strict=True):
+        stream.normals(like.numel(), start, out=out.view(-1))
+    return draws
 
 
-def copy_noise(
-    draws: list[torch.Tensor], design: CopyDesign, sigma: float | torch.Tensor, copy: int
-) -> torch.Tensor | None:
-    """ε_k = σ Σ_d A_kd z_d of copy number `copy` (from 0), in the draws' shape and dtype; None if there is no noise.
+def noisy(
+    value: torch.Tensor, draws: list[torch.Tensor], design: CopyDesign, sigma: float | torch.Tensor, copy: int
+) -> torch.Tensor:
+    """θ + ε_k with ε_k = σ Σ_d A_kd z_d of copy number `copy` (from 0), in scratch memory; `value` itself without noise.
 
     Args:
+        value: θ, float32 or float64.
+        draws: z_1 … z_D in the shape and dtype of `value`; empty for no noise.
         sigma: one level, or one per entry.
     """
     if not draws:
-        return None
-    common = sigma if isinstance(sigma, float) else 1.0
-    coefficients = [float(common * c) for c in design.coefficients[copy]]
-    noise = draws[0] * coefficients[0]
-    for values, coefficient in zip(draws[1:], coefficients[1:], strict=True):
-        noise.add_(values, alpha=coefficient)
-    return noise if isinstance(sigma, float) else noise.mul_(sigma)
+        return value
+    out = scratch("noisy", tuple(value.shape), value.dtype)
+    if isinstance(sigma, torch.Tensor):
+        out.zero_()
+        for z, coefficient in zip(draws, design.coefficients[copy], strict=True):
+            out.add_(z, alpha=float(coefficient))
+        return out.mul_(sigma).add_(value)
+    coefficients = [float(sigma * coefficient) for coefficient in design.coefficients[copy]]
+    torch.add(value, draws[0], alpha=coefficients[0], out=out)
+    for z, coefficient in zip(draws[1:], coefficients[1:], strict=True):
+        out.add_(z, alpha=coefficient)
+    return out
 
 
 def spacing(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -134,11 +147,17 @@ def uncertainty(ratio: np.ndarray) -> np.ndarray:
     For σ of a spacing and above it is log2(√(2πe) σ / spacing) = log2(4.13 σ / spacing); far below it vanishes.
     """
     ratio = np.asarray(ratio, dtype=np.float64)
-    known = np.logspace(-2, 1, 200)
-    table = np.array([_grid_entropy(r) for r in known])
+    known, table = _grid_entropies()
     above = np.log2(np.sqrt(2 * np.pi * np.e) * np.maximum(ratio, 1e-300))
     inside = np.interp(np.log(np.clip(ratio, known[0], known[-1])), np.log(known), table)
     return np.where(ratio >= known[-1], above, np.where(ratio < known[0], 0.0, inside))
+
+
+@cache
+def _grid_entropies() -> tuple[np.ndarray, np.ndarray]:
+    """The entropy at 200 ratios from 0.01 to 10."""
+    known = np.logspace(-2, 1, 200)
+    return known, np.array([_grid_entropy(ratio) for ratio in known])
 
 
 def _grid_entropy(ratio: float) -> float:

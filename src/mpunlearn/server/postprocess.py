@@ -28,6 +28,7 @@ from mpunlearn.checkpoint import (
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.protocol.exchange import Arrival
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
+from mpunlearn.server.scratch import scratch
 from mpunlearn.server.state import RoundRecord, ServerState, locked
 from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
 
@@ -162,11 +163,11 @@ class _Round:
         rows, row = len(value), value.numel() // max(1, len(value))
         square = 0.0
         for start, stop in chunks(rows, row, maps[0].block):
-            delta = maps[0].gather(update, start, stop)
+            delta = scratch("delta", tuple(value[start:stop].shape), value.dtype)
+            delta.copy_(maps[0].gather(update, start, stop))
+            square += _square(delta)
             for axis, axis_map in list(enumerate(maps))[1:]:
                 delta = axis_map.rearrange(delta, axis)
-            delta = delta.to(value.dtype)
-            square += _square(delta)
             for axis, axis_map in enumerate(maps):
                 delta = axis_map.rotate(delta, axis, start if axis == 0 else 0, transpose=True)
             value[start:stop].add_(delta, alpha=weight)

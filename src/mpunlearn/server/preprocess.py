@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from mpunlearn.architecture import FAMILIES, Architecture
@@ -35,8 +36,9 @@ from mpunlearn.errors import CheckpointError, DisclosureWarning, PlanError, Stat
 from mpunlearn.protocol.exchange import CARD, Card
 from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign
-from mpunlearn.server.noise import block_of, copy_noise, draw, floored, measure, spacing, uncertainty
+from mpunlearn.server.noise import block_of, draw, floored, measure, noisy, spacing, uncertainty
 from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
+from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.state import RoundRecord, ServerState, locked
 from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
@@ -211,24 +213,21 @@ class Publisher:
         maps = [self.maps[copy].maps(piece.place) for copy in copies]
         published = [torch.empty(stored.shape, dtype=dtype) for _ in copies]
         equal = [0] * len(copies)
+        arithmetic = compute_dtype(stored.dtype)
         for start, stop in chunks(rows, row, maps[0][0].block):
             original = stored[start:stop]
-            value = original.to(compute_dtype(stored.dtype))
+            value = scratch("value", tuple(original.shape), arithmetic).copy_(original)
             draws = draw(streams, (piece.start + start) * row, value)
             level = self._level(sigma, value, stored.dtype, dtype)
             for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):
-                noise = copy_noise(draws, self.design, level, copy)
-                noisy = value if noise is None else noise.add_(value)
-                rotated = noisy
-                for axis, axis_map in enumerate(axes):
-                    rotated = axis_map.rotate(rotated, axis, start if axis == 0 else 0)
-                cast = checked_cast(rotated, dtype, piece.name)
+                shown = noisy(value, draws, self.design, level, copy)
                 if draws:
-                    unrotated = cast if rotated is noisy else noisy.to(dtype)
-                    equal[number] += int((unrotated == original).sum())
+                    equal[number] += _equal(shown, original, dtype)
+                shown = axes[0].rotate(shown, 0, start)
                 for axis, axis_map in list(enumerate(axes))[1:]:
-                    cast = axis_map.arrange(cast, axis)
-                axes[0].scatter(published[number], cast, start)
+                    shown = axis_map.apply(shown, axis)
+                cast = scratch("cast", tuple(shown.shape), dtype)
+                axes[0].scatter(published[number], checked_cast(shown, dtype, piece.name, cast), start)
         return published, equal
 
     def _level(
@@ -371,13 +370,25 @@ def derived_config(
     return {**kept, **(card.entry() if card else {})}
 
 
-def checked_cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The value in `dtype`, once it is known that nothing overflowed (only float16 has a smaller range than float32).
+def _equal(value: torch.Tensor, original: torch.Tensor, dtype: torch.dtype) -> int:
+    """How many entries of a value, once cast to `dtype`, equal the original's."""
+    cast = scratch("cast", tuple(value.shape), dtype).copy_(value)
+    if dtype != original.dtype:
+        return int(torch.count_nonzero(cast == original))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    # numpy compares and counts many times faster than torch.
+    return int(np.count_nonzero(cast.view(bits).numpy() == original.view(bits).numpy()))
+
+
+def checked_cast(value: torch.Tensor, dtype: torch.dtype, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The value in `dtype` (into `out` where it is given), once it is known that nothing overflowed.
+
+    Only float16 has a smaller range than float32.
 
     Raises:
         UnsupportedModelError: an entry of the tensor `name` leaves the range.
     """
-    cast = value.to(dtype)
+    cast = value.to(dtype) if out is None else out.copy_(value)
     if torch.finfo(dtype).max < 1e30 and not bool(torch.isfinite(cast).all()):
         raise UnsupportedModelError(
             f"{name}: a value of {float(value.abs().max()):.3g} leaves the range of {dtype}; use bfloat16 or float32"

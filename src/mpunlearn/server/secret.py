@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpunlearn.errors import StateError
+from mpunlearn.server.scratch import scratch
 
 KEY_BYTES = 32
 BLOCK = 1 << 14
@@ -96,21 +97,30 @@ class Stream:
 
     def read(self, count: int, start: int = 0) -> bytearray:
         """`count` bytes from byte `start` (a multiple of 16) on."""
+        out = bytearray(count)
+        self._encrypt(memoryview(out), start)
+        return out
+
+    def _encrypt(self, zeros: memoryview, start: int) -> None:
+        """Turns zeros into keystream, in place."""
         if start % 16:
             raise ValueError(f"start {start} is not a multiple of the cipher's 16-byte block")
         counter = (start // 16).to_bytes(16, "big")
-        encryptor = Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor()
-        out = bytearray(count)
-        encryptor.update_into(out, out)  # the keystream is the encryption of zeros
-        return out
+        Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor().update_into(zeros, zeros)
 
-    def normals(self, count: int, start: int = 0) -> torch.Tensor:
-        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32."""
+    def normals(self, count: int, start: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
+
+        Args:
+            out: where to put them, shape (count,), float32 or float64 (default: a new tensor).
+        """
+        out = torch.empty(count, dtype=torch.float32) if out is None else out
         first, last = start // BLOCK, -(-(start + count) // BLOCK)
-        if not count:
-            return torch.empty(0)
-        words = torch.frombuffer(self.read(4 * BLOCK * (last - first), 4 * BLOCK * first), dtype=torch.int32)
-        return _box_muller(words.view(-1, 2, BLOCK // 2)).flatten()[start - first * BLOCK :][:count]
+        if count:
+            words = scratch("words", ((last - first) * BLOCK,), torch.int32).zero_()
+            self._encrypt(words.numpy().data.cast("B"), 4 * BLOCK * first)
+            out.copy_(_box_muller(words.view(-1, 2, BLOCK // 2)).flatten()[start - first * BLOCK :][:count])
+        return out
 
     def uniforms(self, count: int) -> np.ndarray:
         """Uniforms in [0, 1), shape (count,), float64 with 53 random bits each."""
@@ -152,14 +162,15 @@ def _encode(label: str | int) -> bytes:
 
 
 def _box_muller(words: torch.Tensor) -> torch.Tensor:
-    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32.
+    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32, in scratch memory.
 
     The radius takes the lower 31 bits, as a number in (0, 1] whose float32 is finest near zero, where the tail is.
     """
-    out = torch.empty(words.shape, dtype=torch.float32)
-    radius = words[:, 0].bitwise_and(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
-    radius = radius.log_().mul_(-2.0).sqrt_()
-    angle = words[:, 1].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
-    torch.mul(torch.cos(angle), radius, out=out[:, 0])
-    torch.mul(torch.sin(angle), radius, out=out[:, 1])
+    half = (len(words), words.shape[2])
+    out = scratch("normals", tuple(words.shape), torch.float32)
+    radius = scratch("radius", half, torch.float32).copy_(words[:, 0].bitwise_and_(0x7FFFFFFF))
+    radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
+    angle = scratch("angle", half, torch.float32).copy_(words[:, 1]).mul_(2.0 * math.pi * 2.0**-32)
+    torch.mul(torch.sin(angle, out=scratch("wave", half, torch.float32)), radius, out=out[:, 1])
+    torch.mul(angle.cos_(), radius, out=out[:, 0])
     return out

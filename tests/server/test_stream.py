@@ -1,0 +1,97 @@
+"""Pieces and chunks cover a model once, and results depend neither on their size nor on the number of threads."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpunlearn.architecture import FAMILIES
+from mpunlearn.architecture.spaces import architecture_of
+from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
+from mpunlearn.server import Perturbation, postprocess, preprocess, stream
+from mpunlearn.server.scratch import scratch
+
+
+@given(st.integers(0, 500), st.integers(1, 300_000), st.integers(1, 16))
+def test_chunks_cover_every_row_once(rows: int, row: int, multiple: int) -> None:
+    cut = stream.chunks(rows, row, multiple)
+    assert [n for start, stop in cut for n in range(start, stop)] == list(range(rows))
+    assert all(start % multiple == 0 for start, _ in cut)
+
+
+def test_pieces_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "PIECE", 1000)
+    checkpoint = Checkpoint(save_tiny())
+    places = architecture_of(checkpoint, FAMILIES).places(checkpoint)
+    cut = stream.pieces(checkpoint, places)
+    for name in places:
+        rows = [n for piece in cut if piece.name == name for n in range(piece.start, piece.stop)]
+        assert rows == list(range(checkpoint.tensors[name].shape[0]))
+    assert sum(piece.name == "lm_head.weight" for piece in cut) > 10
+    assert sum(piece.name == "model.layers.0.mlp.up_proj.weight" for piece in cut) == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "qwen3_moe"])
+def test_neither_chunks_nor_threads_change_a_published_byte(save_tiny, tmp_path, monkeypatch, model_type: str) -> None:
+    sizes = {"head_dim": 8, "num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+    path = save_tiny(model_type=model_type, num_key_value_heads=4, **(sizes if "moe" in model_type else {}))
+    digests = set()
+    for number, (chunk, threads) in enumerate(((1 << 18, 2), (64, 1), (300, 3))):
+        monkeypatch.setattr(stream, "CHUNK", chunk)
+        monkeypatch.setattr(stream, "THREADS", threads)
+        published = preprocess(path, state=tmp_path / "s", out=tmp_path / f"c{number}")
+        digests.add(tuple(checkpoint_digest(copy) for copy in published.copies))
+    # Chunks of another size may sum squares in another order; σ is then that of the round's record.
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_family_goes_through_both_passes_and_generates(save_tiny, tmp_path, model_type: str) -> None:
+    """Published in its own dtype, loaded by transformers, trained by hand, aggregated: exact under any orthogonal maps."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
+    sizes |= {"head_dim": 8} if model_type.startswith(("gemma", "qwen3")) else {}
+    sizes |= {"num_key_value_heads": 4} if model_type == "gpt_neox" else {}
+    path = save_tiny(model_type=model_type, **sizes)
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(kappa=0.1)).copies
+    original = AutoModelForCausalLM.from_pretrained(path)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    for copy in copies:
+        model = AutoModelForCausalLM.from_pretrained(copy)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
+        assert set(model.state_dict()) == set(original.state_dict())
+        tensors = load_file(copy / "model.safetensors")
+        save_file({name: 0.9 * tensor for name, tensor in tensors.items()}, copy / "model.safetensors")
+    new = Checkpoint(postprocess(copies, state=tmp_path / "s", out=tmp_path / "o"))
+    for name in new.tensors:
+        assert torch.allclose(new.read(name), 0.9 * Checkpoint(path).read(name), atol=2e-5), name
+
+
+def test_an_exception_in_one_piece_stops_all_and_restores_the_threads() -> None:
+    threads = torch.get_num_threads()
+    done: list[int] = []
+
+    def work(number: int) -> int:
+        if number == 3:
+            raise RuntimeError("three")
+        done.append(number)
+        return number
+
+    with pytest.raises(RuntimeError, match="three"):
+        stream.in_parallel(range(100), work, "counting", lambda _: 1)
+    assert len(done) < 20
+    assert torch.get_num_threads() == threads
+    assert stream.in_parallel([5, 4, 6], lambda n: n, "counting", lambda _: 1) == [5, 4, 6]
+
+
+def test_scratch_is_shared_by_name_and_apart_between_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    one = scratch("a", (4, 5), torch.float32)
+    assert scratch("a", (20,), torch.float32).data_ptr() == one.data_ptr()
+    assert scratch("b", (20,), torch.float32).data_ptr() != one.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: scratch("a", (20,), torch.float32).data_ptr()).result() != one.data_ptr()
