@@ -4,7 +4,9 @@ READY := .venv/.ready
 
 .PHONY: demo test check benchmarks clean
 
+# A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
+	@if test -z "$(OUT)" && test -f mpu-demo/result.json; then rm -rf mpu-demo; fi
 	$(BIN)/mpunlearn demo --out $(or $(OUT),mpu-demo) --seed $(or $(SEED),0)
 
 test: $(READY)
@@ -17,6 +19,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 benchmarks: $(READY)
+	$(BIN)/python benchmarks/preprocess.py
 	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")
 
 clean:

@@ -2,8 +2,8 @@
 
 Builds a random checkpoint with the shapes of a real model (streaming, so any size fits), then runs, each in a process of its
 own so that peak memory is its own: Pre-Process (m copies, every tensor noised, `paper`), Post-Process on m synthetic updates,
-and, for shapes that fit in memory, a straightforward implementation of the paper's formulas with `torch.randn` that
-writes nothing. The floor of Pre-Process is the bytes read and written at the disk's rate plus the normals at the keystream's rate, both
+and, for shapes that fit in memory, a straightforward implementation of the paper's formulas with `torch.randn` that writes
+nothing. The floor of Pre-Process is the bytes read and written at the disk's rate plus the normals at the keystream's, both
 measured here in the same run with the same number of threads; that of Post-Process is copying the same bytes.
 
     python benchmarks/preprocess.py [--model qwen2.5-0.5b] [--copies 3] [--layers N] [--out DIR] [--dense false]

@@ -39,7 +39,7 @@ def slow_entropy(ratio: float) -> float:
 def test_uncertainty_is_the_entropy_of_the_noise_on_the_grid(ratio: float) -> None:
     assert float(uncertainty(np.array(ratio))) == pytest.approx(slow_entropy(ratio), abs=5e-3)
     if ratio >= 1:
-        assert float(uncertainty(np.array(ratio))) == pytest.approx(math.log2(4.13 * ratio), abs=0.02)
+        assert float(uncertainty(np.array(ratio))) == pytest.approx(math.log2(4.13 * ratio), abs=0.06 / ratio)
 
 
 def test_uncertainty_vanishes_far_below_the_grid() -> None:
