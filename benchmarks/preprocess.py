@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from mpunlearn.architecture import FAMILIES, Architecture
-from mpunlearn.checkpoint import Checkpoint, TensorWriter, new_directory, write_json
+from mpunlearn.checkpoint import Checkpoint, TensorWriter
+from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.server import Perturbation, postprocess, preprocess
 from mpunlearn.server.secret import Secret

@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mpunlearn.checkpoint import (
-    Checkpoint,
-    TensorDirectory,
-    TensorWriter,
-    checkpoint_digest,
-    new_directory,
-    read_json,
-    write_json,
-)
+from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter, checkpoint_digest
 from mpunlearn.errors import CheckpointError
+from mpunlearn.files import new_directory, read_json, write_json
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 

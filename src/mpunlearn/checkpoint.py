@@ -7,20 +7,17 @@ caller holds and not the pages that happened to be touched; headers are validate
 is also the only format ever opened (a pickle can run code).
 
 Writing needs every name, shape and dtype beforehand: the shards' headers are laid out first, so tensors may then arrive in
-any order. Directories are built under a temporary name beside their target, synced, and renamed; an exception leaves
-nothing behind and a killed process leaves a `.NAME.partial` that the next attempt removes.
+any order. The directories themselves appear whole or not at all (`files`).
 
 Not covered: quantised number formats, and files other than safetensors.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mpunlearn.errors import CheckpointError
+from mpunlearn.files import read_json, write_all, write_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -271,7 +269,7 @@ class TensorWriter:
         self._files.append(descriptor)
         if hasattr(os, "posix_fallocate"):  # a full disk shows now, not after an hour
             os.posix_fallocate(descriptor, 0, 8 + len(text) + start)
-        _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name, (dtype, shape) in shard.items():
             first, last = header[name]["data_offsets"]
             info = TensorInfo(dtype, shape, file, 8 + len(text) + first, last - first)
@@ -295,7 +293,7 @@ class TensorWriter:
 
     def _put(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
         """Writes, and now and then lets the disk begin with what it will have to hold in the end anyway."""
-        _write_all(descriptor, _bytes(tensor), offset)
+        write_all(descriptor, _bytes(tensor), offset)
         self._unsynced += tensor.nbytes
         if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
             self._unsynced = 0
@@ -323,63 +321,6 @@ class TensorWriter:
             self._close()
 
 
-@contextmanager
-def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
-    """Builds a directory under a temporary name and renames it to `path` when the block ends well.
-
-    Raises:
-        CheckpointError: `path` exists, or the file system refuses (no space, no permission). Nothing is left behind.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path}: exists already; name another directory, or remove this one")
-    partial = path.parent / f".{path.name}.partial"
-    lock = -1
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(partial, mode)
-        yield partial
-        for folder, _, files in os.walk(partial):
-            for file in files:
-                _sync(Path(folder) / file)
-            _sync(Path(folder))
-        partial.rename(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, free the cause and run again"
-        ) from error
-    finally:
-        if lock >= 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-
-
-def _claim(partial: Path, mode: int) -> int:
-    """Makes a temporary directory and locks it; one that a killed process left unlocked is removed first."""
-    for _ in range(2):
-        with suppress(FileExistsError):
-            partial.mkdir(mode=mode)
-        lock = os.open(partial, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise CheckpointError(f"{partial}: another process is writing there; wait for it, or stop it") from None
-        if not any(partial.iterdir()):
-            partial.chmod(mode & ~_umask())
-            return lock
-        shutil.rmtree(partial)
-        os.close(lock)
-    raise CheckpointError(f"{partial}: cannot be emptied; remove it")
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 def copy_companions(source: Path, target: Path) -> None:
     """Carries tokenizer, chat template and generation settings from one checkpoint directory to another."""
     for name in COMPANIONS:
@@ -396,35 +337,6 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         return isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] == ":\\") and len(value) > 1
 
     return {key: value for key, value in config.items() if key.strip("_") != "name_or_path" and not path(value)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
-    """A JSON file, replaced atomically: after a crash it holds the old text or the new one, whole."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        _write_all(descriptor, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    partial.rename(path)
-    _sync(path.parent)
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
@@ -484,20 +396,6 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().cpu().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + (1 << 30)], offset + done)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _describe(path: Path) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 from mpunlearn import toy
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
-from mpunlearn.checkpoint import Checkpoint, new_directory
+from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import CheckpointError
 from mpunlearn.evaluation.answers import Answers, evaluate_answers
+from mpunlearn.files import new_directory
 from mpunlearn.progress import progress
 from mpunlearn.protocol.local import run
 from mpunlearn.protocol.plan import Training

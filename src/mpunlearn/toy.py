@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.checkpoint import new_directory
 from mpunlearn.client import dataset
 from mpunlearn.client.dataset import IGNORED, Record, collate, encode
+from mpunlearn.files import new_directory
 from mpunlearn.progress import progress
 
 Row = dict[str, Any]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mpunlearn.checkpoint import Checkpoint, TensorWriter, new_directory, write_json
+from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.errors import PlanError, StateError, UpdateError
+from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
 from mpunlearn.server.design import CopyDesign, extrapolated, harmonic

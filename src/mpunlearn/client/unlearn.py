@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import Checkpoint, TensorWriter, new_directory, read_json, write_json
+from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.client.dataset import Example, Record, batches, encode, examples_digest, read_records
 from mpunlearn.client.objectives import OBJECTIVES, Objective
 from mpunlearn.errors import CheckpointError, DataError, PlanError
+from mpunlearn.files import new_directory, read_json, write_json
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import Checkpoint, TensorDirectory, read_json
+from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import CheckpointError, UpdateError
+from mpunlearn.files import read_json
 
 CARD = "mpunlearn"
 """The entry of config.json, and the file update.json's, that holds the card."""

@@ -21,9 +21,10 @@ from typing import Any
 
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
-from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, read_json, write_json
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 from mpunlearn.client.unlearn import check, unlearn
 from mpunlearn.errors import CheckpointError, DataError, PlanError, StateError
+from mpunlearn.files import read_json, write_json
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess

@@ -16,16 +16,9 @@ import torch
 
 from mpunlearn.architecture import FAMILIES, Architecture, Place
 from mpunlearn.architecture.spaces import architecture_of, compute_dtype
-from mpunlearn.checkpoint import (
-    FLOAT_DTYPES,
-    Checkpoint,
-    TensorWriter,
-    copy_companions,
-    new_directory,
-    tensor_digest,
-    write_json,
-)
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_companions, tensor_digest
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
+from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import Arrival
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
 from mpunlearn.server.scratch import scratch

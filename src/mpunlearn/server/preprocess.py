@@ -23,16 +23,9 @@ import torch
 
 from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.architecture.spaces import architecture_of, compute_dtype
-from mpunlearn.checkpoint import (
-    FLOAT_DTYPES,
-    Checkpoint,
-    TensorWriter,
-    copy_companions,
-    new_directory,
-    without_paths,
-    write_json,
-)
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_companions, without_paths
 from mpunlearn.errors import CheckpointError, DisclosureWarning, PlanError, StateError, UnsupportedModelError
+from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD, Card
 from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import new_directory, read_json, write_json
 from mpunlearn.errors import CheckpointError, StateError
+from mpunlearn.files import new_directory, read_json, write_json
 from mpunlearn.server.secret import Secret
 
 FORMAT = 1
