@@ -150,11 +150,16 @@ class TensorDirectory:
         info = self._info(name)
         return self._read(info, name, 0, info.nbytes).reshape(info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start … stop of a tensor's first axis, otherwise as `read`."""
+    def read_rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows start … stop of a tensor's first axis, otherwise as `read`.
+
+        Args:
+            out: where to put them, contiguous, of the tensor's dtype and the rows' shape (default: new memory).
+        """
         info = self._info(name)
         row = info.nbytes // max(1, info.shape[0])
-        return self._read(info, name, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+        flat = None if out is None else out.view(-1)
+        return self._read(info, name, start * row, (stop - start) * row, flat).reshape(stop - start, *info.shape[1:])
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
@@ -162,8 +167,10 @@ class TensorDirectory:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return info
 
-    def _read(self, info: TensorInfo, name: str, start: int, count: int) -> torch.Tensor:
-        out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype)
+    def _read(
+        self, info: TensorInfo, name: str, start: int, count: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype) if out is None else out
         view, done = _bytes(out), 0
         try:
             with open(self.path / info.file, "rb", buffering=0) as file:

@@ -23,7 +23,7 @@ from mpunlearn.errors import CheckpointError
 from mpunlearn.server.design import CopyDesign
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Stream
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
+from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
 
 
 def block_of(name: str, place: Place) -> str:
@@ -47,8 +47,8 @@ def measure(
             _check_base(base, checkpoint, name)
 
     def work(piece: Piece) -> tuple[float, int, str, str]:
-        stored = checkpoint.read_rows(piece.name, piece.start, piece.stop)
-        other = base.read_rows(piece.name, piece.start, piece.stop) if base is not None else None
+        stored = read(checkpoint, piece.name, piece, "stored")
+        other = read(base, piece.name, piece, "stored base") if base is not None else None
         square = 0.0
         # Always over the same chunks and in one thread: the sum does not depend on how many there are.
         for start, stop in chunks(stored.numel(), 1, 1):

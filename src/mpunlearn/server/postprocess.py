@@ -23,7 +23,7 @@ from mpunlearn.protocol.exchange import Arrival
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
+from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
@@ -85,7 +85,8 @@ def postprocess(
                 def work(item: tuple[int, Piece]) -> tuple[float, list[float]]:
                     value, square, squares = round_.aggregate(*item)
                     name, start = item[1].name, item[1].start
-                    writer.write_rows(name, start, checked_cast(value, specs[name][0], name))
+                    cast = scratch("final", tuple(value.shape), specs[name][0])
+                    writer.write_rows(name, start, checked_cast(value, specs[name][0], name, cast))
                     return square, squares
 
                 what = f"round {record.round}: aggregating {len(arrivals)} updates"
@@ -125,19 +126,19 @@ class _Round:
     eta: float
 
     def aggregate(self, number: int, piece: Piece) -> tuple[torch.Tensor, float, list[float]]:
-        """θ + η Δ̄ of a piece in the arithmetic dtype, and the squared norms of θ's and of each update's piece.
+        """θ + η Δ̄ of a piece, in the arithmetic dtype and in scratch memory, and the squared norms of θ and of each update there.
 
         Raises:
             StateError: θ is not what the round was published from.
             UpdateError: an update holds NaN or infinite values.
         """
-        stored = self.source.read_rows(piece.name, piece.start, piece.stop)
+        stored = read(self.source, piece.name, piece, "stored")
         if tensor_digest(stored) != self.record.digests[piece.name][number]:
             raise StateError(
                 f"{self.source.path}: {piece.name} is not what round {self.record.round} was published from; restore that "
                 "checkpoint, or name where it lies now"
             )
-        value = stored.to(compute_dtype(stored.dtype), copy=True)
+        value = scratch("result", tuple(stored.shape), compute_dtype(stored.dtype)).copy_(stored)
         square, squares = _square(value), [0.0] * len(self.arrivals)
         if piece.name in self.trained:
             for copy, arrival in enumerate(self.arrivals):
@@ -147,7 +148,7 @@ class _Round:
     def _add(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, stored: torch.Tensor) -> float:
         """Adds η w_k T_k⁻¹(Δ'_k) to `value`; returns the squared norm of Δ'_k."""
         name = self.publisher.maps[copy].published_name(piece.name, piece.place)
-        update = arrival.tensors.read_rows(name, piece.start, piece.stop)
+        update = read(arrival.tensors, name, piece, "update")
         if arrival.trained is not None:
             published = self.publisher.publish(piece, stored, [copy])[0][0]
             update = update.to(value.dtype) - published.to(value.dtype)

@@ -34,7 +34,7 @@ from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces
+from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
 
 ALPHA_RANGE = (1.0, 2.0)
 SAMPLE = 4096
@@ -191,7 +191,8 @@ class Publisher:
             copies: for which copies (from 0; default all).
 
         Returns:
-            The rows for each copy, in the published dtype; and for each how many entries equal θ's before the change of basis.
+            The rows for each copy, in the published dtype and in scratch memory; and for each how many entries equal θ's
+            before the change of basis.
 
         Raises:
             UnsupportedModelError: a value leaves the range of the published dtype.
@@ -204,7 +205,7 @@ class Publisher:
         ]
         rows, row = len(stored), stored.numel() // max(1, len(stored))
         maps = [self.maps[copy].maps(piece.place) for copy in copies]
-        published = [torch.empty(stored.shape, dtype=dtype) for _ in copies]
+        published = [scratch(f"published {copy}", tuple(stored.shape), dtype) for copy in copies]
         equal = [0] * len(copies)
         arithmetic = compute_dtype(stored.dtype)
         for start, stop in chunks(rows, row, maps[0][0].block):
@@ -326,7 +327,7 @@ def _write(
             writers.append(stack.enter_context(TensorWriter(target, specs)))
 
         def work(piece: Piece) -> tuple[list[int], int, float]:
-            stored = source.read_rows(piece.name, piece.start, piece.stop)
+            stored = read(source, piece.name, piece, "stored")
             published, equal = publisher.publish(piece, stored)
             for writer, maps, rows in zip(writers, publisher.maps, published, strict=True):
                 writer.write_rows(maps.published_name(piece.name, piece.place), piece.start, rows)

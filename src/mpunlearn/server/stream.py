@@ -5,8 +5,8 @@ pieces of rows that know nothing of one another; any other tensor is one piece. 
 threads, each of which holds one at a time: torch, the cipher, hashing and file access all release the interpreter's lock.
 Within a piece, arithmetic runs over chunks that fit the processor's cache.
 
-Peak memory is about the number of threads times one piece: its storage-dtype rows once per copy, and a few chunks. Not
-covered: a single weight matrix so large that m copies of it in the storage dtype do not fit.
+Peak memory is about the number of threads times the largest piece: its rows once as stored and once per copy, and a few
+chunks. Not covered: a single weight matrix so large that m copies of it in the storage dtype do not fit.
 """
 
 import os
@@ -19,8 +19,9 @@ from typing import TypeVar
 import torch
 
 from mpunlearn.architecture import Place
-from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.progress import bar
+from mpunlearn.server.scratch import scratch
 
 PIECE = 1 << 22
 """Entries of a piece of a tensor that can be cut."""
@@ -40,6 +41,13 @@ class Piece:
     place: Place
     start: int
     stop: int
+
+
+def read(source: TensorDirectory, name: str, piece: Piece, purpose: str) -> torch.Tensor:
+    """The rows of a piece, out of the tensor that `source` calls `name`, in the calling thread's scratch memory."""
+    info = source.tensors[name]
+    shape = (piece.stop - piece.start, *info.shape[1:])
+    return source.read_rows(name, piece.start, piece.stop, out=scratch(purpose, shape, info.dtype))
 
 
 def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
