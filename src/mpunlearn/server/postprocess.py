@@ -126,7 +126,7 @@ class _Round:
     eta: float
 
     def aggregate(self, number: int, piece: Piece) -> tuple[torch.Tensor, float, list[float]]:
-        """θ + η Δ̄ of a piece, in the arithmetic dtype and in scratch memory, and the squared norms of θ and of each update there.
+        """θ + η Δ̄ of a piece, in arithmetic dtype and scratch memory, and the squared norms of θ and of each update there.
 
         Raises:
             StateError: θ is not what the round was published from.
