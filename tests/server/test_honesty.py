@@ -76,6 +76,8 @@ def test_without_a_floor_rounding_brings_the_original_back_and_is_warned_of(tune
     if dtype is None:
         assert published.honesty[KEY].equal == pytest.approx(max(shares), abs=1e-6)
     assert published.honesty[KEY].bits < 1
+    kept = ServerState(tmp_path / "s").rounds[0].honesty
+    assert kept == {name: [value.equal, value.bits] for name, value in published.honesty.items()}
     assert "bits of doubt" in published.summary()
 
 

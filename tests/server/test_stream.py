@@ -1,5 +1,7 @@
 """Pieces and chunks cover a model once, and results depend neither on their size nor on the number of threads."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
+from mpunlearn.errors import PlanError
 from mpunlearn.server import Perturbation, postprocess, preprocess, stream
 from mpunlearn.server.scratch import scratch
 
@@ -46,6 +49,32 @@ def test_threads_change_no_byte_and_chunks_only_the_last_bit(save_tiny, tmp_path
         for one, other in zip(published[0], copies, strict=True):
             for name in Checkpoint(one).tensors:
                 assert torch.allclose(Checkpoint(one).read(name), Checkpoint(other).read(name), atol=2e-6), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_gpu_agrees_with_the_processor_to_rounding(save_tiny, tmp_path, model_type: str) -> None:
+    path = save_tiny(model_type=model_type)
+    finals = []
+    for device in ("cpu", "cuda"):
+        state, out = tmp_path / "s", tmp_path / device
+        shutil.rmtree(state, ignore_errors=True)
+        shutil.copytree(tmp_path / "first", state) if (tmp_path / "first").exists() else None
+        copies = preprocess(path, state=state, out=out / "c", device=device).copies
+        if device == "cpu":
+            shutil.copytree(state, tmp_path / "first")  # the same secret for both
+        finals.append([*copies, postprocess(copies, state=state, out=out / "o", device=device)])
+    for one, other in zip(*finals, strict=True):
+        for name in Checkpoint(one).tensors:
+            assert torch.allclose(Checkpoint(one).read(name), Checkpoint(other).read(name), atol=2e-6), name
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(save_tiny, tmp_path) -> None:
+    for device in ("warp", "meta", "cuda:99"):
+        with pytest.raises(PlanError, match="--device"):
+            preprocess(save_tiny(), state=tmp_path / "s", out=tmp_path / "c", device=device)
+    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -41,6 +41,7 @@ def run(
     rounds: int = 5,
     eta: float = 1.0,
     keep_exchange: bool = False,
+    device: str = "cpu",
     perturbation: Perturbation | None = None,
     training: Training | None = None,
 ) -> Path:
@@ -55,6 +56,7 @@ def run(
         rounds: number R of rounds.
         eta: server step size η.
         keep_exchange: keep every round's copies and updates instead of deleting them when the round is closed.
+        device: where the server's arithmetic runs, cpu or cuda. Training takes a GPU wherever there is one.
         perturbation: number of copies, noise level, reparameterisation.
         training: objective and hyper-parameters.
 
@@ -93,7 +95,7 @@ def run(
     }
     _check_room(out, source, perturbation, rounds)
     _pin(out, plans)
-    work = _Run(out, source, forget, retain, base, rounds, eta, keep_exchange, perturbation, training)
+    work = _Run(out, source, forget, retain, base, rounds, eta, keep_exchange, device, perturbation, training)
     with locked(out / "server"):
         for number in progress(range(1, rounds + 1), "rounds"):
             work.round(number)
@@ -114,6 +116,7 @@ class _Run:
     rounds: int
     eta: float
     keep_exchange: bool
+    device: str
     perturbation: Perturbation
     training: Training
 
@@ -135,7 +138,12 @@ class _Run:
             before = self.theta(number - 1)
             if not (folder / "copies").exists():
                 preprocess(
-                    before, state=self.state, out=folder / "copies", base=self.base, perturbation=self.perturbation
+                    before,
+                    state=self.state,
+                    out=folder / "copies",
+                    base=self.base,
+                    device=self.device,
+                    perturbation=self.perturbation,
                 )
             updates = [folder / "updates" / f"copy-{copy}" for copy in range(1, self.perturbation.copies + 1)]
             for update in progress(updates, f"round {number} of {self.rounds}: copies"):
@@ -147,6 +155,7 @@ class _Run:
                 eta=self.eta,
                 checkpoint=before,
                 dtype=None if number == self.rounds else "float32",
+                device=self.device,
             )
         if not self.keep_exchange:
             shutil.rmtree(folder, ignore_errors=True)

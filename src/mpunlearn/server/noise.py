@@ -92,9 +92,9 @@ def _check_base(base: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
 
 
 def draw(streams: list[Stream], start: int, like: torch.Tensor) -> list[torch.Tensor]:
-    """Standard normals from entry `start` of each stream on, in the shape and dtype of `like`, in scratch memory."""
+    """Standard normals from entry `start` of each stream on, in the shape, dtype and device of `like`, in scratch memory."""
     shape, dtype = tuple(like.shape), like.dtype
-    draws = [scratch(f"draw {number}", shape, dtype) for number in range(len(streams))]
+    draws = [scratch(f"draw {number}", shape, dtype, like.device) for number in range(len(streams))]
     for stream, out in zip(streams, draws, strict=True):
         stream.normals(like.numel(), start, out=out.view(-1))
     return draws
@@ -112,7 +112,7 @@ def noisy(
     """
     if not draws:
         return value
-    out = scratch("noisy", tuple(value.shape), value.dtype)
+    out = scratch("noisy", tuple(value.shape), value.dtype, value.device)
     if isinstance(sigma, torch.Tensor):
         out.zero_()
         for z, coefficient in zip(draws, design.coefficients[copy], strict=True):

@@ -23,7 +23,7 @@ from mpunlearn.protocol.exchange import Arrival
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
+from mpunlearn.server.stream import Piece, arithmetic_device, chunks, in_parallel, on_device, pieces, read
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
@@ -37,6 +37,7 @@ def postprocess(
     eta: float = 1.0,
     checkpoint: str | Path | None = None,
     dtype: str | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Aggregates the updates of the open round into a new checkpoint.
 
@@ -48,6 +49,7 @@ def postprocess(
         checkpoint: where the round's checkpoint lies now, if it has moved since `preprocess`.
         dtype: storage dtype of the result (default: each tensor's own, as in the run's first checkpoint). Between rounds
             float32 keeps what bfloat16 would round away.
+        device: where the arithmetic runs, cpu or cuda; both agree to float32 rounding.
 
     Returns:
         `out`.
@@ -61,6 +63,7 @@ def postprocess(
         raise PlanError(f"--eta: expected a number, found {eta}")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise PlanError(f"--dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
+    arithmetic = arithmetic_device(device)
     with locked(Path(state)):
         server = ServerState(state)
         if not server.rounds:
@@ -71,7 +74,7 @@ def postprocess(
         places = architecture.places(source)
         if set(places) != set(record.dtypes):
             raise StateError(f"{source.path}: is another model than round {record.round} was published from")
-        publisher = Publisher(server.secret, record, architecture)
+        publisher = Publisher(server.secret, record, architecture, arithmetic)
         arrivals = _match(updates, server.run, record)
         trained = _check_tensors(arrivals, source, architecture, places, publisher)
         round_ = _Round(source, record, publisher, arrivals, trained, eta)
@@ -85,7 +88,7 @@ def postprocess(
                 def work(item: tuple[int, Piece]) -> tuple[float, list[float]]:
                     value, square, squares = round_.aggregate(*item)
                     name, start = item[1].name, item[1].start
-                    cast = scratch("final", tuple(value.shape), specs[name][0])
+                    cast = scratch("final", tuple(value.shape), specs[name][0], arithmetic)
                     writer.write_rows(name, start, checked_cast(value, specs[name][0], name, cast))
                     return square, squares
 
@@ -138,7 +141,8 @@ class _Round:
                 f"{self.source.path}: {piece.name} is not what round {self.record.round} was published from; restore that "
                 "checkpoint, or name where it lies now"
             )
-        value = scratch("result", tuple(stored.shape), compute_dtype(stored.dtype)).copy_(stored)
+        value = scratch("result", tuple(stored.shape), compute_dtype(stored.dtype), self.publisher.device)
+        value.copy_(stored)
         square, squares = _square(value), [0.0] * len(self.arrivals)
         if piece.name in self.trained:
             for copy, arrival in enumerate(self.arrivals):
@@ -148,7 +152,7 @@ class _Round:
     def _add(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, stored: torch.Tensor) -> float:
         """Adds η w_k T_k⁻¹(Δ'_k) to `value`; returns the squared norm of Δ'_k."""
         name = self.publisher.maps[copy].published_name(piece.name, piece.place)
-        update = read(arrival.tensors, name, piece, "update")
+        update = on_device(read(arrival.tensors, name, piece, "update"), value.device, "update")
         if arrival.trained is not None:
             published = self.publisher.publish(piece, stored, [copy])[0][0]
             update = update.to(value.dtype) - published.to(value.dtype)
@@ -156,8 +160,8 @@ class _Round:
         maps = self.publisher.maps[copy].maps(piece.place)
         rows, row = len(value), value.numel() // max(1, len(value))
         square = 0.0
-        for start, stop in chunks(rows, row, maps[0].block):
-            delta = scratch("delta", tuple(value[start:stop].shape), value.dtype)
+        for start, stop in chunks(rows, row, maps[0].block, value.device):
+            delta = scratch("delta", tuple(value[start:stop].shape), value.dtype, value.device)
             delta.copy_(maps[0].gather(update, start, stop))
             square += _square(delta)
             for axis, axis_map in list(enumerate(maps))[1:]:
@@ -174,7 +178,7 @@ class _Round:
 
 def _square(value: torch.Tensor) -> float:
     flat = value.flatten()
-    return sum(float(torch.dot(flat[a:b], flat[a:b])) for a, b in chunks(flat.numel(), 1, 1))
+    return sum(float(torch.dot(flat[a:b], flat[a:b])) for a, b in chunks(flat.numel(), 1, 1, value.device))
 
 
 def _match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[Arrival]:

@@ -34,7 +34,7 @@ from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
+from mpunlearn.server.stream import Piece, arithmetic_device, chunks, in_parallel, on_device, pieces, read
 
 ALPHA_RANGE = (1.0, 2.0)
 SAMPLE = 4096
@@ -159,14 +159,20 @@ class Publisher:
         secret: the run's secret.
         record: the round.
         architecture: the model's.
+        device: where the arithmetic runs.
     """
 
-    def __init__(self, secret: Secret, record: RoundRecord, architecture: Architecture) -> None:
+    def __init__(
+        self, secret: Secret, record: RoundRecord, architecture: Architecture, device: torch.device | None = None
+    ) -> None:
+        self.device = device or torch.device("cpu")
         self._secret, self._record, self._inputs = secret, record, record.inputs
         self.perturbation = Perturbation(**record.settings)
         self.design = self.perturbation.design(record.alphas)
         self.maps = [
-            Reparameterization(architecture, self.perturbation.reparameterization, secret, self._inputs, copy)
+            Reparameterization(
+                architecture, self.perturbation.reparameterization, secret, self._inputs, copy, self.device
+            )
             for copy in range(self.design.copies)
         ]
         self._quietest = int((self.design.coefficients**2).sum(axis=1).argmin())
@@ -191,26 +197,26 @@ class Publisher:
             copies: for which copies (from 0; default all).
 
         Returns:
-            The rows for each copy, in the published dtype and in scratch memory; and for each how many entries equal θ's
-            before the change of basis.
+            The rows for each copy, in the published dtype, in scratch memory of the device; and for each how many entries
+            equal θ's before the change of basis.
 
         Raises:
             UnsupportedModelError: a value leaves the range of the published dtype.
         """
         copies = list(range(self.design.copies)) if copies is None else copies
-        dtype, sigma = self.dtype(piece.name), self.sigma(piece)
+        dtype, sigma, device = self.dtype(piece.name), self.sigma(piece), self.device
         streams = [
             self._secret.stream("noise", self._inputs, number, piece.name)
             for number in range(self.design.draws if sigma else 0)
         ]
         rows, row = len(stored), stored.numel() // max(1, len(stored))
         maps = [self.maps[copy].maps(piece.place) for copy in copies]
-        published = [scratch(f"published {copy}", tuple(stored.shape), dtype) for copy in copies]
+        published = [scratch(f"published {copy}", tuple(stored.shape), dtype, device) for copy in copies]
         equal = [0] * len(copies)
         arithmetic = compute_dtype(stored.dtype)
-        for start, stop in chunks(rows, row, maps[0][0].block):
-            original = stored[start:stop]
-            value = scratch("value", tuple(original.shape), arithmetic).copy_(original)
+        for start, stop in chunks(rows, row, maps[0][0].block, device):
+            original = on_device(stored[start:stop], device, "original")
+            value = scratch("value", tuple(original.shape), arithmetic, device).copy_(original)
             draws = draw(streams, (piece.start + start) * row, value)
             level = self._level(sigma, value, stored.dtype, dtype)
             for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):
@@ -220,7 +226,7 @@ class Publisher:
                 shown = axes[0].rotate(shown, 0, start)
                 for axis, axis_map in list(enumerate(axes))[1:]:
                     shown = axis_map.apply(shown, axis)
-                cast = scratch("cast", tuple(shown.shape), dtype)
+                cast = scratch("cast", tuple(shown.shape), dtype, device)
                 axes[0].scatter(published[number], checked_cast(shown, dtype, piece.name, cast), start)
         return published, equal
 
@@ -248,6 +254,7 @@ def preprocess(
     state: str | Path,
     out: str | Path,
     base: str | Path | None = None,
+    device: str = "cpu",
     perturbation: Perturbation | None = None,
 ) -> Published:
     """Publishes the copies of the next round.
@@ -258,6 +265,7 @@ def preprocess(
         out: a new directory for the copies, OUT/copy-1 … OUT/copy-m. Nothing in it is secret; config.json is the
             checkpoint's own, without paths.
         base: the public checkpoint that the model was trained from; the noise is then relative to the task vector.
+        device: where the arithmetic runs, cpu or cuda; both agree to float32 rounding.
         perturbation: number of copies, noise level, reparameterisation.
 
     Returns:
@@ -268,7 +276,7 @@ def preprocess(
         UnsupportedModelError: the model's family or number format has no exact handling.
         StateError: the state is damaged or in use, or a round is open with other inputs.
     """
-    perturbation = perturbation or Perturbation()
+    perturbation, arithmetic = perturbation or Perturbation(), arithmetic_device(device)
     source, out = Checkpoint(checkpoint), Path(out)
     architecture = architecture_of(source, FAMILIES)
     places = architecture.places(source)
@@ -293,7 +301,8 @@ def preprocess(
         uniforms = server.secret.stream("alpha", record.inputs).uniforms(perturbation.copies)
         record = dataclasses.replace(record, alphas=perturbation.scales([float(u) for u in uniforms]))
         with server.opened(record) as pinned, new_directory(out) as folder:
-            honesty = _write(source, architecture, server, pinned, folder)
+            honesty = _write(source, architecture, server, pinned, folder, arithmetic)
+        server.measured({name: dataclasses.astuple(value) for name, value in honesty.items()})
     for name, value in honesty.items():
         if value.bits < 1:
             warnings.warn(
@@ -307,10 +316,15 @@ def preprocess(
 
 
 def _write(
-    source: Checkpoint, architecture: Architecture, server: ServerState, record: RoundRecord, folder: Path
+    source: Checkpoint,
+    architecture: Architecture,
+    server: ServerState,
+    record: RoundRecord,
+    folder: Path,
+    device: torch.device,
 ) -> dict[str, Honesty]:
     """Streams the copies into a folder."""
-    publisher = Publisher(server.secret, record, architecture)
+    publisher = Publisher(server.secret, record, architecture, device)
     places = architecture.places(source)
     copies = publisher.design.copies
     specs = {name: (publisher.dtype(name), source.tensors[name].shape) for name in places}
@@ -366,8 +380,8 @@ def derived_config(
 
 def _equal(value: torch.Tensor, original: torch.Tensor, dtype: torch.dtype) -> int:
     """How many entries of a value, once cast to `dtype`, equal the original's."""
-    cast = scratch("cast", tuple(value.shape), dtype).copy_(value)
-    if dtype != original.dtype:
+    cast = scratch("cast", tuple(value.shape), dtype, value.device).copy_(value)
+    if dtype != original.dtype or value.device.type != "cpu":
         return int(torch.count_nonzero(cast == original))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     # numpy compares and counts many times faster than torch.

@@ -51,6 +51,11 @@ class AxisMap:
         """The permutation's inverse, shape (n,), int64: entry i of x goes to place inverse[i] of y."""
         return None if self.index is None else torch.argsort(self.index)
 
+    def to(self, device: torch.device) -> "AxisMap":
+        """The same map of tensors on that device."""
+        parts = (self.index, self.sign, self.blocks)
+        return AxisMap(*(None if part is None else part.to(device) for part in parts))
+
     @property
     def block(self) -> int:
         """Size d of the blocks that `rotate` keeps together; 1 without rotations."""
@@ -158,13 +163,23 @@ class Reparameterization:
         secret: the run's secret.
         inputs: names what the maps hide, so that no two publications share any: the digest of a round's inputs.
         copy: copies count from 0.
+        device: where the weights will lie. Maps are drawn on the processor, so they are the same for every device.
     """
 
-    def __init__(self, architecture: Architecture, strength: str, secret: Secret, inputs: str | int, copy: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        strength: str,
+        secret: Secret,
+        inputs: str | int,
+        copy: int,
+        device: torch.device | None = None,
+    ) -> None:
         if strength not in STRENGTHS:
             raise ValueError(f"unknown strength {strength!r}, expected one of {STRENGTHS}")
         self._architecture, self._strength, self._secret = architecture, strength, secret
         self._labels = ("reparameterization", inputs, copy)
+        self._device = device or torch.device("cpu")
         # A layer asks for each of its maps several times; a few layers' worth is kept.
         self._cached = lru_cache(maxsize=32)(self._draw_axis)
 
@@ -198,8 +213,9 @@ class Reparameterization:
     def _draw_axis(self, axis: Axis, layer: int | None, expert: int | None) -> AxisMap:
         parts = [self._draw(role, layer, expert) for role in axis]
         if len(parts) == 1:
-            return parts[0]
-        return concatenated(parts, [self._architecture.size((role,), expert is not None) for role in axis])
+            return parts[0].to(self._device)
+        sizes = [self._architecture.size((role,), expert is not None) for role in axis]
+        return concatenated(parts, sizes).to(self._device)
 
     def _draw(self, role: str, layer: int | None, expert: int | None) -> AxisMap:
         """The map of a role. Residual maps are model-wide, FFN maps per layer and expert, all others per layer."""

@@ -12,11 +12,11 @@ import torch
 _kept = threading.local()
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """An uninitialised tensor that shares its memory with the calling thread's earlier ones of that name."""
-    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = _kept.__dict__.setdefault("buffers", {})
-    count = math.prod(shape)
-    buffer = buffers.get((name, dtype))
+    buffers: dict[tuple[str, torch.dtype, str], torch.Tensor] = _kept.__dict__.setdefault("buffers", {})
+    count, key = math.prod(shape), (name, dtype, str(device))
+    buffer = buffers.get(key)
     if buffer is None or buffer.numel() < count:
-        buffer = buffers[name, dtype] = torch.empty(count, dtype=dtype)
+        buffer = buffers[key] = torch.empty(count, dtype=dtype, device=device)
     return buffer[:count].view(shape)

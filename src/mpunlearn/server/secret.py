@@ -112,13 +112,16 @@ class Stream:
         """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
 
         Args:
-            out: where to put them, shape (count,), float32 or float64 (default: a new tensor).
+            out: where to put them, shape (count,), float32 or float64 (default: a new tensor). The
+                arithmetic runs on its device.
         """
         out = torch.empty(count, dtype=torch.float32) if out is None else out
         first, last = start // BLOCK, -(-(start + count) // BLOCK)
         if count:
             words = scratch("words", ((last - first) * BLOCK,), torch.int32).zero_()
             self._encrypt(words.numpy().data.cast("B"), 4 * BLOCK * first)
+            if out.device != words.device:
+                words = scratch("words", tuple(words.shape), words.dtype, out.device).copy_(words)
             out.copy_(_box_muller(words.view(-1, 2, BLOCK // 2)).flatten()[start - first * BLOCK :][:count])
         return out
 
@@ -166,11 +169,11 @@ def _box_muller(words: torch.Tensor) -> torch.Tensor:
 
     The radius takes the lower 31 bits, as a number in (0, 1] whose float32 is finest near zero, where the tail is.
     """
-    half = (len(words), words.shape[2])
-    out = scratch("normals", tuple(words.shape), torch.float32)
-    radius = scratch("radius", half, torch.float32).copy_(words[:, 0].bitwise_and_(0x7FFFFFFF))
+    half, device = (len(words), words.shape[2]), words.device
+    out = scratch("normals", tuple(words.shape), torch.float32, device)
+    radius = scratch("radius", half, torch.float32, device).copy_(words[:, 0].bitwise_and_(0x7FFFFFFF))
     radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
-    angle = scratch("angle", half, torch.float32).copy_(words[:, 1]).mul_(2.0 * math.pi * 2.0**-32)
-    torch.mul(torch.sin(angle, out=scratch("wave", half, torch.float32)), radius, out=out[:, 1])
+    angle = scratch("angle", half, torch.float32, device).copy_(words[:, 1]).mul_(2.0 * math.pi * 2.0**-32)
+    torch.mul(torch.sin(angle, out=scratch("wave", half, torch.float32, device)), radius, out=out[:, 1])
     torch.mul(angle.cos_(), radius, out=out[:, 0])
     return out

@@ -51,6 +51,8 @@ class RoundRecord:
     """α_k or x_k of the copies; empty where the design has none. Secret."""
     sigma: dict[str, float]
     """Noise level per block, in units of the weights."""
+    honesty: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """Per tensor what rounding left of the noise: `preprocess.Honesty`."""
     closed: bool = False
     """Whether the round's updates have been aggregated."""
 
@@ -146,6 +148,10 @@ class ServerState:
             if was_new:
                 shutil.rmtree(self.path)
             raise
+
+    def measured(self, honesty: dict[str, tuple[float, float]]) -> None:
+        """Keeps what was measured while the last round was published."""
+        self._store(dataclasses.replace(self.rounds[-1], honesty=honesty))
 
     def close(self) -> None:
         """Marks the last round as aggregated, so that the next `preprocess` begins another."""

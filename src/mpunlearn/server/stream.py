@@ -20,13 +20,16 @@ import torch
 
 from mpunlearn.architecture import Place
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
+from mpunlearn.errors import PlanError
 from mpunlearn.progress import bar
 from mpunlearn.server.scratch import scratch
 
 PIECE = 1 << 22
 """Entries of a piece of a tensor that can be cut."""
 CHUNK = 1 << 18
-"""Entries that are computed at once."""
+"""Entries that are computed at once: what fits a processor's cache."""
+DEVICE_CHUNK = 1 << 24
+"""The same on an accelerator, which works best on much at once."""
 THREADS = min(4, os.cpu_count() or 1)
 
 T = TypeVar("T")
@@ -50,6 +53,29 @@ def read(source: TensorDirectory, name: str, piece: Piece, purpose: str) -> torc
     return source.read_rows(name, piece.start, piece.stop, out=scratch(purpose, shape, info.dtype))
 
 
+def on_device(tensor: torch.Tensor, device: torch.device, purpose: str) -> torch.Tensor:
+    """The tensor itself if it lies on that device, else a copy there, in scratch memory."""
+    if tensor.device == device:
+        return tensor
+    return scratch(purpose, tuple(tensor.shape), tensor.dtype, device).copy_(tensor)
+
+
+def arithmetic_device(name: str) -> torch.device:
+    """The device that `--device` names, once it is known to be there.
+
+    Raises:
+        PlanError: there is no such device on this machine.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PlanError(f"--device {name}: not on this machine ({reason}); take cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise PlanError(f"--device: expected cpu or cuda, found {name}")
+    return device
+
+
 def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
     """A model in pieces, in the order of its tensors' names."""
     cut: list[Piece] = []
@@ -64,9 +90,12 @@ def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
     return cut
 
 
-def chunks(rows: int, row: int, multiple: int) -> list[tuple[int, int]]:
-    """Ranges of rows of about `CHUNK` entries, each starting at a multiple of `multiple`."""
-    step = max(1, CHUNK // max(1, row) // multiple) * multiple
+def chunks(rows: int, row: int, multiple: int, device: torch.device | None = None) -> list[tuple[int, int]]:
+    """Ranges of rows of as many entries as a device (default: the processor) takes at once, each starting at a multiple of
+    `multiple`.
+    """
+    size = CHUNK if device is None or device.type == "cpu" else DEVICE_CHUNK
+    step = max(1, size // max(1, row) // multiple) * multiple
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
