@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mpunlearn import toy
-from mpunlearn.client.dataset import Record
+from mpunlearn.client.records import Record
 from mpunlearn.demo import Line, table
 from mpunlearn.evaluation.answers import evaluate_answers
 

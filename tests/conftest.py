@@ -46,7 +46,7 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         name: str = "model", model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
     ) -> Path:
         from mpunlearn import toy
-        from mpunlearn.client.trainer import quiet
+        from mpunlearn.client.model import quiet
 
         quiet()
         shard = changes.pop("max_shard_size", "5GB")

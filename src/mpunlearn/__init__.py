@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Client": "mpunlearn.client",
+    "Data": "mpunlearn.client",
     "MPUError": "mpunlearn.errors",
     "Perturbation": "mpunlearn.server",
+    "Resources": "mpunlearn.client",
     "Training": "mpunlearn.protocol.plan",
     "demo": "mpunlearn.demo",
     "describe": "mpunlearn.server",

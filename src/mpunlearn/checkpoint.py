@@ -337,6 +337,14 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The files that make a checkpoint directory loadable: config, shards and their index, tokenizer, generation settings."""
+    checkpoint = Checkpoint(path)
+    shards = {info.file for info in checkpoint.tensors.values()}
+    names = {"config.json", "model.safetensors.index.json", *COMPANIONS, *shards}
+    return [file for name in sorted(names) if (file := checkpoint.path / name).is_file()]
+
+
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the entries that name where its owner keeps things: absolute paths, and `name_or_path`."""
 

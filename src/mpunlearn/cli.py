@@ -1,8 +1,9 @@
 """The command line: one verb per library function; parses, validates, calls.
 
 Arguments, types and help come from the functions' signatures and docstrings, so there is one text for both interfaces. The
-options of `Perturbation` and `Training` stand beside a function's own. `--config FILE.yaml` gives any of them from a file.
-Bad input is one sentence on standard error and exit code 2; a traceback is a bug.
+options of `Perturbation`, `Training`, `Data` and `Resources` stand beside a function's own, and so do the objectives'
+hyper-parameters. `--config FILE.yaml` gives any of them from a file. Bad input is one sentence on standard error and exit
+code 2; a traceback is a bug.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse._core import ArgumentGroup
 
 from mpunlearn.errors import DisclosureWarning, MPUError
+from mpunlearn.protocol.plan import Training
 
 COMMANDS = {
     "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterised copies of the next round"),
@@ -101,14 +103,32 @@ def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict
         parser.add_argument(name, nargs="+", help=f"the {name}, one directory per copy, in any order")
     parser.add_function_arguments(function, as_positional=True, skip={*option_groups, *lists})
     for group in option_groups.values():
-        parser.add_class_arguments(group, None, skip={"alphas"})
+        parser.add_class_arguments(group, None, skip={"alphas", "parameters"})
         if "alphas" in {field.name for field in dataclasses.fields(group)}:
             parser.add_argument("--alphas", type=_numbers, help="secret scales of the copies' noise, such as 1,1.5,2")
+    hyper = _hyper_parameters() if any(issubclass(group, Training) for group in option_groups.values()) else {}
+    for name, users in hyper.items():
+        what = ", ".join(f"{objective} {value:g}" for objective, value in users.items())
+        parser.add_argument(f"--{name}", type=float, help=f"hyper-parameter, by default: {what}")
     given = parser.instantiate(parser.parse_args(arguments)).as_dict()
     result: dict[str, Any] = {name: given[name] for name in parameters if name not in option_groups}
     for name, group in option_groups.items():
-        result[name] = group(**{field.name: given[field.name] for field in dataclasses.fields(group)})
+        values = {field.name: given[field.name] for field in dataclasses.fields(group) if field.name in given}
+        if issubclass(group, Training):
+            values["parameters"] = {name: given[name] for name in hyper if given[name] is not None}
+        result[name] = group(**values)
     return result
+
+
+def _hyper_parameters() -> dict[str, dict[str, float]]:
+    """Every hyper-parameter of an objective, with its default for each objective that has it."""
+    from mpunlearn.client.objectives import OBJECTIVES
+
+    found: dict[str, dict[str, float]] = {}
+    for objective, entry in OBJECTIVES.items():
+        for name, value in entry.parameters.items():
+            found.setdefault(name, {})[objective] = value
+    return found
 
 
 def _dataclass_of(annotation: Any) -> type[Any] | None:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from mpunlearn.client import dataset
-from mpunlearn.client.dataset import IGNORED, Record, collate, encode
+from mpunlearn.client.dataset import IGNORED, collate, encode
+from mpunlearn.client.records import Record
 from mpunlearn.files import new_directory
 from mpunlearn.progress import progress
 
@@ -250,7 +251,7 @@ def train_side_by_side(jobs: dict[Path, list[Record]], start: Path, recipe: Reci
 
 
 def _train(start: Path, out: Path, records: list[Record], recipe: Recipe, seed: int) -> None:
-    from mpunlearn.client.trainer import load
+    from mpunlearn.client.model import load
 
     torch.set_num_threads(1)
     model, tokenizer = load(start)
@@ -262,7 +263,7 @@ def _train(start: Path, out: Path, records: list[Record], recipe: Recipe, seed: 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Writes model and tokenizer as a checkpoint directory."""
-    from mpunlearn.client.trainer import quiet
+    from mpunlearn.client.model import quiet
 
     quiet()
     model.save_pretrained(out)

@@ -1,5 +1,7 @@
 """Runs only at the data owner: examples, objectives, and the training that turns a published copy into an update."""
 
-from mpunlearn.client.unlearn import unlearn
+from mpunlearn.client.records import Data
+from mpunlearn.client.resources import Resources
+from mpunlearn.client.unlearn import Client, unlearn
 
-__all__ = ["unlearn"]
+__all__ = ["Client", "Data", "Resources", "unlearn"]

@@ -1,31 +1,25 @@
-"""Forget and retain examples: read from JSON lines, put into the model's template, batched the same way for every copy.
+"""Examples as tokens, and batches that are the same for every copy.
 
-A question-answer example carries loss on its answer only; a plain text carries loss on every token. The order of batches is
-a function of seed, round and epoch, never of the copy: the updates of a round then differ by the noise alone.
+A question-answer example carries loss on its answer only; a plain text carries loss on every token. Which examples make up
+which optimiser step is a function of seed, round and epoch, never of the copy and never of the hardware: the updates of a
+round then differ by the noise alone, and a step means the same on one processor and on eight.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mpunlearn.client.records import Record
 from mpunlearn.errors import DataError
 
 IGNORED = -100
 """Label of a position that carries no loss."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of an example file: a question with its answer, or a plain text (question None)."""
-
-    question: str | None
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -35,52 +29,35 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
-def read_records(path: str | Path) -> list[Record]:
-    """Reads JSON lines with `question` and `answer`, or with `text`. Other keys are left alone.
-
-    Raises:
-        DataError: the file cannot be read, has no lines, or a line is not such an object.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    records = [_record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not records:
-        raise DataError(f"{path}: holds no examples; expected one JSON object per line")
-    return records
+    def skipping(self, count: int) -> "Example":
+        """The example without loss on its first `count` answer tokens."""
+        answer = [position for position in range(1, len(self.labels)) if self.labels[position] != IGNORED]
+        skipped = set(answer[:count])
+        return replace(self, labels=[IGNORED if i in skipped else label for i, label in enumerate(self.labels)])
 
 
-def _record(path: Path, number: int, line: str) -> Record:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}); expected one JSON object per line") from None
-    fields = ("text",) if isinstance(value, dict) and "text" in value else ("question", "answer")
-    if not isinstance(value, dict) or any(field not in value for field in fields):
-        raise DataError(f"{path}, line {number}: expected an object with question and answer, or with text")
-    for field in fields:
-        if not isinstance(value[field], str) or not value[field].strip():
-            raise DataError(f"{path}, line {number}, key {field}: expected text, found {value[field]!r}")
-    return Record(None, value["text"]) if fields == ("text",) else Record(value["question"], value["answer"])
-
-
-def examples_digest(examples: list[Example]) -> str:
+def examples_digest(examples: Sequence[Example]) -> str:
     """SHA-256 (hex) of tokenised examples and their order."""
     return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()
 
 
-def prompt_and_answer(tokenizer: Any, question: str, answer: str) -> tuple[str, str]:
+def prompt_and_answer(
+    tokenizer: Any, question: str, answer: str, history: Sequence[tuple[str, str]] = ()
+) -> tuple[str, str]:
     """The text before the answer and the text from there on, in the tokenizer's chat template or in a plain one."""
     if not tokenizer.chat_template:
-        return f"Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
-    user = {"role": "user", "content": question}
+        before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
+        return f"{before}Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
+    messages = [{"role": role, "content": content} for role, content in (*history, ("user", question))]
     # Some templates write today's date into the prompt: a fixed one keeps all copies of a run alike.
     fixed = {"tokenize": False, "date_string": "1 January 2025"}
-    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], **fixed)
-    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **fixed)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **fixed)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **fixed)
     prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (character by character is what is wanted)
     return prompt, whole[len(prompt) :]
 
@@ -101,7 +78,7 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
             examples += [Example(piece, piece) for piece in pieces if len(piece) > 1]
             continue
-        prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer)
+        prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer, record.history)
         encoded = tokenizer(
             prompt + answer, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
         )
@@ -111,14 +88,22 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
         labels[0] = IGNORED
         if all(label == IGNORED for label in labels):
             raise DataError(
-                f"a question of {len(ids)} tokens or more leaves no room for its answer within --max-length {max_length}: "
-                f"{record.question[:60]!r} …"
+                f"{record.where or 'an example'}: a question of {len(ids)} tokens or more leaves no room for its answer "
+                f"within --max-length {max_length}: {record.question[:60]!r} …"
             )
         examples.append(Example(ids, labels))
     return examples
 
 
-def collate(examples: list[Example], pad_id: int) -> dict[str, torch.Tensor]:
+def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) -> list[list[Example]]:
+    """The alternate answers of each record, tokenised with its question."""
+    return [
+        encode([replace(record, answer=answer) for answer in record.alternates], tokenizer, max_length)
+        for record in records
+    ]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
     """A batch, padded on the right: input_ids, attention_mask and labels, each (examples, longest), int64."""
     longest = max(len(example.input_ids) for example in examples)
 
@@ -132,19 +117,43 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, torch.Tensor]:
     }
 
 
+class Pick(NamedTuple):
+    """What stands in one place of a batch."""
+
+    forget: int
+    """Index of a forget example."""
+    retain: int | None
+    """Index of its retain example."""
+    alternate: int
+    """A random number that chooses among its alternate answers."""
+
+
 def batches(
     forget: int, retain: int, *, batch_size: int, epochs: int, seed: int, round_number: int
-) -> list[list[tuple[int, int | None]]]:
-    """The batches of a round as pairs of indices: every forget example once an epoch, each with one random retain example.
+) -> list[list[Pick]]:
+    """The optimiser steps of a round: every forget example once an epoch, each with one random retain example.
 
     Args:
-        forget, retain: sizes of the sets; retain may be 0, and the pairs then hold None.
+        forget, retain: sizes of the sets; retain may be 0, and the picks then hold None.
     """
-    plan: list[list[tuple[int, int | None]]] = []
+    plan: list[list[Pick]] = []
     for epoch in range(epochs):
         random = np.random.default_rng([seed, round_number, epoch])
         order = random.permutation(forget).tolist()
         partners = random.integers(retain, size=forget).tolist() if retain else [None] * forget
-        pairs = list(zip(order, partners, strict=True))
-        plan += [pairs[start : start + batch_size] for start in range(0, forget, batch_size)]
+        choices = random.integers(1 << 31, size=forget).tolist()
+        picks = [Pick(*values) for values in zip(order, partners, choices, strict=True)]
+        plan += [picks[start : start + batch_size] for start in range(0, forget, batch_size)]
     return plan
+
+
+def micro_batches(plan: list[list[Pick]], size: int, processes: int) -> tuple[list[list[Pick]], int]:
+    """Every step of a plan cut into the same number of micro-batches, at most `size` examples each; some may be empty.
+
+    Returns:
+        All micro-batches in order, of which each process takes every `processes`-th; and how many each takes per step.
+    """
+    largest = max(map(len, plan))
+    accumulated = -(-largest // (size * processes))
+    count = accumulated * processes
+    return [step[part::count] for step in plan for part in range(count)], accumulated

@@ -1,74 +1,53 @@
-"""The one training loop: `transformers.Trainer` over batches that are decided beforehand.
+"""The one training loop: `transformers.Trainer` over optimiser steps that are decided beforehand.
 
-The plan of batches is a list, so the Trainer neither shuffles nor batches: one item of its data set is one batch. This
-module imports transformers at the top; import it where training begins.
+An item of its data set is one micro-batch, so the Trainer neither shuffles nor batches. Since the steps are known, every
+micro-batch carries how many tokens and examples its whole step has, and divides by that: a step is the same mean however
+many passes and processes it is spread over. (Averages of averages, the usual way, depend on both.)
+
+Two gradients become one in three ways (`Objective.combine`). *sum*: γ · forget + α · retain. *normalised* (NGDiff, Bu et
+al., arXiv 2410.22086): each gradient of a step is divided by its norm first, and now and then the learning rate moves to the
+minimum of a parabola through the retain loss before, after and opposite the step (their section 4, after GeN). *dual* (PDU,
+arXiv 2506.05314): α follows the retain loss, α ← max(0, α + dual_step · (L_retain - retain_target)), from epoch `dual_warmup`
+of the run on; it starts anew in every round.
+
+This module imports transformers at the top; import it where training begins.
 """
 
-import logging
-import tempfile
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import transformers
 from torch.utils.data import Dataset
 
-from mpunlearn.client.dataset import Example, collate
-from mpunlearn.client.objectives import Objective, answer_nll, cross_entropy
-from mpunlearn.errors import CheckpointError, PlanError
+from mpunlearn.client.dataset import IGNORED, Example, Pick, collate, micro_batches
+from mpunlearn.client.model import forward, pad_id
+from mpunlearn.client.objectives import Objective
+from mpunlearn.client.resources import Resources, is_main, processes
+from mpunlearn.errors import PlanError
+from mpunlearn.files import read_json, write_json
 from mpunlearn.progress import bar
 from mpunlearn.protocol.plan import Training
 
 Batch = dict[str, Any]
 
 
-def load(path: Path) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a checkpoint directory.
+@dataclass(frozen=True)
+class Examples:
+    """Everything that batches are made of."""
 
-    Raises:
-        CheckpointError: transformers cannot load them.
-    """
-    quiet()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load it: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's parameters under the names and in the shapes that its checkpoint has on disk.
-
-    They differ where transformers keeps several of a checkpoint's tensors as one, such as the experts of a mixture.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, parameters)
-    return found
-
-
-def quiet() -> None:
-    """Silences transformers' bars for loading and saving; errors and warnings stay."""
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-@torch.no_grad()
-def nll(model: Any, examples: list[Example], batch_size: int, tokenizer: Any) -> list[float]:
-    """NLL(y|x) of each example under the model, in nats."""
-    model.eval()
-    values: list[float] = []
-    for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
-        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-        values += answer_nll(_logits(model, batch), batch["labels"]).tolist()
-    return values
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is masked and carries no loss."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    forget: Sequence[Example]
+    retain: Sequence[Example] = ()
+    alternates: Sequence[Sequence[Example]] = ()
+    """The alternate answers of each forget example, where the objective takes them."""
+    forget_nll: Sequence[float] = ()
+    """NLL of each forget example under the reference model, where the objective takes it."""
+    alternate_nll: Sequence[Sequence[float]] = ()
 
 
 def train(
@@ -76,108 +55,349 @@ def train(
     tokenizer: Any,
     objective: Objective,
     training: Training,
-    plan: list[list[tuple[int, int | None]]],
-    forget: list[Example],
-    retain: list[Example],
-    reference_nll: list[float] | None,
+    resources: Resources,
+    plan: list[list[Pick]],
+    examples: Examples,
+    *,
+    reference: Any | None = None,
+    first_epoch: int = 0,
+    folder: Path,
 ) -> None:
     """Trains the model in place.
 
     Args:
-        plan: the batches, as pairs of indices into `forget` and `retain`.
-        reference_nll: NLL of each forget example under the reference model, where the objective needs it.
+        model: sharded where there are several processes.
+        plan: the optimiser steps.
+        reference: the reference model, where the objective takes its logits or hidden states; with LoRA it may be the model
+            itself, whose adapters are then switched off.
+        first_epoch: how many epochs of the run lie behind.
+        folder: for checkpoints; if it holds one, training goes on from there.
 
     Raises:
-        PlanError: the schedule's name is unknown to transformers.
+        PlanError: an option's value is unknown to transformers, or options exclude one another.
     """
-    dataset = _Batches(plan, forget, retain, reference_nll, pad_id(tokenizer))
-    with tempfile.TemporaryDirectory() as folder:
+    if objective.combine == "normalised" and resources.precision == "float16":
+        raise PlanError(
+            f"--precision float16: {training.objective} divides by gradient norms; take bfloat16 or float32"
+        )
+    items, accumulated = micro_batches(plan, resources.micro_batch_size or training.batch_size, processes())
+    dataset = _MicroBatches(items, accumulated * processes(), examples, pad_id(tokenizer))
+    with _logging_to(resources.log_dir):
         try:
             arguments = transformers.TrainingArguments(
-                output_dir=folder,
+                output_dir=str(folder),
                 num_train_epochs=1,
                 per_device_train_batch_size=1,
+                gradient_accumulation_steps=accumulated,
                 train_sampling_strategy="sequential",
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
                 max_grad_norm=training.max_grad_norm,
                 lr_scheduler_type=training.scheduler,
                 warmup_steps=training.warmup_steps,
-                optim="adamw_torch",
+                optim=training.optimizer,
                 seed=training.seed,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
+                bf16=resources.precision == "bfloat16",
+                fp16=resources.precision == "float16",
+                **_checkpointing(resources.gradient_checkpointing),
+                use_cpu=not torch.cuda.is_available(),
+                save_strategy="steps" if resources.save_every else "no",
+                save_steps=resources.save_every or 500,
+                save_total_limit=1,
+                logging_strategy="no" if resources.report_to == "none" else "steps",
+                logging_steps=1,
+                report_to=resources.report_to,
                 remove_unused_columns=False,
                 dataloader_pin_memory=torch.cuda.is_available(),
                 disable_tqdm=True,
             )
-            arguments._n_gpu = min(arguments.n_gpu, 1)  # a plan's batch is one item: it is not spread over GPUs
-        except ValueError as error:
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # a micro-batch is one item: it is not spread over GPUs
+            trainer = _Trainer(
+                objective,
+                reference,
+                first_epoch,
+                len(plan) // training.epochs,
+                model=model,
+                args=arguments,
+                train_dataset=dataset,
+                data_collator=_first,
+                callbacks=[_Bar(f"unlearning with {training.objective}")],
+            )
+        except (ValueError, ImportError) as error:
             raise PlanError(f"the training options do not fit: {error}") from error
-        progress = _Bar(f"unlearning with {training.objective}")
-        trainer = _Trainer(
-            objective, model=model, args=arguments, train_dataset=dataset, data_collator=_first, callbacks=[progress]
-        )
         trainer.remove_callback(transformers.PrinterCallback)
-        if arguments.world_size > 1:
-            raise PlanError("training on several processes is not supported yet; start one")
-        trainer.train()
+        saved = transformers.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if saved is not None:
+            trainer.dual = read_json(Path(saved) / "dual.json").get("dual", trainer.dual)
+        trainer.train(resume_from_checkpoint=saved)
 
 
-class _Batches(Dataset[Batch]):
-    """Item i is the i-th batch of the plan."""
+class _MicroBatches(Dataset[Batch]):
+    """Item i is micro-batch i, with the totals of its step."""
 
-    def __init__(
-        self,
-        plan: list[list[tuple[int, int | None]]],
-        forget: list[Example],
-        retain: list[Example],
-        reference_nll: list[float] | None,
-        pad: int,
-    ) -> None:
-        self._plan, self._forget, self._retain, self._reference_nll, self._pad = (
-            plan,
-            forget,
-            retain,
-            reference_nll,
-            pad,
-        )
+    def __init__(self, items: list[list[Pick]], per_step: int, examples: Examples, pad: int) -> None:
+        self._items, self._per_step, self._examples, self._pad = items, per_step, examples, pad
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._items)
 
     def __getitem__(self, item: int) -> Batch:
-        pairs = self._plan[item]
-        batch: Batch = {"forget": collate([self._forget[f] for f, _ in pairs], self._pad)}
-        retained = [self._retain[r] for _, r in pairs if r is not None]
-        if retained:
-            batch["retain"] = collate(retained, self._pad)
-        if self._reference_nll is not None:
-            batch["reference_nll"] = torch.tensor([self._reference_nll[f] for f, _ in pairs])
+        first = item - item % self._per_step
+        step = [pick for part in self._items[first : first + self._per_step] for pick in part]
+        forget = self._examples.forget
+        batch: Batch = {"forget": self._part(item, [forget[pick.forget] for pick in step], forget, 0)}
+        picks = self._items[item]
+        if self._examples.forget_nll:
+            batch["forget"]["reference_nll"] = self._numbers([self._examples.forget_nll[p.forget] for p in picks])
+        if self._examples.alternates:
+            chosen = [(p.forget, p.alternate % len(self._examples.alternates[p.forget])) for p in picks]
+            other = [self._examples.alternates[example][number] for example, number in chosen]
+            batch["alternate"] = collate(other or [self._filler(forget[0])], self._pad)
+            values = [self._examples.alternate_nll[example][number] for example, number in chosen]
+            batch["alternate"]["reference_nll"] = self._numbers(values)
+        if self._examples.retain:
+            retain = self._examples.retain
+            batch["retain"] = self._part(item, [retain[p.retain] for p in step if p.retain is not None], retain, 1)
         return batch
+
+    def of_step(self, step: int) -> Batch:
+        """The first micro-batch of a step."""
+        return self[step * self._per_step]
+
+    def _part(self, item: int, step: list[Example], source: Sequence[Example], place: int) -> Batch:
+        """One side of a micro-batch; an empty one holds an example that counts for nothing."""
+        mine = [source[pick[place]] for pick in self._items[item]]  # type: ignore[index]
+        part: Batch = collate(mine or [self._filler(source[0])], self._pad)
+        return {**part, "step_tokens": sum(example.tokens for example in step), "step_examples": len(step)}
+
+    @staticmethod
+    def _filler(example: Example) -> Example:
+        return Example(example.input_ids, [IGNORED] * len(example.labels))
+
+    @staticmethod
+    def _numbers(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values or [0.0], dtype=torch.float32)
 
 
 class _Trainer(transformers.Trainer):  # type: ignore[misc]
-    """Computes γ · L_forget + α · L_retain of a batch."""
+    """Computes an objective's two losses of a micro-batch, and combines their gradients."""
 
-    def __init__(self, objective: Objective, **kwargs: Any) -> None:
+    def __init__(
+        self, objective: Objective, reference: Any | None, first_epoch: int, steps_per_epoch: int, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self._objective = objective
+        self.objective, self.dual = objective, objective.alpha
+        self._reference, self._first_epoch, self._steps_per_epoch = reference, first_epoch, steps_per_epoch
+        self._retain_gradients: dict[torch.Tensor, torch.Tensor | None] = {}
+        self._losses = {"forget_loss": 0.0, "retain_loss": 0.0}
+        self._step_retain_loss = 0.0
+        self._control: torch.Tensor | None = None
+        if reference is not None and reference is not self.model:
+            reference.to(self.args.device).eval().requires_grad_(False)
+        if objective.combine == "normalised":
+            self.add_callback(_AdaptiveRate(self, int(objective.parameters["adapt_every"])))
+        self.add_callback(_Dual(self))
 
-    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        objective, forget = self._objective, inputs["forget"]
-        extra = {} if objective.beta is None else {"beta": objective.beta}
-        if objective.reference:
-            extra["reference_nll"] = inputs["reference_nll"]
-        loss = objective.gamma * objective.forget_loss(_logits(model, forget), forget["labels"], **extra)
-        if objective.alpha:
-            retain = inputs["retain"]
-            loss = loss + objective.alpha * cross_entropy(_logits(model, retain), retain["labels"])
-        return loss
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """With several processes the model is sharded already, and stays as it is."""
+        return model if processes() == 1 else _Wrapped(model)
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Both backward passes of a micro-batch, one after the other, so that one side's activations are held at a time."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        forget = self._backward(model, inputs, "forget", self.objective.gamma)
+        retain = forget.new_zeros(())
+        if self.objective.alpha:
+            normalised = self.objective.combine == "normalised"
+            if normalised:
+                self._swap()
+            alpha = self.dual if self.objective.combine == "dual" else self.objective.alpha
+            retain = self._backward(model, inputs, "retain", alpha)
+            if normalised:
+                self._swap()
+                if self.accelerator.sync_gradients:
+                    self._combine_normalised()
+        self._losses["forget_loss"] += float(forget)
+        self._losses["retain_loss"] += float(retain)
+        self._step_retain_loss += float(retain)
+        return self.objective.gamma * forget + self.objective.alpha * retain
+
+    def _backward(self, model: Any, inputs: Batch, side: str, weight: float) -> torch.Tensor:
+        """Adds the gradient of weight · loss; returns the micro-batch's share of the step's loss."""
+        with self.compute_loss_context_manager():
+            share = self.loss(model, inputs, side)
+        # Processes are averaged over, but their shares add up.
+        self.accelerator.backward(weight * share * processes())
+        return share.detach()
+
+    def loss(self, model: Any, inputs: Batch, side: str) -> torch.Tensor:
+        """A micro-batch's share of the forget or retain loss of its step, a scalar."""
+        objective, batch = self.objective, inputs[side]
+        needs = objective.needs if side == "forget" else objective.retain_needs
+        layer = int(objective.parameters["layer"]) if "hidden" in needs else None
+        found = forward(model, batch, layer)
+        if needs & {"reference_logits", "reference_hidden"}:
+            found |= {f"reference_{name}": value for name, value in self._under_reference(batch, layer).items()}
+        if "reference_nll" in batch:
+            found["reference_nll"] = batch["reference_nll"]
+        if objective.alternates and side == "forget":
+            other = {**forward(model, inputs["alternate"]), "reference_nll": inputs["alternate"]["reference_nll"]}
+            found |= {f"alternate_{name}": value for name, value in other.items()}
+        if "control" in needs:
+            found["control"] = self._control_vector(found["hidden"])
+        given = {name: found[name] for name in needs}
+        values = objective.forget(**given) if side == "forget" else objective.retain(**given)
+        counted = found["targets"] != IGNORED
+        if values.dim() == 1:
+            values, total = values[counted.any(dim=1)], batch["step_examples"]
+        else:
+            total = batch["step_tokens"]
+        # The last term is zero: a shard whose parameters a loss does not reach must still take part in the backward pass.
+        share: torch.Tensor = values.sum() / total + 0.0 * found["logits"].float().sum()
+        return share
+
+    @torch.no_grad()
+    def _under_reference(self, batch: Batch, layer: int | None) -> dict[str, torch.Tensor]:
+        if self._reference is not self.model:
+            return forward(self._reference, batch, layer)
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        with model.disable_adapter():
+            found = forward(model, batch, layer)
+        model.train(training)
+        return found
+
+    def _control_vector(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._control is None:
+            generator = torch.Generator().manual_seed(self.args.seed)
+            vector = torch.rand(hidden.shape[-1], generator=generator)
+            self._control = (vector / vector.norm()).to(hidden.device)
+        return self._control
+
+    def trained(self) -> list[torch.Tensor]:
+        """The parameters that train."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _swap(self) -> None:
+        """Exchanges the gradients of the two losses."""
+        for parameter in self.trained():
+            parameter.grad, other = self._retain_gradients.pop(parameter, None), parameter.grad
+            self._retain_gradients[parameter] = other
+
+    def _combine_normalised(self) -> None:
+        """γ · g_forget / ‖g_forget‖ + α · g_retain / ‖g_retain‖; γ and α are in the gradients' losses, so they are put back."""
+        forget = [parameter.grad for parameter in self.trained() if parameter.grad is not None]
+        retain = [gradient for gradient in self._retain_gradients.values() if gradient is not None]
+        for gradients, weight in ((forget, self.objective.gamma), (retain, self.objective.alpha)):
+            norm = _number(torch.nn.utils.get_total_norm(gradients))
+            for gradient in gradients:
+                gradient.mul_(weight / norm if norm else 0.0)
+        for parameter in self.trained():
+            other = self._retain_gradients.pop(parameter, None)
+            if other is not None:
+                parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def step_retain_loss(self) -> float:
+        """The retain loss of the step that is being finished, over all micro-batches and processes; then forgotten."""
+        value, self._step_retain_loss = self.summed(self._step_retain_loss), 0.0
+        return value
+
+    def summed(self, value: float) -> float:
+        """The sum over all processes."""
+        if processes() == 1:
+            return value
+        total = torch.tensor(value, device=self.args.device, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def epoch_of_run(self) -> int:
+        """How many epochs of the run are complete."""
+        return int(self._first_epoch + self.state.global_step // self._steps_per_epoch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds both losses, as this process saw them."""
+        if "loss" in logs:
+            logs = {**logs, **self._losses}
+            self._losses = dict.fromkeys(self._losses, 0.0)
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0
+
+
+class _Wrapped(torch.nn.Module):
+    """A model that is sharded already, so that nothing else wraps it."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+class _Dual(transformers.TrainerCallback):  # type: ignore[misc]
+    """PDU's dual variable: moved after each step, kept with each checkpoint."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, parameters = self._trainer, self._trainer.objective.parameters
+        loss = trainer.step_retain_loss()
+        if trainer.objective.combine == "dual" and trainer.epoch_of_run() >= parameters["dual_warmup"]:
+            trainer.dual = max(0.0, trainer.dual + parameters["dual_step"] * (loss - parameters["retain_target"]))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_main():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / "dual.json", {"dual": self._trainer.dual})
+
+
+class _AdaptiveRate(transformers.TrainerCallback):  # type: ignore[misc]
+    """NGDiff's learning rate: every few steps it is multiplied so that a step ends at the minimum of a parabola.
+
+    The parabola goes through the retain loss of a micro-batch at w + d, w and w - d, where w - d is what the optimiser made of
+    w. The factor is kept within [1/2, 2], and is 1 where the parabola has no minimum.
+    """
+
+    def __init__(self, trainer: _Trainer, every: int) -> None:
+        self._trainer, self._every = trainer, max(1, every)
+        self._before: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._before = [parameter.detach().clone() for parameter in self._trainer.trained()]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._before:
+            return
+        trainer, parameters, before = self._trainer, self._trainer.trained(), self._before
+        self._before = []
+        after = [parameter.detach().clone() for parameter in parameters]
+        inputs = trainer._prepare_inputs(trainer.train_dataset.of_step(state.global_step))
+        trainer.model.eval()
+        losses = []
+        for way in (-1.0, 0.0, 1.0):  # after, before, and opposite
+            for parameter, w, moved in zip(parameters, before, after, strict=True):
+                parameter.copy_(w + way * (w - moved))
+            losses.append(trainer.summed(float(trainer.loss(trainer.model, inputs, "retain"))))
+        ahead, here, opposite = losses
+        curvature = ahead - 2 * here + opposite
+        best = (opposite - ahead) / (2 * curvature) if curvature > 0 else 1.0
+        factor = min(2.0, max(0.5, best))
+        for parameter, w, moved in zip(parameters, before, after, strict=True):
+            parameter.copy_(w + factor * (moved - w))
+        scheduler = trainer.lr_scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        trainer.model.train()
 
 
 class _Bar(transformers.TrainerCallback):  # type: ignore[misc]
@@ -196,9 +416,32 @@ class _Bar(transformers.TrainerCallback):  # type: ignore[misc]
         self._bar.close()
 
 
-def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The arguments for recomputing activations, by the name that this version of transformers has for them."""
+    known = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+@contextlib.contextmanager
+def _logging_to(folder: str | None) -> Any:
+    """Tells tensorboard's callback where its files go, which takes that from the environment only."""
+    if folder is None:
+        yield
+        return
+    kept = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = folder
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        else:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = kept
+
+
+def _number(norm: torch.Tensor) -> float:
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _first(items: list[Batch]) -> Batch:

@@ -2,24 +2,33 @@
 
     Δ'_k = A(θ_k; D_f, D_r) - θ_k        (arXiv 2602.23798, section on local unlearning)
 
-The algorithm A is any of `OBJECTIVES`, trained by `transformers.Trainer`. The reference model of NPO is the published copy of
-round 1 with the same number, never the server's model: its log-likelihoods of the forget set are computed in round 1 and
-kept in the client's own memory folder, so later rounds need neither that copy nor a second model.
+The algorithm A is any of `OBJECTIVES`, trained by `transformers.Trainer`. Where it compares with a reference model, that is
+the published copy of round 1 with the same number, never the server's model: its log-likelihoods of the examples are computed
+in round 1 and kept in the client's own memory folder, and the copy itself only where an objective takes its logits. So later
+rounds need no second model for NPO, DPO and AltPO.
 
-An ordinary checkpoint works as well and gives a plain, noise-free update; no server will take that for one of its copies.
+A `Client` reads and tokenises its examples once for all copies and rounds. An ordinary checkpoint works as well and gives a
+plain, noise-free update; no server will take that for one of its copies.
 """
 
+import hashlib
+import os
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import Checkpoint, TensorWriter
-from mpunlearn.client.dataset import Example, Record, batches, encode, examples_digest, read_records
-from mpunlearn.client.objectives import OBJECTIVES, Objective
-from mpunlearn.errors import CheckpointError, DataError, PlanError
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, checkpoint_files
+from mpunlearn.client.dataset import Example, batches, encode, encode_alternates, examples_digest
+from mpunlearn.client.objectives import OBJECTIVES, RETAIN_LOSSES, Objective
+from mpunlearn.client.records import Data, read_records, records_digest, with_alternates
+from mpunlearn.client.resources import Resources, is_main
+from mpunlearn.errors import CheckpointError, DataError, MPUError, PlanError
 from mpunlearn.files import new_directory, read_json, write_json
-from mpunlearn.protocol.exchange import Card
+from mpunlearn.protocol.exchange import FACTORS, Card
 from mpunlearn.protocol.plan import Training
 
 
@@ -31,104 +40,349 @@ def unlearn(
     retain: str | Path | None = None,
     memory: str | Path | None = None,
     training: Training | None = None,
+    data: Data | None = None,
+    resources: Resources | None = None,
 ) -> Path:
     """Unlearns on one published copy and writes the update.
 
     Args:
         copy: a published copy (or an ordinary checkpoint).
-        forget: JSON lines to forget.
+        forget: what to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or a data set's name.
         out: a new directory for the update.
-        retain: JSON lines to keep; objectives with a retain term need them.
-        memory: the client's own directory, where log-likelihoods under the copies of round 1 are kept. Objectives with a
-            reference model need it from round 2 on.
+        retain: what to keep, likewise; objectives with a retain term need it.
+        memory: the client's own directory, where what the copies of round 1 said is kept. Objectives with a reference model
+            need it from round 2 on.
         training: objective and hyper-parameters.
+        data: columns and places of the examples.
+        resources: memory, precision, checkpoints and loggers.
 
     Returns:
         `out`.
 
     Raises:
         CheckpointError: the copy cannot be read, or `out` exists or cannot be written.
-        DataError: an example file cannot be read, or is missing.
+        DataError: examples cannot be read, or are missing.
         PlanError: an unknown objective, or a weight selection that selects nothing.
     """
-    training = training or Training()
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; name another directory for the update, or remove this one")
-    source = Checkpoint(copy)
-    card = Card.of(source.config)
-    task = check(training, forget, retain)
+    client = Client(forget=forget, retain=retain, memory=memory, training=training, data=data, resources=resources)
+    return client.unlearn(copy, out)
 
-    from mpunlearn.client import trainer
 
-    model, tokenizer = trainer.load(source.path)
-    select(model, training.train)
-    forget_examples = encode(task.forget, tokenizer, training.max_length)
-    retain_examples = encode(task.retain, tokenizer, training.max_length)
-    reference_nll = None
-    if task.objective.reference:
-        kept = _memory_file(memory, card)
-        reference_nll = _recall(kept, card, forget_examples)
-        if reference_nll is None:
-            if card is not None and card.round > 1:
-                raise DataError(
-                    f"{training.objective} compares with the copy of round 1, and this is {card}: give the --memory "
-                    "directory that round 1 was run with"
-                )
-            reference_nll = trainer.nll(model, forget_examples, training.batch_size, tokenizer)
-            _remember(kept, card, forget_examples, reference_nll)
-    plan = batches(
-        len(forget_examples),
-        len(retain_examples),
-        batch_size=training.batch_size,
-        epochs=training.epochs,
-        seed=training.seed,
-        round_number=card.round if card else 1,
-    )
-    trainer.train(model, tokenizer, task.objective, training, plan, forget_examples, retain_examples, reference_nll)
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = trainer.on_disk(model, trained)
-    if missing := sorted(set(tensors) - set(source.tensors)):
-        raise CheckpointError(f"{source.path}: has no tensor {missing[0]}, which its model trained; is it damaged?")
-    import torch
+class Client:
+    """The data owner's side of a run: examples, and what it remembers from round 1.
 
-    with new_directory(out) as folder:
-        specs = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        with TensorWriter(folder, specs, stem="update") as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor.cpu().float() - source.read(name).float())
-        write_json(folder / "update.json", {"format": 1, **(card.entry() if card else {})})
-    return out
+    Everything that can be known to be wrong before a model is loaded is checked on construction. Arguments and errors are
+    those of `unlearn`.
+    """
+
+    def __init__(
+        self,
+        *,
+        forget: str | Path,
+        retain: str | Path | None = None,
+        memory: str | Path | None = None,
+        training: Training | None = None,
+        data: Data | None = None,
+        resources: Resources | None = None,
+    ) -> None:
+        self.training, self._resources = training or Training(), resources or Resources()
+        data = data or Data()
+        self.objective = resolve(self.training)
+        self._memory = Path(memory) if memory is not None else None
+        try:
+            re.compile(self.training.train)
+        except re.error as error:
+            expected = "expected blocks, all or a regular expression"
+            raise PlanError(f"--train: {expected}, found {self.training.train!r} ({error})") from None
+        if self.objective.alpha and retain is None:
+            raise DataError(
+                f"--objective {self.training.objective} has a retain term: give --retain, or --alpha 0 to go without"
+            )
+        self._forget = read_records(forget, data, "forget")
+        if self.objective.alternates:
+            self._forget = with_alternates(self._forget, data, self.objective.refusals, self.training.seed)
+        with_retain = retain is not None and bool(self.objective.alpha)
+        self._retain = read_records(str(retain), data, "retain") if with_retain else []
+        self._encoded: dict[str, _Encoded] = {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what is forgotten and what is kept."""
+        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain)}
+
+    def unlearn(self, copy: str | Path, out: str | Path) -> Path:
+        """Unlearns on one published copy and writes the update."""
+        out = Path(out)
+        if out.exists():
+            raise CheckpointError(f"{out}: exists already; name another directory for the update, or remove this one")
+        source = Checkpoint(copy)
+        card = Card.of(source.config)
+        from mpunlearn.client import model as models
+        from mpunlearn.client import trainer
+
+        training, objective = self.training, self.objective
+        if "layer" in objective.parameters and objective.parameters["layer"] >= 0:
+            models.check_layer(source.path, int(objective.parameters["layer"]))
+        encoded = self._encode(source.path)
+        kept = None if self._memory is None or card is None else _Kept(self._memory, card)
+        recalled = self._recall(kept, card, encoded)
+        model = models.load_model(source.path)
+        selected = select(model, training.train)
+        if training.lora_rank:
+            scale = training.lora_alpha if training.lora_alpha is not None else 2.0 * training.lora_rank
+            model = models.adapt(model, training.lora_rank, scale, selected, training.seed)
+        models.shard(model)
+        reference = self._reference(source.path, card, kept, model)
+        if recalled is None:
+            recalled = self._ask(model, encoded)
+            if kept is not None and is_main():
+                kept.remember(encoded.digest, recalled, source.path if objective.reference_model else None)
+        round_number = card.round if card else 1
+        plan = batches(
+            len(encoded.forget),
+            len(encoded.retain),
+            batch_size=training.batch_size,
+            epochs=training.epochs,
+            seed=training.seed,
+            round_number=round_number,
+        )
+        with _TrainingFolder(self._fingerprint(card, encoded), kept, out) as folder:
+            trainer.train(
+                model,
+                encoded.tokenizer,
+                objective,
+                training,
+                self._resources,
+                plan,
+                replace(encoded.examples(), forget_nll=recalled["forget_nll"], alternate_nll=recalled["alternate_nll"]),
+                reference=reference,
+                first_epoch=(round_number - 1) * training.epochs,
+                folder=folder,
+            )
+            _write(source, model, card, FLOAT_DTYPES[training.update_dtype], out)
+        return out
+
+    def _encode(self, path: Path) -> "_Encoded":
+        """The examples as tokens; published copies of one model share a tokenizer, so this is done once."""
+        files = sorted(file for file in path.iterdir() if "token" in file.name or "template" in file.name)
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+        if digest not in self._encoded:
+            from mpunlearn.client import model as models
+
+            tokenizer, length = models.load_tokenizer(path), self.training.max_length
+            forget = encode(self._forget, tokenizer, length)
+            retain = encode(self._retain, tokenizer, length)
+            alternates = encode_alternates(self._forget, tokenizer, length) if self.objective.alternates else []
+            if skip := self.objective.skip_tokens:
+                forget = [example.skipping(skip) for example in forget]
+                if not any(example.tokens for example in forget):
+                    raise PlanError(f"--skip-tokens {skip}: no forget answer is longer")
+            self._encoded[digest] = _Encoded(tokenizer, forget, retain, alternates)
+        return self._encoded[digest]
+
+    def _recall(self, kept: "_Kept | None", card: Card | None, encoded: "_Encoded") -> dict[str, Any] | None:
+        """What the reference model said, if it is known; None in round 1.
+
+        Raises:
+            DataError: it is not known, and round 1 is over.
+        """
+        needed = bool(self.objective.needs & {"reference_nll"}) or self.objective.reference_model
+        if not needed:
+            return {"forget_nll": [], "alternate_nll": []}
+        found = kept.recall(encoded.digest) if kept is not None else None
+        if found is None and card is not None and card.round > 1:
+            raise DataError(
+                f"{self.training.objective} compares with the copy of round 1, and this is {card}: give the --memory "
+                "directory that round 1 was run with"
+            )
+        return found
+
+    def _ask(self, model: Any, encoded: "_Encoded") -> dict[str, Any]:
+        """The reference model's log-likelihoods, where the objective takes them."""
+        from mpunlearn.client.model import nll
+
+        size = self._resources.micro_batch_size or self.training.batch_size
+        if "reference_nll" not in self.objective.needs:
+            return {"forget_nll": [], "alternate_nll": []}
+        flat = [example for examples in encoded.alternates for example in examples]
+        values = nll(model, flat, size, encoded.tokenizer)
+        starts = [sum(map(len, encoded.alternates[:n])) for n in range(len(encoded.alternates))]
+        return {
+            "forget_nll": nll(model, encoded.forget, size, encoded.tokenizer),
+            "alternate_nll": [
+                values[start : start + len(examples)]
+                for start, examples in zip(starts, encoded.alternates, strict=True)
+            ],
+        }
+
+    def _reference(self, path: Path, card: Card | None, kept: "_Kept | None", model: Any) -> Any | None:
+        """The reference model, where the objective takes more than its log-likelihoods."""
+        if not self.objective.reference_model:
+            return None
+        first = card is None or card.round == 1
+        if self.training.lora_rank and first:
+            return model
+        from mpunlearn.client.model import load_model, shard
+
+        if not first and (kept is None or not kept.checkpoint.is_dir()):
+            raise DataError(
+                f"{self.training.objective} compares with the copy of round 1, which the --memory directory does not hold; "
+                "restore it, or begin the run anew"
+            )
+        reference = load_model(path if first or kept is None else kept.checkpoint)
+        shard(reference)
+        return reference
+
+    def _fingerprint(self, card: Card | None, encoded: "_Encoded") -> str:
+        """Names one training exactly, so that only its own checkpoints are gone on from."""
+        plain = {**asdict(self.training), "parameters": dict(self.training.parameters)}
+        return hashlib.sha256(repr([card, plain, encoded.digest, examples_digest(encoded.retain)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be unlearned, read and checked."""
+class _Encoded:
+    """The examples under one tokenizer."""
 
-    objective: Objective
-    forget: list[Record]
-    retain: list[Record]
-    """Empty where the objective has no retain term."""
+    tokenizer: Any
+    forget: list[Example]
+    retain: list[Example]
+    alternates: list[list[Example]]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what a reference model is asked about."""
+        every = [*self.forget, *(example for examples in self.alternates for example in examples)]
+        return examples_digest(every)
+
+    def examples(self) -> Any:
+        from mpunlearn.client.trainer import Examples
+
+        return Examples(self.forget, self.retain, self.alternates)
 
 
-def check(training: Training, forget: str | Path, retain: str | Path | None) -> Task:
-    """Everything that can be known to be wrong before a model is loaded.
+class _Kept:
+    """What the client keeps of its copy of round 1: MEMORY/copy-K.json, and MEMORY/copy-K where the copy itself is needed."""
 
-    Raises:
-        DataError: an example file cannot be read, or is missing.
-        PlanError: an unknown objective or hyper-parameter, or a weight selection that is not a regular expression.
-    """
-    objective = resolve(training)
+    def __init__(self, memory: Path, card: Card) -> None:
+        self._memory, self._card = memory, card
+        self._file = memory / f"copy-{card.copy}.json"
+        self.checkpoint = memory / f"copy-{card.copy}"
+
+    @property
+    def training_folder(self) -> Path:
+        """For checkpoints of a training that is under way."""
+        return self._memory / f"copy-{self._card.copy}.training"
+
+    def recall(self, examples: str) -> dict[str, Any] | None:
+        """The log-likelihoods that were kept, or None if nothing was.
+
+        Args:
+            examples: digest of the examples that they should be of.
+
+        Raises:
+            DataError: the file is damaged, or belongs to another run or other examples.
+        """
+        if not self._file.is_file():
+            return None
+        try:
+            found = read_json(self._file)
+            same = found["run"] == self._card.run and found["examples"] == examples
+            values = {
+                "forget_nll": [float(value) for value in found["forget_nll"]],
+                "alternate_nll": [[float(value) for value in row] for row in found["alternate_nll"]],
+            }
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self._file}: not a memory of round 1 ({error}); restore it, or begin the run anew"
+            ) from error
+        if not same:
+            raise DataError(
+                f"{self._file}: belongs to another run, another forget set or another --max-length; give each run its own "
+                "--memory"
+            )
+        return values
+
+    def remember(self, examples: str, values: Mapping[str, Any], copy: Path | None) -> None:
+        """Keeps log-likelihoods, and the copy itself (by hard links where that is possible)."""
+        try:
+            self._memory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if copy is not None and not self.checkpoint.exists():
+                with new_directory(self.checkpoint, mode=0o700) as folder:
+                    for file in checkpoint_files(copy):
+                        _link(file, folder / file.name)
+            write_json(self._file, {**asdict(self._card), "examples": examples, **values}, mode=0o600)
+        except OSError as error:
+            raise DataError(f"{self._file}: cannot be written: {error.strerror}") from error
+
+
+def _link(source: Path, target: Path) -> None:
     try:
-        re.compile(training.train)
-    except re.error as error:
-        expected = "expected blocks, all or a regular expression"
-        raise PlanError(f"--train: {expected}, found {training.train!r} ({error})") from None
-    if objective.alpha and retain is None:
-        raise DataError(
-            f"--objective {training.objective} has a retain term: give --retain, or --alpha 0 to go without"
-        )
-    return Task(objective, read_records(forget), read_records(retain) if retain is not None and objective.alpha else [])
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class _TrainingFolder:
+    """The folder of a training's checkpoints, removed when the training has ended well.
+
+    It holds the fingerprint of the training: one that a different training left behind is cleared first.
+    """
+
+    def __init__(self, fingerprint: str, kept: _Kept | None, out: Path) -> None:
+        self._fingerprint = {"fingerprint": fingerprint}
+        self._path = kept.training_folder if kept is not None else out.parent / f".{out.name}.training"
+
+    def __enter__(self) -> Path:
+        mark = self._path / "fingerprint.json"
+        if is_main():
+            try:
+                if not mark.is_file() or read_json(mark) != self._fingerprint:
+                    shutil.rmtree(self._path, ignore_errors=True)
+                    self._path.mkdir(parents=True, mode=0o700)
+                    write_json(mark, self._fingerprint)
+            except (OSError, MPUError) as error:
+                raise CheckpointError(f"{self._path}: cannot be written: {error}") from error
+        return self._path
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if is_main() and (kind is None or not any(self._path.glob("checkpoint-*"))):
+            shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _write(source: Checkpoint, model: Any, card: Card | None, dtype: Any, out: Path) -> None:
+    """Writes what trained minus what was published, a few tensors at a time; all processes take part in gathering."""
+    from mpunlearn.client import model as models
+
+    if not is_main():
+        for _ in models.trained(model):
+            pass
+        return
+    shapes = _shapes(source, model)
+    with new_directory(out) as folder:
+        with TensorWriter(folder, {name: (dtype, shape) for name, shape in shapes.items()}, stem="update") as writer:
+            for name, value in models.trained(model):
+                if not name.endswith(FACTORS):
+                    value = value - source.read(name).float()
+                cast = value.to(dtype)
+                if not bool(cast.isfinite().all()):
+                    raise CheckpointError(
+                        f"{out}: the update of {name} holds NaN or leaves the range of {dtype}; train with a smaller "
+                        "learning rate, or take --update-dtype float32"
+                    )
+                writer.write(name, cast)
+        write_json(folder / "update.json", {"format": 1, **(card.entry() if card else {})})
+
+
+def _shapes(source: Checkpoint, model: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an update's tensors."""
+    from mpunlearn.client import model as models
+
+    shapes = models.trained_shapes(model)
+    for name in shapes:
+        weight = name.rsplit(".lora_", 1)[0] if name.endswith(FACTORS) else name
+        if weight not in source.tensors:
+            raise CheckpointError(f"{source.path}: has no tensor {weight}, which its model trained; is it damaged?")
+    return shapes
 
 
 def resolve(training: Training) -> Objective:
@@ -140,16 +394,27 @@ def resolve(training: Training) -> Objective:
     if training.objective not in OBJECTIVES:
         raise PlanError(f"--objective: expected one of {', '.join(OBJECTIVES)}, found {training.objective}")
     objective = OBJECTIVES[training.objective]
-    given = {key: getattr(training, key) for key in ("gamma", "alpha", "beta") if getattr(training, key) is not None}
-    if "beta" in given and objective.beta is None:
-        raise PlanError(f"--beta: {training.objective} has no such hyper-parameter")
-    if given.get("beta") == 0:
-        raise PlanError("--beta: expected a number above 0, found 0")
-    return replace(objective, **given)
+    for name, value in training.parameters.items():
+        if name not in objective.parameters:
+            raise PlanError(f"--{name.replace('_', '-')}: {training.objective} has no such hyper-parameter")
+        if name == "beta" and value <= 0:
+            raise PlanError(f"--beta: expected a number above 0, found {value:g}")
+    if training.retain_loss is not None and training.retain_loss not in RETAIN_LOSSES:
+        raise PlanError(f"--retain-loss: expected one of {', '.join(RETAIN_LOSSES)}, found {training.retain_loss}")
+    if training.retain_loss == "hidden" and "layer" not in objective.parameters:
+        raise PlanError(
+            f"--retain-loss hidden: only rmu names the layer that it compares; {training.objective} does not"
+        )
+    names = ("gamma", "alpha", "retain_loss", "skip_tokens")
+    given = {name: getattr(training, name) for name in names if getattr(training, name) is not None}
+    objective = replace(objective, **given, parameters={**objective.parameters, **training.parameters})
+    if objective.combine != "sum" and not objective.alpha:
+        raise PlanError(f"--alpha 0: {training.objective} is made of a forget and a retain gradient, it needs both")
+    return objective
 
 
-def select(model: Any, train: str) -> None:
-    """Lets the selected weights of a model train, and no others.
+def select(model: Any, train: str) -> set[str]:
+    """Lets the selected weights of a model train, and no others; returns their names.
 
     Args:
         train: "blocks" (the transformer layers'), "all", or a regular expression over the model's parameter names.
@@ -157,42 +422,13 @@ def select(model: Any, train: str) -> None:
     Raises:
         PlanError: no parameter matches.
     """
-    pattern = {"all": "", "blocks": r"\.(layers|h|blocks)\.\d+\."}.get(train, train)
+    from mpunlearn.client.model import LAYER
+
+    pattern = {"all": "", "blocks": LAYER}.get(train, train)
     names = [name for name, _ in model.named_parameters()]
     selected = {name for name in names if re.search(pattern, name)}
     if not selected:
         raise PlanError(f"--train: no parameter matches {train!r}; the first is {names[0]}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected)
-
-
-def _memory_file(memory: str | Path | None, card: Card | None) -> Path | None:
-    return Path(memory) / f"copy-{card.copy}.json" if memory is not None and card is not None else None
-
-
-def _recall(path: Path | None, card: Card | None, examples: list[Example]) -> list[float] | None:
-    """The log-likelihoods kept for these examples and this copy's run, or None."""
-    if path is None or card is None or not path.is_file():
-        return None
-    try:
-        kept = read_json(path)
-        same = kept["run"] == card.run and kept["examples"] == examples_digest(examples)
-        values = [float(value) for value in kept["forget_nll"]]
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a memory of round 1 ({error}); restore it, or begin the run anew") from error
-    if not same or len(values) != len(examples):
-        raise DataError(
-            f"{path}: belongs to another run, another forget set or another --max-length; give each run its own --memory"
-        )
-    return values
-
-
-def _remember(path: Path | None, card: Card | None, examples: list[Example], reference_nll: list[float]) -> None:
-    if path is None or card is None:
-        return
-    kept = {**asdict(card), "examples": examples_digest(examples), "forget_nll": reference_nll}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(path, kept, mode=0o600)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    return selected

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from mpunlearn.client.dataset import IGNORED, Record, collate, encode, prompt_and_answer, read_records
+from mpunlearn.client.dataset import IGNORED, collate, encode, prompt_and_answer
+from mpunlearn.client.model import forward, load, pad_id
 from mpunlearn.client.objectives import answer_nll
-from mpunlearn.client.trainer import load, pad_id
+from mpunlearn.client.records import Record, read_records
 from mpunlearn.progress import progress
 
 
@@ -52,9 +53,9 @@ def answer_probabilities(model: Any, tokenizer: Any, records: list[Record], batc
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
         batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-        values += torch.exp(-answer_nll(logits, batch["labels"]) / counts).tolist()
+        found = forward(model, batch)
+        counts = (found["targets"] != IGNORED).sum(dim=1)
+        values += torch.exp(-answer_nll(found["logits"], found["targets"]) / counts).tolist()
     return values
 
 

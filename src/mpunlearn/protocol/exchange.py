@@ -2,8 +2,9 @@
 
 A published copy is an ordinary checkpoint whose config.json carries a `Card`: run, round and number of the copy. Hugging
 Face tools keep unknown config entries, so a checkpoint that any of them trained from the copy still says which copy it is.
-An update is a directory with `update.json` (the same card) and `update.safetensors` (Δ'_k = θ'_k - θ_k of the trained
-tensors, under the copy's names). The card is public: it names nothing of either party's secrets.
+An update is a directory with `update.json` (the same card) and `update.safetensors`: Δ'_k = θ'_k - θ_k of the trained tensors,
+under the copy's names, or of a weight W its two factors W.lora_A (rank x inputs) and W.lora_B (outputs x rank), whose product
+lora_B · lora_A is Δ'_k. The card is public: it names nothing of either party's secrets.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import CheckpointError, UpdateError
 from mpunlearn.files import read_json
 
+FACTORS = (".lora_A", ".lora_B")
+"""What the names of an update's factors end with."""
 CARD = "mpunlearn"
 """The entry of config.json, and the file update.json's, that holds the card."""
 

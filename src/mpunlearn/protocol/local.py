@@ -12,7 +12,6 @@ rounds θ is kept in float32. A copy is deleted when its update is there: one ro
 """
 
 import dataclasses
-import hashlib
 import math
 import shutil
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from typing import Any
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
-from mpunlearn.client.unlearn import check, unlearn
-from mpunlearn.errors import CheckpointError, DataError, PlanError, StateError
+from mpunlearn.client import Client, Data, Resources
+from mpunlearn.client.resources import processes
+from mpunlearn.errors import CheckpointError, PlanError, StateError
 from mpunlearn.files import read_json, write_json
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
@@ -44,14 +44,16 @@ def run(
     device: str = "cpu",
     perturbation: Perturbation | None = None,
     training: Training | None = None,
+    data: Data | None = None,
+    resources: Resources | None = None,
 ) -> Path:
     """Unlearns under MPU: `rounds` times preprocess, unlearn on every copy, and postprocess.
 
     Args:
         checkpoint: the server's model, a checkpoint directory.
-        forget: JSON lines to forget.
+        forget: what to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or a data set's name.
         out: the run's directory. If it holds an unfinished run with the same arguments, that run goes on.
-        retain: JSON lines to keep; objectives with a retain term need them.
+        retain: what to keep, likewise; objectives with a retain term need it.
         base: the public checkpoint that the model was trained from; the noise is then relative to the task vector.
         rounds: number R of rounds.
         eta: server step size η.
@@ -59,6 +61,8 @@ def run(
         device: where the server's arithmetic runs, cpu or cuda. Training takes a GPU wherever there is one.
         perturbation: number of copies, noise level, reparameterisation.
         training: objective and hyper-parameters.
+        data: columns and places of the examples.
+        resources: memory, precision, checkpoints and loggers of training.
 
     Returns:
         The unlearned checkpoint, OUT/final.
@@ -73,7 +77,10 @@ def run(
         raise PlanError(f"--rounds: expected at least 1, found {rounds}")
     if not math.isfinite(eta):
         raise PlanError(f"--eta: expected a number, found {eta}")
-    check(training, forget, retain)
+    if processes() > 1:
+        raise PlanError("`run` is one process; to train on several, start `unlearn` under torchrun for every copy")
+    memory = out / "client" / "memory"
+    client = Client(forget=forget, retain=retain, memory=memory, training=training, data=data, resources=resources)
     for model in (source, *([Path(base)] if base is not None else [])):
         opened = Checkpoint(model)
         architecture_of(opened, FAMILIES).places(opened)
@@ -86,16 +93,13 @@ def run(
             "rounds": rounds,
             "eta": eta,
             "perturbation": perturbation.plain(),
-            "training": dataclasses.asdict(training),
+            "training": {**dataclasses.asdict(training), "parameters": dict(training.parameters)},
         },
-        out / "client" / "plan.json": {
-            "forget": _file_digest(forget),
-            "retain": _file_digest(retain) if retain is not None else None,
-        },
+        out / "client" / "plan.json": dict(client.digests),
     }
-    _check_room(out, source, perturbation, rounds)
+    _check_room(out, source, perturbation, rounds, client.objective.reference_model)
     _pin(out, plans)
-    work = _Run(out, source, forget, retain, base, rounds, eta, keep_exchange, device, perturbation, training)
+    work = _Run(out, source, client, base, rounds, eta, keep_exchange, device, perturbation)
     with locked(out / "server"):
         for number in progress(range(1, rounds + 1), "rounds"):
             work.round(number)
@@ -110,15 +114,13 @@ class _Run:
 
     out: Path
     checkpoint: Path
-    forget: str | Path
-    retain: str | Path | None
+    client: Client
     base: str | Path | None
     rounds: int
     eta: float
     keep_exchange: bool
     device: str
     perturbation: Perturbation
-    training: Training
 
     @property
     def state(self) -> Path:
@@ -164,8 +166,7 @@ class _Run:
 
     def _unlearn(self, copy: Path, update: Path) -> None:
         if not update.exists():
-            memory = self.out / "client" / "memory"
-            unlearn(copy, forget=self.forget, retain=self.retain, out=update, memory=memory, training=self.training)
+            self.client.unlearn(copy, update)
         if not self.keep_exchange:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -196,8 +197,9 @@ def _pin(out: Path, plans: dict[Path, dict[str, Any]]) -> None:
             raise PlanError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
-def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds: int) -> None:
-    """Refuses a run that would fill the disk: the copies or the updates of one round, and θ before and after it.
+def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds: int, references: bool) -> None:
+    """Refuses a run that would fill the disk: the copies or the updates of one round, and θ before and after it; and the
+    copies of round 1, where the client keeps them as references.
 
     Raises:
         CheckpointError: there is less space than that.
@@ -207,7 +209,8 @@ def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds:
     dtype = perturbation.publish_dtype
     copy = entries * FLOAT_DTYPES[dtype].itemsize if dtype else sum(info.nbytes for info in tensors)
     update = theta = 4 * entries
-    needed = perturbation.copies * max(copy, update) + min(copy, update) + theta * min(rounds, 2)
+    kept = perturbation.copies * copy if references else 0
+    needed = perturbation.copies * max(copy, update) + min(copy, update) + theta * min(rounds, 2) + kept
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -215,10 +218,3 @@ def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds:
             f"{out}: the run needs up to {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some space, "
             "name an --out elsewhere, or take fewer --copies"
         )
-
-
-def _file_digest(path: str | Path) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error

@@ -4,7 +4,9 @@ Nothing here is secret to either party; noise levels and scales are the server's
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from mpunlearn.errors import PlanError
 
@@ -22,17 +24,24 @@ class Training:
     epochs: int = 2
     """passes over the forget set in one round"""
     learning_rate: float = 1e-5
-    """of AdamW, which starts afresh for every copy and round"""
+    """of the optimiser"""
     batch_size: int = 32
-    """forget examples per optimiser step"""
+    """forget examples per optimiser step, over all processes"""
     gamma: float | None = None
     """weight of the forget loss (default: the objective's)"""
     alpha: float | None = None
     """weight of the retain loss (default: the objective's)"""
-    beta: float | None = None
-    """sharpness of npo's forget loss (default: the objective's)"""
+    retain_loss: Literal["nll", "kl", "hidden"] | None = None
+    """nll: the retain answers' own likelihood; kl: closeness to the reference model's predictions; hidden: to its hidden states
+    (default: the objective's)"""
+    skip_tokens: int | None = None
+    """first answer tokens of each forget example that carry no loss (default: the objective's)"""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """the objective's own hyper-parameters by name, such as beta (default: the objective's)"""
+    optimizer: str = "adamw_torch"
+    """optimiser, by its name in transformers; it starts afresh for every copy and round"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """of the optimiser"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     scheduler: str = "constant"
@@ -42,6 +51,12 @@ class Training:
     train: str = "blocks"
     """which weights train: blocks (transformer layers only), all, or a regular expression over tensor names. An update of the
     embeddings or the LM head shows the server which tokens the forget set holds"""
+    lora_rank: int = 0
+    """train LoRA adapters of this rank on the selected linear weights, and send their factors; 0 trains the weights"""
+    lora_alpha: float | None = None
+    """the adapters' product is multiplied by lora-alpha / lora-rank (default: twice the rank)"""
+    update_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """storage dtype of the update"""
     max_length: int = 512
     """tokens per example; longer answers are cut, longer plain texts are split"""
     seed: int = 0
@@ -51,6 +66,8 @@ class Training:
         for name in ("epochs", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.update_dtype not in ("float32", "bfloat16", "float16"):
+            raise PlanError(f"--update-dtype: expected float32, bfloat16 or float16, found {self.update_dtype}")
         for name in (
             "learning_rate",
             "weight_decay",
@@ -59,8 +76,13 @@ class Training:
             "seed",
             "gamma",
             "alpha",
-            "beta",
+            "skip_tokens",
+            "lora_rank",
+            "lora_alpha",
         ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise PlanError(f"--{name.replace('_', '-')}: expected a number of at least 0, found {value}")
+        for name, value in self.parameters.items():
+            if not math.isfinite(value):
+                raise PlanError(f"--{name.replace('_', '-')}: expected a number, found {value}")

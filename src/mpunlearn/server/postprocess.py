@@ -19,7 +19,7 @@ from mpunlearn.architecture.spaces import architecture_of, compute_dtype
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_companions, tensor_digest
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import Arrival
+from mpunlearn.protocol.exchange import FACTORS, Arrival
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.state import RoundRecord, ServerState, locked
@@ -152,6 +152,8 @@ class _Round:
     def _add(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, stored: torch.Tensor) -> float:
         """Adds η w_k T_k⁻¹(Δ'_k) to `value`; returns the squared norm of Δ'_k."""
         name = self.publisher.maps[copy].published_name(piece.name, piece.place)
+        if name + FACTORS[0] in arrival.tensors.tensors:
+            return self._add_product(value, copy, arrival, piece, name)
         update = on_device(read(arrival.tensors, name, piece, "update"), value.device, "update")
         if arrival.trained is not None:
             published = self.publisher.publish(piece, stored, [copy])[0][0]
@@ -169,11 +171,28 @@ class _Round:
             for axis, axis_map in enumerate(maps):
                 delta = axis_map.rotate(delta, axis, start if axis == 0 else 0, transpose=True)
             value[start:stop].add_(delta, alpha=weight)
-        if not math.isfinite(square):
-            raise UpdateError(
-                f"{arrival.tensors.path}: {name} holds NaN or infinite values; train copy {copy + 1} again"
-            )
-        return square
+        return _checked(square, arrival, name, copy)
+
+    def _add_product(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, name: str) -> float:
+        """`_add` for an update that came as factors: T⁻¹(B A) = (L_out⁻¹ B)(A L_in), multiplied out a chunk at a time."""
+        a, b = (arrival.tensors.read(name + factor).to(value.device, value.dtype) for factor in FACTORS)
+        outputs, inputs = self.publisher.maps[copy].maps(piece.place)
+        a, b = inputs.invert(a, 1), outputs.invert(b, 0)[piece.start : piece.stop]
+        weight = self.eta * float(self.publisher.design.weights[copy])
+        square = 0.0
+        for start, stop in chunks(value.shape[0], value.shape[1], 1, value.device):
+            delta = scratch("delta", tuple(value[start:stop].shape), value.dtype, value.device)
+            torch.mm(b[start:stop], a, out=delta)
+            square += _square(delta)
+            value[start:stop].add_(delta, alpha=weight)
+        return _checked(square, arrival, name, copy)
+
+
+def _checked(square: float, arrival: Arrival, name: str, copy: int) -> float:
+    """The squared norm, once it is known to be a number."""
+    if not math.isfinite(square):
+        raise UpdateError(f"{arrival.tensors.path}: {name} holds NaN or infinite values; train copy {copy + 1} again")
+    return square
 
 
 def _square(value: torch.Tensor) -> float:
@@ -222,7 +241,13 @@ def _check_tensors(
                 raise UpdateError(f"not a model trained from a published copy: {error}") from error
         else:
             mine = set(tensors)
-        for name in sorted(mine):
+        for factor in sorted(name for name in mine if name.endswith(FACTORS)):
+            _check_factor(arrival, factor, source, originals)
+        weights = {name for name in mine if not name.endswith(FACTORS)}
+        factored = {name.removesuffix(FACTORS[0]) for name in mine if name.endswith(FACTORS[0])}
+        if twice := sorted(weights & factored):
+            raise UpdateError(f"{path}: holds {twice[0]} itself and its factors; expected one of them")
+        for name in sorted(weights):
             if name not in originals:
                 raise UpdateError(f"{path}: updates {name}, which the model does not have; expected its tensors' names")
             expected, info = source.tensors[originals[name]], tensors[name]
@@ -236,7 +261,7 @@ def _check_tensors(
                     f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
                     f"would drown the update, save the trained model as {published}"
                 )
-        names.append({originals[name] for name in mine})
+        names.append({originals[name] for name in weights | factored})
     for arrival, found in zip(arrivals[1:], names[1:], strict=True):
         if difference := sorted(found ^ names[0]):
             raise UpdateError(
@@ -244,3 +269,24 @@ def _check_tensors(
                 f"{difference[0]}; every copy must be trained alike, or the noise does not cancel"
             )
     return names[0]
+
+
+def _check_factor(arrival: Arrival, name: str, source: Checkpoint, originals: dict[str, str]) -> None:
+    """One factor of a weight's update: its partner, its shape and its dtype."""
+    path, tensors = arrival.tensors.path, arrival.tensors.tensors
+    weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
+    expected = source.tensors[originals[weight]].shape if weight in originals else ()
+    if len(expected) != 2:
+        raise UpdateError(f"{path}: updates {name}, but the model has no matrix {weight}; expected its tensors' names")
+    partner = weight + FACTORS[1 - which]
+    if partner not in tensors:
+        raise UpdateError(f"{path}: holds {name} without {partner}; expected both factors")
+    info = tensors[name]
+    rank = tensors[weight + FACTORS[0]].shape[0] if tensors[weight + FACTORS[0]].shape else 0
+    shape = ((rank, expected[1]), (expected[0], rank))[which]
+    if info.shape != shape or not 0 < rank <= min(expected):
+        raise UpdateError(
+            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} of a rank up to {min(expected)}"
+        )
+    if not info.dtype.is_floating_point:
+        raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
