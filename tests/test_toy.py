@@ -7,7 +7,7 @@ import pytest
 
 from mpunlearn import toy
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.client.dataset import read_records
+from mpunlearn.client.records import read_records
 from mpunlearn.demo import demo
 
 RECIPE = toy.Recipe()

@@ -1,10 +1,19 @@
-import json
-from pathlib import Path
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpunlearn import toy
-from mpunlearn.client.dataset import IGNORED, Record, batches, collate, encode, prompt_and_answer, read_records
+from mpunlearn.client.dataset import (
+    IGNORED,
+    Example,
+    batches,
+    collate,
+    encode,
+    encode_alternates,
+    micro_batches,
+    prompt_and_answer,
+)
+from mpunlearn.client.records import Record
 from mpunlearn.errors import DataError
 
 
@@ -12,42 +21,6 @@ from mpunlearn.errors import DataError
 def tokenizer():
     recipe = toy.Recipe()
     return toy.tokenizer_of(toy.world(0, recipe), recipe)
-
-
-def write(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def test_questions_and_texts_are_read_and_other_keys_left_alone(tmp_path: Path) -> None:
-    line = json.dumps({"question": "q?", "answer": "a", "perturbed_answer": ["b"]})
-    path = write(tmp_path / "x.jsonl", line, "", json.dumps({"text": "once"}))
-    assert read_records(path) == [Record("q?", "a"), Record(None, "once")]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        ('{"question": "q"}', "line 2: expected an object"),
-        ('{"question": "q", "answer": 3}', "line 2, key answer: expected text, found 3"),
-        ('{"text": "  "}', "line 2, key text"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_records(write(tmp_path / "x.jsonl", '{"text": "fine"}', line))
-
-
-def test_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no examples"):
-        read_records(write(tmp_path / "x.jsonl", ""))
-    with pytest.raises(DataError, match="cannot be read"):
-        read_records(tmp_path / "missing.jsonl")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_records(tmp_path / "binary")
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -91,11 +64,53 @@ def test_a_round_sees_every_forget_example_once_an_epoch_and_never_depends_on_th
     plan = batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=1)
     assert [len(batch) for batch in plan] == [4, 4, 2] * 2
     for epoch in (plan[:3], plan[3:]):
-        assert sorted(forget for batch in epoch for forget, _ in batch) == list(range(10))
-        assert {retain for batch in epoch for _, retain in batch} <= {0, 1, 2}
+        assert sorted(pick.forget for batch in epoch for pick in batch) == list(range(10))
+        assert {pick.retain for batch in epoch for pick in batch} <= {0, 1, 2}
     assert plan == batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=1)
     assert plan != batches(10, 3, batch_size=4, epochs=2, seed=2, round_number=1)
     assert plan != batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=2)
     assert plan[:3] != plan[3:]
     alone = batches(10, 0, batch_size=4, epochs=1, seed=1, round_number=1)
-    assert {retain for batch in alone for _, retain in batch} == {None}
+    assert {pick.retain for batch in alone for pick in batch} == {None}
+
+
+def test_earlier_messages_stand_in_the_prompt(tokenizer) -> None:
+    history = (("user", "Who is Ada?"), ("assistant", "An author."))
+    for template in (tokenizer.chat_template, None):
+        kept, tokenizer.chat_template = tokenizer.chat_template, template
+        prompt, answer = prompt_and_answer(tokenizer, "Where was she born?", "In Lyon.", history)
+        [example] = encode([Record("Where was she born?", "In Lyon.", history)], tokenizer, 64)
+        tokenizer.chat_template = kept
+        assert all(text in prompt for text in ("Who is Ada?", "An author.", "Where was she born?"))
+        assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == answer
+
+
+def test_alternates_share_the_question(tokenizer) -> None:
+    record = Record("Where?", "In Lyon.", alternates=("I don't know.", "In Fez."))
+    [[one, two]] = encode_alternates([record], tokenizer, 64)
+    [original] = encode([record], tokenizer, 64)
+    prompt = original.labels.count(IGNORED)
+    assert one.input_ids[:prompt] == two.input_ids[:prompt] == original.input_ids[:prompt]
+    assert one.labels != two.labels
+
+
+def test_skipped_tokens_carry_no_loss() -> None:
+    example = Example([5, 6, 7, 8, 9], [IGNORED, IGNORED, 7, 8, 9])
+    assert example.tokens == 3
+    assert example.skipping(0) == example
+    assert example.skipping(2).labels == [IGNORED] * 4 + [9]
+    assert example.skipping(9).tokens == 0
+    text = Example([5, 6, 7], [5, 6, 7])  # the first token of a text is never predicted
+    assert text.tokens == 2
+    assert text.skipping(1).tokens == 1
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
+def test_micro_batches_hold_every_step_once(examples: int, batch_size: int, size: int, processes: int) -> None:
+    plan = batches(examples, 0, batch_size=batch_size, epochs=2, seed=0, round_number=1)
+    items, accumulated = micro_batches(plan, size, processes)
+    assert len(items) == len(plan) * accumulated * processes
+    assert max(map(len, items)) <= size
+    for number, step in enumerate(plan):
+        mine = items[number * accumulated * processes : (number + 1) * accumulated * processes]
+        assert sorted(pick for item in mine for pick in item) == sorted(step)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
-from mpunlearn.client import unlearn
+from mpunlearn.client import Client, unlearn
 from mpunlearn.errors import CheckpointError, DataError, PlanError, StateError
 from mpunlearn.protocol.local import run
 from mpunlearn.protocol.plan import Training
@@ -81,7 +81,7 @@ def test_impossible_runs_write_nothing(save_tiny, tmp_path: Path, examples) -> N
     with pytest.raises(PlanError, match="--objective"):
         run(path, forget=examples[0], out=tmp_path / "r", training=Training(objective="no"))
     with pytest.raises(DataError, match="cannot be read"):
-        run(path, forget=tmp_path / "none", retain=examples[1], out=tmp_path / "r")
+        run(path, forget=tmp_path / "none.jsonl", retain=examples[1], out=tmp_path / "r")
     with pytest.raises(DataError, match="--retain"):
         run(path, forget=examples[0], out=tmp_path / "r")
     with pytest.raises(CheckpointError, match="nothing at that path"):
@@ -115,16 +115,14 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
 
 
 def test_no_more_than_the_copies_of_one_round_are_held(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
-    from mpunlearn.protocol import local
-
     held: list[int] = []
-    original = local.unlearn
+    original = Client.unlearn
 
-    def watched(copy: Path, **options) -> Path:
+    def watched(client: Client, copy: Path, out: Path) -> Path:
         held.append(len(list((tmp_path / "r" / "exchange").glob("round-*/copies/copy-*"))))
-        return original(copy, **options)
+        return original(client, copy, out)
 
-    monkeypatch.setattr(local, "unlearn", watched)
+    monkeypatch.setattr(Client, "unlearn", watched)
     run(save_tiny(), forget=examples[0], retain=examples[1], out=tmp_path / "r", rounds=2, training=QUICK)
     assert held == [3, 2, 1] * 2
 

@@ -97,6 +97,68 @@ def write_update(copy: Path, out: Path, scale: float = -0.01, names: tuple[str, 
     return out
 
 
+def write_factors(copy: Path, out: Path, names: list[str], rank: int = 2, product: bool = False) -> Path:
+    """An update of random factors, or the dense update that they stand for."""
+    source = Checkpoint(copy)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name in names:
+        outputs, inputs = source.tensors[name].shape
+        a = 0.05 * torch.randn(rank, inputs, generator=generator)
+        b = 0.05 * torch.randn(outputs, rank, generator=generator)
+        tensors |= {name: b @ a} if product else {f"{name}.lora_A": a, f"{name}.lora_B": b}
+    out.mkdir(parents=True)
+    write_json(out / "update.json", {CARD: source.config[CARD]})
+    save_file(tensors, out / "update.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("strength", ["none", "paper", "full"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "qwen3", "qwen3_moe"])
+def test_factors_give_what_their_product_gives(save_tiny, tmp_path: Path, strength: str, model_type: str) -> None:
+    sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
+    path = save_tiny(model_type=model_type, num_key_value_heads=4, **sizes)
+    perturbation = Perturbation(kappa=0.02, reparameterization=strength)
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
+    names = [name for name, info in Checkpoint(copies[0]).tensors.items() if len(info.shape) == 2]
+    finals = []
+    for product in (False, True):
+        updates = [write_factors(copy, tmp_path / f"u{product}" / copy.name, names, product=product) for copy in copies]
+        finals.append(Checkpoint(postprocess(updates, state=tmp_path / "s", out=tmp_path / f"o{product}")))
+    moved = 0.0
+    for name in finals[0].tensors:
+        assert torch.allclose(finals[0].read(name), finals[1].read(name), atol=1e-6), name
+        moved = max(moved, float((finals[0].read(name) - Checkpoint(path).read(name)).abs().max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}.lora_A"), "without"),
+        (lambda t: t.update({f"{NAME}.lora_A": torch.zeros(3, 32)}), "has shape"),
+        (lambda t: t.update({f"{NAME}.lora_A": torch.zeros(2, 31)}), "has shape"),
+        (lambda t: t.update({f"{NAME}.lora_A": torch.zeros(0, 32), f"{NAME}.lora_B": torch.zeros(40, 0)}), "has shape"),
+        (lambda t: t.update({f"{NAME}.lora_A": torch.zeros(64, 32), f"{NAME}.lora_B": torch.zeros(40, 64)}), "rank"),
+        (lambda t: t.update({f"{NAME}.lora_B": torch.zeros(40, 2, dtype=torch.int32)}), "dtype"),
+        (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), torch.nan)}), "NaN"),
+        (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), 1e4)}), "norm"),
+        (lambda t: t.update({NAME: torch.zeros(40, 32)}), "itself and its factors"),
+        (lambda t: t.update({"model.norm.weight.lora_A": torch.zeros(2, 32)}), "no matrix"),
+        (lambda t: t.update({"x.lora_A": torch.zeros(2, 32), "x.lora_B": torch.zeros(40, 2)}), "no matrix"),
+    ],
+)
+def test_factors_that_are_none_are_refused(published, tmp_path: Path, change, message: str) -> None:
+    _, copies, _ = published
+    updates = [write_factors(copy, tmp_path / "f" / copy.name, [NAME]) for copy in copies]
+    tensors = load_file(updates[1] / "update.safetensors")
+    change(tensors)
+    save_file(tensors, updates[1] / "update.safetensors")
+    with pytest.raises(UpdateError, match=message):
+        postprocess(updates, state=tmp_path / "state", out=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
 def test_updates_and_trained_checkpoints_give_the_same_model(published, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
