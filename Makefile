@@ -20,6 +20,7 @@ check: $(READY)
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/preprocess.py
+	$(BIN)/python benchmarks/overhead.py
 	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")
 
 clean:

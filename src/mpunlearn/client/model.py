@@ -8,6 +8,7 @@ This module imports transformers at the top; import it where work begins.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def adapt(model: Any, rank: int, scale: float, selected: Collection[str], seed: 
     transformers.set_seed(seed)
     targets = [name.removesuffix(".weight") for name in linear]
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets, lora_dropout=0.0)
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft still asks transformers by old names
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, config)
 
 
 def trained_names(model: Any) -> list[str]:

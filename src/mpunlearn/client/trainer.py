@@ -36,6 +36,9 @@ from mpunlearn.protocol.plan import Training
 
 Batch = dict[str, Any]
 
+_MARK = "dual.json"
+"""Written into a checkpoint last."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -76,6 +79,8 @@ def train(
     Raises:
         PlanError: an option's value is unknown to transformers, or options exclude one another.
     """
+    if resources.save_every and processes() > 1:
+        raise PlanError("--save-every: a training on several processes is not saved on its way; leave it out")
     if objective.combine == "normalised" and resources.precision == "float16":
         raise PlanError(
             f"--precision float16: {training.objective} divides by gradient norms; take bfloat16 or float32"
@@ -126,10 +131,16 @@ def train(
         except (ValueError, ImportError) as error:
             raise PlanError(f"the training options do not fit: {error}") from error
         trainer.remove_callback(transformers.PrinterCallback)
-        saved = transformers.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        saved = _last_whole_checkpoint(folder)
         if saved is not None:
-            trainer.dual = read_json(Path(saved) / "dual.json").get("dual", trainer.dual)
-        trainer.train(resume_from_checkpoint=saved)
+            trainer.dual = read_json(saved / _MARK).get("dual", trainer.dual)
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end; one that a kill cut short lacks the mark."""
+    whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 class _MicroBatches(Dataset[Batch]):
@@ -357,7 +368,7 @@ class _Dual(transformers.TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if is_main():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / "dual.json", {"dual": self._trainer.dual})
+            write_json(folder / _MARK, {"dual": self._trainer.dual})
 
 
 class _AdaptiveRate(transformers.TrainerCallback):  # type: ignore[misc]
