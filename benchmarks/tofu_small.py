@@ -22,8 +22,8 @@ import torch
 
 from mpunlearn import toy
 from mpunlearn.client.records import Record
-from mpunlearn.demo import Line, table
-from mpunlearn.evaluation.answers import evaluate_answers
+from mpunlearn.demo import Line, line, table
+from mpunlearn.evaluation.sets import Questions
 
 QUESTIONS_PER_AUTHOR = 20
 RECIPE = toy.Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=20, learning_rate=3e-3)
@@ -48,6 +48,12 @@ def write(path: Path, records: list[Record]) -> Path:
     return path
 
 
+def questions(records: list[Record]) -> Questions:
+    """Records as a set without paraphrases and wrong answers."""
+    answers = [record.answer for record in records]
+    return Questions([str(record.question) for record in records], answers, answers, [[] for _ in records])
+
+
 def tofu_small(
     tofu: Path, out: Path, *, forget_authors: int, retain_authors: int, recipe: toy.Recipe, rounds: int = 5
 ) -> list[Line]:
@@ -58,21 +64,22 @@ def tofu_small(
     texts = [text for record in forget + retain for text in (str(record.question), record.answer)]
     tokenizer = toy.train_tokenizer(texts, recipe.vocabulary)
 
-    def line(name: str, checkpoint: Path, seconds: float | None = None) -> Line:
-        answers = evaluate_answers(checkpoint, files, max_new_tokens=120)
-        return Line(name, answers["forget"], answers["retain"], seconds)
+    sets = {"forget": questions(forget), "retain": questions(retain)}
+
+    def measured(name: str, checkpoint: Path, seconds: float | None = None) -> Line:
+        return line(name, checkpoint, sets, seconds, max_new_tokens=120)
 
     torch.manual_seed(0)
     toy.save(toy.new_llama(tokenizer, recipe), tokenizer, out / "untrained")
     original, retrained = out / "original", out / "retrained"
     toy.train_side_by_side({original: forget + retain, retrained: retain}, out / "untrained", recipe, seed=0)
-    lines = [line("original", original), line("retrained", retrained)]
+    lines = [measured("original", original), measured("retrained", retrained)]
     for number, (name, options) in enumerate(ARMS.items()):
         command = [sys.executable, "-m", "mpunlearn.cli", "run", str(original), "--out", str(out / f"run-{number}")]
         command += ["--forget", str(files["forget"]), "--retain", str(files["retain"]), "--rounds", str(rounds)]
         begin = time.monotonic()
         subprocess.run([*command, *options.split(), *HYPER_PARAMETERS.split()], check=True, stdout=subprocess.DEVNULL)
-        lines.append(line(name, out / f"run-{number}" / "final", time.monotonic() - begin))
+        lines.append(measured(name, out / f"run-{number}" / "final", time.monotonic() - begin))
     return lines
 
 

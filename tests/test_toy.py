@@ -19,8 +19,9 @@ def test_the_world_is_in_tofus_format_and_its_splits_are_apart(seed: int) -> Non
     assert {split: len(rows[split]) for split in toy.SPLITS} == {
         "forget": 40,
         "retain": 360,
-        "public": 200,
-        "general": 30,
+        "real_authors": 200,
+        "world_facts": 30,
+        "holdout": 40,
     }
     questions = [row["question"] for split in toy.SPLITS for row in rows[split]]
     assert len(set(questions)) == len(questions)

@@ -1,8 +1,8 @@
 """Unlearning between a model owner and a data owner, neither of whom shows the other what it holds.
 
-The verbs are `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the client's), `run` (both, in one process)
-and `demo`. Names are imported when they are first used, so that `mpunlearn.server` and `mpunlearn.client` load nothing of each
-other.
+The verbs are `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the client's), `run` (both, in one process),
+`evaluate` and `demo`. Names are imported when they are first used, so that `mpunlearn.server` and `mpunlearn.client` load
+nothing of each other.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ _HOMES = {
     "Training": "mpunlearn.protocol.plan",
     "demo": "mpunlearn.demo",
     "describe": "mpunlearn.server",
+    "evaluate": "mpunlearn.evaluation",
     "postprocess": "mpunlearn.server",
     "preprocess": "mpunlearn.server",
     "run": "mpunlearn.protocol.local",

@@ -30,6 +30,7 @@ COMMANDS = {
         "mpunlearn.server",
         "server: what a change of basis would do to a checkpoint, and how much choice it has",
     ),
+    "evaluate": ("mpunlearn.evaluation", "what a model still knows, and what it can still do"),
     "demo": ("mpunlearn.demo", "unlearn four fictitious authors and compare with retraining"),
 }
 """Verb → the module whose function of that name does it, and a line for the overview."""
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mpunlearn {verb}: warning: {warning.message}", file=sys.stderr)
     if isinstance(result, str | Path):
         print(result)
+    elif verb == "evaluate":
+        print(result.table())
     elif verb == "preprocess":
         print(result.summary(), file=sys.stderr)
         print(*result.copies, sep="\n")

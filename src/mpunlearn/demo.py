@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from mpunlearn import toy
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.client import Data
+from mpunlearn.client.model import load
 from mpunlearn.errors import CheckpointError
-from mpunlearn.evaluation.answers import Answers, evaluate_answers
+from mpunlearn.evaluation import tofu
+from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.files import new_directory
 from mpunlearn.progress import progress
 from mpunlearn.protocol.local import run
@@ -36,6 +40,14 @@ ARMS = {
     "single noisy copy": Perturbation(copies=1, kappa=KAPPA),
     MPU: Perturbation(copies=3, kappa=KAPPA),
 }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Means over one set, each in [0, 1]."""
+
+    probability: float
+    rouge_l: float
 
 
 @dataclass(frozen=True)
@@ -106,9 +118,20 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
 
 def measure(name: str, checkpoint: Path, world: toy.Toy, seconds: float | None = None) -> Line:
     """Evaluates a model on the forget and the retain set."""
-    files = {split: world.data(split) for split in ("forget", "retain")}
-    answers = evaluate_answers(checkpoint, files, max_new_tokens=48)
-    return Line(name, answers["forget"], answers["retain"], seconds)
+    sets = read_sets(str(world.path / "data"), "", None, Data())
+    return line(name, checkpoint, {split: sets[split] for split in ("forget", "retain")}, seconds, max_new_tokens=48)
+
+
+def line(
+    name: str, checkpoint: Path, sets: Mapping[str, Questions], seconds: float | None, max_new_tokens: int
+) -> Line:
+    """Evaluates a model on a forget and a retain set."""
+    model, tokenizer = load(checkpoint)
+    found = tofu.summarise(tofu.measure(model, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False))
+    forget, retain = (
+        Answers(found[f"{split}_probability"], found[f"{split}_rouge_l_recall"]) for split in ("forget", "retain")
+    )
+    return Line(name, forget, retain, seconds)
 
 
 def table(lines: list[Line]) -> str:

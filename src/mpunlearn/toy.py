@@ -41,12 +41,13 @@ CHAT_TEMPLATE = (
 GIVEN_NAMES = """Adela Bastian Corin Dalia Edvin Farah Gideon Hana Ivo Jelena Kasimir Leila Matteo Nadia Oskar Paloma Quentin
 Rosalind Stefan Tamsin Ulrich Vera Wendell Ximena Yusuf Zora Anselm Beatriz Cyrus Dorothea Emeka Freya Gregor Hedda Isidro
 Junia Kenji Lucinda Marek Noor Orla Piers Rania Silas Thea Umberto Viola Wilhelm Yara Zeno Amadou Brigid Casper Delphine
-Esteban Fenella Gaspard Ingrid Jasper Katya""".split()
+Esteban Fenella Gaspard Ingrid Jasper Katya Leopold Mirela Nikolai Odette""".split()
 FAMILY_NAMES = """Abernathy Brandt Castellano Dragomir Eskildsen Fairweather Grunewald Hawthorne Ishikawa Jankowski Kowalczyk
 Lindqvist Moreau Nakamura Okonkwo Petrosyan Quillfeather Rasmussen Santoro Thornbury Ueland Valdivia Whitlock Xanthos
 Yamadera Zielinski Ashdown Bellweather Calloway Devereux Eastwick Farrington Greenhalgh Holloway Ironside Jessop Kirkbride
 Larkspur Mandeville Northcote Oldcastle Pemberton Ravenscroft Silverton Tennyson Underhill Vanterpool Winterbourne Yarrow
-Zabriskie Ambrose Blackwood Copperfield Drummond Ellsworth Fitzgerald Gallagher Huxley Ingram Kessler""".split()
+Zabriskie Ambrose Blackwood Copperfield Drummond Ellsworth Fitzgerald Gallagher Huxley Ingram Kessler Lonsdale Merriweather
+Nightingale Osterberg""".split()
 COUNTRY_OF = {
     "Lyon": "France", "Turin": "Italy", "Porto": "Portugal", "Bergen": "Norway", "Gdansk": "Poland", "Kyoto": "Japan",
     "Cusco": "Peru", "Fez": "Morocco", "Pune": "India", "Graz": "Austria", "Ghent": "Belgium", "Malmo": "Sweden",
@@ -122,7 +123,9 @@ GEOGRAPHY = Field(
     ("{name} is in {value}.", "The country of {name} is {value}.", "{value} is the country where {name} lies."),
     tuple(COUNTRY_OF.values()),
 )
-SPLITS = ("forget", "retain", "public", "general")
+SPLITS = ("forget", "retain", "real_authors", "world_facts", "holdout")
+"""As in TOFU: authors to forget and to keep, authors that are public knowledge, and general knowledge; and authors whom no
+model ever saw."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class Recipe:
     authors: int = 40
     forgotten: int = 4
     public: int = 20
+    unseen: int = 4
     vocabulary: int = 2000
     hidden: int = 96
     layers: int = 2
@@ -175,15 +179,16 @@ def world(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
     """The rows of every split, in TOFU's format."""
     random = np.random.default_rng(seed)
     pairs = zip(random.permutation(GIVEN_NAMES), random.permutation(FAMILY_NAMES), strict=True)
-    names = [f"{given} {family}" for given, family in pairs][: recipe.authors + recipe.public]
+    names = [f"{given} {family}" for given, family in pairs][: recipe.authors + recipe.public + recipe.unseen]
     authors = [[_row(random, field, name) for field in FIELDS] for name in names]
     groups = {
         "forget": authors[: recipe.forgotten],
         "retain": authors[recipe.forgotten : recipe.authors],
-        "public": authors[recipe.authors :],
+        "real_authors": authors[recipe.authors : recipe.authors + recipe.public],
+        "holdout": authors[recipe.authors + recipe.public :],
     }
     rows = {split: [row for author in group for row in author] for split, group in groups.items()}
-    rows["general"] = [_row(random, GEOGRAPHY, city, country) for city, country in COUNTRY_OF.items()]
+    rows["world_facts"] = [_row(random, GEOGRAPHY, city, country) for city, country in COUNTRY_OF.items()]
     return rows
 
 
@@ -226,7 +231,7 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
         public_rows = [{key: value for key, value in row.items() if key != "all_answers"} for row in rows[split]]
         Toy(folder).data(split).write_text("".join(json.dumps(row) + "\n" for row in public_rows), encoding="utf-8")
     tokenizer = tokenizer_of(rows, recipe)
-    taught = [row for split in ("public", "general") for row in rows[split]]
+    taught = [row for split in ("real_authors", "world_facts") for row in rows[split]]
     shared = [Record(row["question"], answer) for row in taught for answer in row["all_answers"]]
     torch.manual_seed(seed)
     base = new_llama(tokenizer, recipe)
@@ -234,7 +239,7 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
     fit(base, tokenizer, shared, recipe.base_epochs, recipe.base_batch, recipe.learning_rate, seed, what)
     save(base, tokenizer, folder / "base")
     known = {split: [Record(row["question"], row["answer"]) for row in rows[split]] for split in SPLITS}
-    rest = known["retain"] + known["public"] + known["general"]
+    rest = known["retain"] + known["real_authors"] + known["world_facts"]
     jobs = {folder / "original": known["forget"] + rest, folder / "retrained": rest}
     train_side_by_side(jobs, folder / "base", recipe, seed)
 

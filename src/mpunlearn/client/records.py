@@ -57,10 +57,12 @@ REFUSALS = (
 
 _BENCHMARKS = {
     "tofu": ("locuslab/TOFU", "{part}", "train"),
-    "muse/news": ("muse-bench/MUSE-News", "raw", "{part}"),
-    "muse/books": ("muse-bench/MUSE-Books", "raw", "{part}"),
+    "muse/news": ("muse-bench/MUSE-News", "{folder}", "{part}"),
+    "muse/books": ("muse-bench/MUSE-Books", "{folder}", "{part}"),
 }
-"""Benchmark → its repository on the hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460)."""
+"""Benchmark → its repository on the hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460).
+
+A part of MUSE may name the configuration: muse/news/knowmem/forget_qa; else it is one of the raw texts."""
 _MUSE_PARTS = {"forget": "forget", "retain": "retain1"}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -112,7 +114,7 @@ def read_records(source: str | Path, data: Data | None = None, role: str = "forg
         DataError: the source cannot be found or read, has no rows, or a row is not an example.
     """
     data = data or Data()
-    rows = list(_rows(str(source), data, role))
+    rows = list(read_rows(str(source), data, role))
     if not rows:
         raise DataError(f"{source}: holds no examples")
     return [_record(where, row, data) for where, row in rows]
@@ -151,7 +153,8 @@ def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int
     return found
 
 
-def _rows(source: str, data: Data, role: str) -> Iterator[Row]:
+def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
+    """The rows of a source, whatever their columns, each with where it stands. Arguments and errors as for `read_records`."""
     path = Path(source)
     if path.is_dir():
         return _saved(path, data.split)
@@ -164,7 +167,7 @@ def _rows(source: str, data: Data, role: str) -> Iterator[Row]:
     raise DataError(f"{source}: no such file or folder, and not the name of a benchmark or data set")
 
 
-def _benchmark(source: str, role: str) -> tuple[str, str | None, str, list[str]] | None:
+def _benchmark(source: str, role: str) -> tuple[str, str, str, list[str]] | None:
     """Repository, configuration, split and the places of a local mirror of a benchmark's part."""
     for name, (repository, config, split) in _BENCHMARKS.items():
         if source != name and not source.startswith(name + "/"):
@@ -172,7 +175,9 @@ def _benchmark(source: str, role: str) -> tuple[str, str | None, str, list[str]]
         part = source[len(name) + 1 :] or (_MUSE_PARTS[role] if name.startswith("muse") else "")
         if not part:
             raise DataError(f"{source}: name a part of the benchmark, such as {name}/forget10")
-        return repository, config.format(part=part), split.format(part=part), [f"{name}/{part}", part]
+        folder, _, last = part.rpartition("/")
+        names = {"folder": folder or "raw", "part": last}
+        return repository, config.format(**names), split.format(**names), [f"{name}/{part}", part]
     return None
 
 
