@@ -40,6 +40,8 @@ class Training:
     """the objective's own hyper-parameters by name, such as beta (default: the objective's)"""
     optimizer: str = "adamw_torch"
     """optimiser, by its name in transformers; it starts afresh for every copy and round"""
+    adam_epsilon: float = 1e-8
+    """ε of Adam; a larger one makes its first steps smooth in the weights, so that more of the noise cancels"""
     weight_decay: float = 0.0
     """of the optimiser"""
     max_grad_norm: float = 1.0
@@ -70,6 +72,7 @@ class Training:
             raise PlanError(f"--update-dtype: expected float32, bfloat16 or float16, found {self.update_dtype}")
         for name in (
             "learning_rate",
+            "adam_epsilon",
             "weight_decay",
             "max_grad_norm",
             "warmup_steps",

@@ -1,0 +1,349 @@
+"""Does MPU cost anything against noise-free unlearning, and does the harmonic average earn its keep?
+
+Every run is one row of a CSV: an objective, a seed, and an arm, which is a copy design at a noise level. Within an objective
+and a seed all arms have the same model, batches, budget and hyper-parameters; *noise-free* is the same training by one party
+that holds everything. The table gives each arm's mean difference from noise-free over seeds, as a percentage of noise-free,
+with a 95 % interval over paired seeds (Student's t). Rows that exist are not computed again, so an interrupted run goes on.
+
+    python benchmarks/claim.py [--suite claim|causes] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
+
+On the embedded benchmark, with two processes of one thread. `--suite claim` is the paper's question; `--suite causes` asks at
+10 % of the parameters what the cost comes from, and what lowers it.
+
+All metrics are scores, higher is better: retain probability, retain ROUGE-L recall, model utility, forget truth ratio, and
+one minus forget probability and forget ROUGE-L recall. `weights` is the distance of the final weights from noise-free's,
+relative to how far those moved.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mpunlearn import Perturbation, Training, run, toy
+from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.client import Data
+from mpunlearn.client.model import load
+from mpunlearn.evaluation import tofu
+from mpunlearn.evaluation.sets import read_sets
+
+EPOCHS = 10
+PAPER = ("grad-ascent", "grad-diff", "npo", "dpo", "simnpo", "undial", "satimp")
+"""The paper's seven objectives."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "grad-ascent": {"learning_rate": 2e-4},
+    "grad-diff": {"gamma": 0.1},
+    "npo": {"gamma": 0.3},
+    "dpo": {},
+    "simnpo": {"gamma": 1.0, "parameters": {"beta": 2.5}},
+    "undial": {"alpha": 1.0, "parameters": {"beta": 30.0}},
+    "satimp": {"gamma": 2.0, "parameters": {"beta1": 1.0}},
+    "wga": {"gamma": 0.5},
+}
+"""Hyper-parameters on the embedded benchmark; chosen on noise-free unlearning at seed 0, the same for every arm."""
+SCORES = (
+    "forget_probability",
+    "forget_rouge_l_recall",
+    "forget_truth_ratio",
+    "retain_probability",
+    "retain_rouge_l_recall",
+    "model_utility",
+)
+INVERTED = ("forget_probability", "forget_rouge_l_recall")
+FREE = "noise-free"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of unlearning."""
+
+    name: str
+    perturbation: dict[str, Any]
+    base: bool = False
+    """Noise relative to the task vector."""
+    rounds: int = 5
+    training: dict[str, Any] = field(default_factory=dict)
+    baseline: str = FREE
+    """The arm that it is compared with."""
+
+
+NOISE_FREE = {"copies": 1, "kappa": 0.0, "reparameterization": "none"}
+
+
+def claim() -> list[Arm]:
+    """The paper's question."""
+    arms = [Arm(FREE, NOISE_FREE), Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0})]
+    for copies in (3, 1, 2, 4):
+        for base in (True, False):
+            for kappa in (0.1, 0.05, 0.01):
+                of = "task vector" if base else "parameters"
+                name = f"{kappa:.0%} of {of}, {'single copy' if copies == 1 else f'{copies} copies'}"
+                arms.append(Arm(name, {"copies": copies, "kappa": kappa}, base))
+    return arms
+
+
+def causes() -> list[Arm]:
+    """At 10 % of the parameters: where the cost comes from."""
+    paper, arms = {"copies": 3, "kappa": 0.1}, [Arm(FREE, NOISE_FREE)]
+    arms += [
+        Arm("paper's design", paper),
+        Arm("α = 1", {**paper, "alphas": (1.0, 1.0, 1.0)}),
+        Arm("no reparameterisation", {**paper, "reparameterization": "none"}),
+        Arm("paper's reparameterisation", {**paper, "reparameterization": "paper"}),
+        Arm("extrapolated, 3 copies", {**paper, "denoising": "extrapolate"}),
+        Arm("extrapolated, 4 copies", {**paper, "copies": 4, "denoising": "extrapolate"}),
+    ]
+    for rounds in (1, 2, 10):
+        free = f"{FREE}, {rounds} rounds"
+        arms += [Arm(free, NOISE_FREE, rounds=rounds, baseline=free)]
+        arms += [Arm(f"paper's design, {rounds} rounds", paper, rounds=rounds, baseline=free)]
+    for name, training in (
+        ("Adam ε 1e-3", {"adam_epsilon": 1e-3, "learning_rate": 3e-3}),
+        ("SGD", {"optimizer": "sgd", "learning_rate": 0.3}),
+    ):
+        free = f"{FREE}, {name}"
+        arms += [Arm(free, NOISE_FREE, training=training, baseline=free)]
+        for design, perturbation in (
+            ("single copy", {"copies": 1, "kappa": 0.1}),
+            ("paper's design", paper),
+            ("extrapolated, 4 copies", {"copies": 4, "kappa": 0.1, "denoising": "extrapolate"}),
+        ):
+            arms.append(Arm(f"{design}, {name}", perturbation, training=training, baseline=free))
+    return arms
+
+
+SUITES = {"claim": claim, "causes": causes}
+
+
+def one(objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
+    """Unlearns and evaluates; the row of the CSV.
+
+    Args:
+        free: where the noise-free model of the same objective, seed and budget lies, if it is there.
+        out: where this one's goes.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    world = toy.prepare(seed)
+    options = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective], **arm.training}
+    training = Training(objective=objective, epochs=EPOCHS // arm.rounds, seed=seed, **options)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        final = run(
+            world.original,
+            forget=world.data("forget"),
+            retain=world.data("retain"),
+            out=Path(folder) / "run",
+            base=world.base if arm.base else None,
+            rounds=arm.rounds,
+            perturbation=Perturbation(**arm.perturbation),
+            training=training,
+        )
+        seconds = time.monotonic() - begin
+        scores = evaluated(final, world)
+        reference = Path(free)
+        weights = distance(final, reference, world.original) if reference.is_dir() else 0.0
+        if arm.baseline == arm.name:
+            shutil.copytree(final, out, dirs_exist_ok=True)
+    return {"objective": objective, "seed": seed, "arm": arm.name, **scores, "weights": weights, "seconds": seconds}
+
+
+def evaluated(checkpoint: Path, world: toy.Toy) -> dict[str, float]:
+    """The scores of a model."""
+    sets = read_sets(str(world.path / "data"), "", None, Data())
+    sets.pop("holdout")
+    model, tokenizer = load(checkpoint)
+    found = tofu.summarise(tofu.measure(model, tokenizer, sets, max_new_tokens=48, membership=False))
+    return {name: 1 - found[name] if name in INVERTED else found[name] for name in SCORES}
+
+
+def distance(final: Path, free: Path, original: Path) -> float:
+    """‖θ - θ_free‖ / ‖θ_free - θ_0‖ over all weights."""
+    mine, other, start = Checkpoint(final), Checkpoint(free), Checkpoint(original)
+    apart = sum(float((mine.read(name) - other.read(name)).square().sum()) for name in mine.tensors)
+    moved = sum(float((other.read(name) - start.read(name)).square().sum()) for name in mine.tensors)
+    return float((apart / moved) ** 0.5)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows computed so far."""
+    if not file.is_file():
+        return []
+    with open(file, encoding="utf-8", newline="") as lines:
+        return [
+            {key: value if key in ("objective", "arm") else float(value) for key, value in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+
+
+def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path) -> None:
+    """Computes what is missing of a suite, arm by arm, and appends each row as it comes."""
+    file, arms = out / f"{suite}.csv", SUITES[suite]()
+    done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
+    for seed in range(seeds):
+        toy.prepare(seed)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=40) as pool:
+        for stage in (True, False):  # what others are compared with comes first
+            jobs = [
+                pool.submit(one, objective, seed, arm, str(kept(out, objective, seed, arm.baseline)), str(target))
+                for arm in arms
+                for seed in range(seeds)
+                for objective in objectives
+                if (objective, seed, arm.name) not in done and (arm.baseline == arm.name) is stage
+                for target in [kept(out, objective, seed, arm.name)]
+            ]
+            for number, job in enumerate(as_completed(jobs), start=1):
+                append(file, job.result())
+                print(f"{number} of {len(jobs)}: {job.result()['objective']}, {job.result()['arm']}", flush=True)
+
+
+def kept(out: Path, objective: str, seed: int, arm: str) -> Path:
+    """Where a baseline's model lies."""
+    return out / "models" / f"{objective}-{seed}-{arm.replace(' ', '-').replace(',', '')}"
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    """One more line of the CSV."""
+    new = not file.is_file()
+    with open(file, "a", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm against its baseline, over the seeds that both have."""
+
+    seeds: int
+    percent: dict[str, float]
+    """Mean change of each score, as a percentage of the baseline's."""
+    mean: float
+    """Mean over scores, percent; negative is a loss."""
+    interval: float
+    """Half the width of its 95 % interval over paired seeds."""
+    absolute: float
+    """Mean absolute deviation of all scores, points."""
+    weights: float
+
+
+def differences(rows: list[dict[str, Any]], arms: list[Arm]) -> dict[tuple[str, str], Difference]:
+    """(objective, arm) → how it compares with its baseline."""
+    at = {(row["objective"], row["arm"], row["seed"]): row for row in rows}
+    found = {}
+    for objective in dict.fromkeys(row["objective"] for row in rows):
+        for arm in arms:
+            seeds = sorted(seed for o, a, seed in at if (o, a) == (objective, arm.name))
+            pairs = [
+                (at[objective, arm.name, seed], at[objective, arm.baseline, seed])
+                for seed in seeds
+                if (objective, arm.baseline, seed) in at
+            ]
+            if not pairs or arm.name == arm.baseline:
+                continue
+            change = np.array([[mine[score] - free[score] for score in SCORES] for mine, free in pairs])
+            level = np.array([[free[score] for score in SCORES] for _, free in pairs]).mean(axis=0)
+            per_seed = (100 * change / level).mean(axis=1)
+            half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(per_seed) if len(pairs) > 1 else float("nan")
+            found[objective, arm.name] = Difference(
+                seeds=len(pairs),
+                percent=dict(zip(SCORES, (100 * change.mean(axis=0) / level).tolist(), strict=True)),
+                mean=float(per_seed.mean()),
+                interval=float(half),
+                absolute=float(100 * np.abs(change).mean()),
+                weights=float(np.mean([mine["weights"] for mine, _ in pairs])),
+            )
+    return found
+
+
+def table(found: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
+    """One line per arm: each objective's mean change over scores, and the means over objectives."""
+    objectives = list(dict.fromkeys(objective for objective, _ in found))
+    lines = [
+        f"| arm | {' | '.join(objectives)} | mean | absolute, points | weights |",
+        "|---|" + "---|" * (len(objectives) + 3),
+    ]
+    for arm in arms:
+        mine = {objective: found[objective, arm.name] for objective in objectives if (objective, arm.name) in found}
+        if not mine:
+            continue
+        cells = [f"{mine[o].mean:+.1f} ± {mine[o].interval:.1f}" if o in mine else "" for o in objectives]
+        every = list(mine.values())
+        means = [float(np.mean([getattr(d, name) for d in every])) for name in ("mean", "absolute", "weights")]
+        lines.append(f"| {arm.name} | {' | '.join(cells)} | {means[0]:+.2f} | {means[1]:.2f} | {means[2]:.2f} |")
+    return "\n".join(lines)
+
+
+def by_score(found: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
+    """One line per arm: the change of each score, a mean over objectives."""
+    lines = [f"| arm | {' | '.join(name.replace('_', ' ') for name in SCORES)} |", "|---|" + "---|" * len(SCORES)]
+    for arm in arms:
+        mine = [difference for (_, name), difference in found.items() if name == arm.name]
+        if mine:
+            means = [float(np.mean([difference.percent[score] for difference in mine])) for score in SCORES]
+            lines.append(f"| {arm.name} | {' | '.join(f'{value:+.2f}' for value in means)} |")
+    return "\n".join(lines)
+
+
+def figure(found: dict[tuple[str, str], Difference], arms: list[Arm], file: Path) -> None:
+    """Mean change over scores of every arm, a point per objective; PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [arm.name for arm in arms if any(name == arm.name for _, name in found)]
+    picture, axes = pyplot.subplots(figsize=(9, 0.3 * len(names) + 1.5))
+    objectives = list(dict.fromkeys(objective for objective, _ in found))
+    for number, objective in enumerate(objectives):
+        at = [n for n, name in enumerate(names) if (objective, name) in found]
+        mine = [found[objective, names[n]] for n in at]
+        places = [n + 0.08 * (number - len(objectives) / 2) for n in at]
+        axes.errorbar(
+            [d.mean for d in mine], places, xerr=[d.interval for d in mine], fmt="o", ms=3, lw=0.8, label=objective
+        )
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("change against noise-free, percent (mean over scores, 95 % interval over seeds)")
+    axes.legend(fontsize=7, ncol=2)
+    picture.tight_layout()
+    for suffix in ("png", "svg"):
+        picture.savefig(file.with_suffix(f".{suffix}"), dpi=150)
+    pyplot.close(picture)
+
+
+def main() -> None:
+    """Computes what is missing, then writes tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="claim")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES))
+    parser.add_argument("--out", type=Path, default=Path("claim"))
+    parser.add_argument("--table", action="store_true", help="only write the table of what there is")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.table:
+        compute(arguments.suite, arguments.objectives.split(","), arguments.seeds, arguments.out)
+    arms = SUITES[arguments.suite]()
+    found = differences(rows_of(arguments.out / f"{arguments.suite}.csv"), arms)
+    text = f"{table(found, arms)}\n\n{by_score(found, arms)}\n"
+    (arguments.out / f"{arguments.suite}.md").write_text(text, encoding="utf-8")
+    figure(found, arms, arguments.out / arguments.suite)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
