@@ -193,7 +193,7 @@ def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path) -> Non
     done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
     for seed in range(seeds):
         toy.prepare(seed)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for stage in (True, False):  # what others are compared with comes first
             jobs = [
                 pool.submit(one, objective, seed, arm, str(kept(out, objective, seed, arm.baseline)), str(target))

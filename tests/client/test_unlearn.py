@@ -135,6 +135,30 @@ def test_families_that_transformers_holds_otherwise_are_updated_under_their_name
     assert moved == {name for name in new.tensors if ".layers." in name}
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe"])
+def test_with_tensor_adam_no_change_of_basis_makes_a_difference(
+    save_tiny, tmp_path: Path, examples, model_type
+) -> None:
+    """Rotations too: three copies in three bases give the plain update. AdamW, the control, does not."""
+    sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
+    path = save_tiny(model_type=model_type, **sizes)
+    apart = {}
+    for optimizer in ("tensor_adam", "adamw_torch"):
+        training = with_options(optimizer=optimizer)
+        plain = read_all(
+            unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / f"p{optimizer}", training=training)
+        )
+        state, out = tmp_path / f"s{optimizer}", tmp_path / f"c{optimizer}"
+        copies = preprocess(path, state=state, out=out, perturbation=Perturbation(kappa=0.0)).copies
+        client = Client(forget=examples[0], retain=examples[1], training=training)
+        updates = [client.unlearn(copy, tmp_path / f"u{optimizer}" / copy.name) for copy in copies]
+        final = Checkpoint(postprocess(updates, state=state, out=tmp_path / f"o{optimizer}"))
+        found = {name: final.read(name) - Checkpoint(path).read(name) for name in plain}
+        apart[optimizer] = distance(plain, found)
+    assert apart["tensor_adam"] < 1e-3
+    assert apart["adamw_torch"] > 0.1
+
+
 def read_all(path: Path) -> dict[str, torch.Tensor]:
     directory = TensorDirectory(path, stem="update")
     return {name: directory.read(name) for name in directory.tensors}
@@ -179,7 +203,13 @@ def test_micro_batches_do_not_change_the_update(save_tiny, tmp_path: Path, examp
 
 @pytest.mark.parametrize(
     ("objective", "options"),
-    [("npo", []), ("grad-diff", ["--retain-loss", "kl"]), ("ngdiff", []), ("dpo", []), ("npo", ["--lora-rank", "2"])],
+    [
+        ("npo", ["--optimizer", "tensor_adam"]),
+        ("grad-diff", ["--retain-loss", "kl"]),
+        ("ngdiff", []),
+        ("dpo", []),
+        ("npo", ["--lora-rank", "2"]),
+    ],
 )
 def test_two_processes_give_the_update_of_one(save_tiny, tmp_path: Path, examples, objective: str, options) -> None:
     path = save_tiny()

@@ -29,6 +29,8 @@ from torch.utils.data import Dataset
 from mpunlearn.client.dataset import IGNORED, Example, Pick, collate, micro_batches
 from mpunlearn.client.model import forward, pad_id
 from mpunlearn.client.objectives import Objective
+from mpunlearn.client.optimizer import NAME as TENSOR_ADAM
+from mpunlearn.client.optimizer import TensorAdam
 from mpunlearn.client.resources import Resources, is_main, processes
 from mpunlearn.errors import PlanError
 from mpunlearn.files import read_json, write_json
@@ -101,7 +103,7 @@ def train(
                 max_grad_norm=training.max_grad_norm,
                 lr_scheduler_type=training.scheduler,
                 warmup_steps=training.warmup_steps,
-                optim=training.optimizer,
+                optim="adamw_torch" if training.optimizer == TENSOR_ADAM else training.optimizer,
                 adam_epsilon=training.adam_epsilon,
                 seed=training.seed,
                 bf16=resources.precision == "bfloat16",
@@ -129,6 +131,7 @@ def train(
                 train_dataset=dataset,
                 data_collator=_first,
                 callbacks=[_Bar(f"unlearning with {training.objective}")],
+                optimizer_cls_and_kwargs=_own_optimizer(training),
             )
         except (ValueError, ImportError) as error:
             raise PlanError(f"the training options do not fit: {error}") from error
@@ -441,6 +444,13 @@ class _Bar(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
+
+
+def _own_optimizer(training: Training) -> tuple[type[TensorAdam], dict[str, Any]] | None:
+    """The optimiser that transformers does not have, where it is asked for."""
+    if training.optimizer != TENSOR_ADAM:
+        return None
+    return TensorAdam, {"lr": training.learning_rate, "eps": training.adam_epsilon}
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
