@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check benchmarks clean
+.PHONY: demo test check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -22,6 +22,11 @@ benchmarks: $(READY)
 	$(BIN)/python benchmarks/preprocess.py
 	$(BIN)/python benchmarks/overhead.py
 	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")
+
+# Hours on two cores; interrupted, it goes on where it stopped.
+claim: $(READY)
+	$(BIN)/python benchmarks/claim.py --suite claim
+	$(BIN)/python benchmarks/claim.py --suite causes
 
 clean:
 	rm -rf .venv mpu-demo

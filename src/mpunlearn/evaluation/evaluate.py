@@ -18,6 +18,7 @@ from mpunlearn.client import Data
 from mpunlearn.client.model import load
 from mpunlearn.errors import CheckpointError, PlanError
 from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.robustness import quantised, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.evaluation.tofu import PerExample
@@ -64,6 +65,8 @@ def evaluate(
     out: str | Path | None = None,
     robustness: bool = False,
     relearn_rate: float = 1e-4,
+    tasks: str | None = None,
+    tasks_folder: str | Path | None = None,
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
     data: Data | None = None,
@@ -79,6 +82,8 @@ def evaluate(
         out: a file for the whole result as JSON.
         robustness: also draw the curves under relearning and quantisation.
         relearn_rate: learning rate of relearning.
+        tasks: tasks of lm-eval for general ability, separated by commas.
+        tasks_folder: folder with lm-eval task files of one's own.
         max_new_tokens: length of generated answers, in tokens.
         cache: folder for results, by the digest of all that went in (default: in the user's cache folder).
         data: where local mirrors of benchmarks are.
@@ -90,7 +95,7 @@ def evaluate(
         CheckpointError: a checkpoint cannot be read.
         DataError: the benchmark cannot be read.
     """
-    data, settings = data or Data(), {"max_new_tokens": max_new_tokens, "relearn_rate": relearn_rate}
+    data, settings = data or Data(), {"max_new_tokens": max_new_tokens, "relearn_rate": relearn_rate, "tasks": tasks}
     if max_new_tokens < 1:
         raise PlanError(f"--max-new-tokens: expected at least 1, found {max_new_tokens}")
     is_muse = benchmark in ("muse/news", "muse/books")
@@ -108,6 +113,7 @@ def evaluate(
         if file.is_file():
             return read_json(file)
         value = _one(Path(path), benchmark, sets, data, reference, robustness, settings)
+        value["general"] = general_ability(path, tasks.split(","), tasks_folder) if tasks else {}
         root.mkdir(parents=True, exist_ok=True)
         write_json(file, value)
         return value
@@ -117,8 +123,13 @@ def evaluate(
     summarise = muse.summarise if is_muse else tofu.summarise
     models = {"model": own, **({"retrained": retrained} if retrained is not None else {})}
     report = Report(
-        metrics=summarise(own["per_example"], None if retrained is None else retrained["per_example"]),
-        retrained=None if retrained is None else summarise(retrained["per_example"], retrained["per_example"]),
+        metrics={
+            **summarise(own["per_example"], None if retrained is None else retrained["per_example"]),
+            **own["general"],
+        },
+        retrained=None
+        if retrained is None
+        else {**summarise(retrained["per_example"], retrained["per_example"]), **retrained["general"]},
         robustness={
             curve: {name: found["robustness"][curve] for name, found in models.items()} for curve in own["robustness"]
         },

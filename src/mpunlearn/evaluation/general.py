@@ -1,0 +1,49 @@
+"""General ability by the tasks of `lm-eval` (github.com/EleutherAI/lm-evaluation-harness), an optional extra."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpunlearn.errors import DataError, PlanError
+
+
+def general_ability(
+    checkpoint: str | Path, tasks: Sequence[str], tasks_folder: str | Path | None = None
+) -> dict[str, float]:
+    """Every metric of every task, named task/metric.
+
+    Args:
+        tasks: names that lm-eval knows, such as arc_easy.
+        tasks_folder: a folder with task files of one's own.
+
+    Raises:
+        PlanError: lm-eval is not installed, or knows no such task.
+        DataError: a task's data cannot be loaded.
+    """
+    try:
+        import lm_eval
+        import torch
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise PlanError(f"--tasks: needs lm-eval ({error}); pip install 'mpunlearn[lm-eval]'") from None
+    manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise PlanError(f"--tasks: lm-eval knows no task {', '.join(unknown)}")
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={checkpoint},dtype=float32",
+            tasks=list(tasks),
+            task_manager=manager,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            bootstrap_iters=0,
+            log_samples=False,
+            verbosity="ERROR",
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tasks {','.join(tasks)}: {str(error).strip().splitlines()[0]}") from error
+    return {
+        f"{task}/{metric.removesuffix(',none')}": float(value)
+        for task, values in (found or {})["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, float | int) and "stderr" not in metric and metric != "sample_len"
+    }
