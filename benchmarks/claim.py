@@ -110,8 +110,9 @@ def causes() -> list[Arm]:
         free = f"{FREE}, {rounds} rounds"
         arms += [Arm(free, NOISE_FREE, rounds=rounds, baseline=free)]
         arms += [Arm(f"paper's design, {rounds} rounds", paper, rounds=rounds, baseline=free)]
-    tensor, single = {"optimizer": "tensor_adam"}, {"copies": 1, "kappa": 0.1}
-    designs = {"single copy": single, "paper's design": paper, "extrapolated, 4 copies": four}
+    tensor: dict[str, Any] = {"optimizer": "tensor_adam"}
+    single = {"copies": 1, "kappa": 0.1}
+    designs: dict[str, dict[str, Any]] = {"single copy": single, "paper's design": paper, "extrapolated, 4 copies": four}
     for name, rounds, training, mine in (
         ("TensorAdam", 5, tensor, {"no noise, 3 copies": {"copies": 3, "kappa": 0.0}, **designs}),
         ("TensorAdam, 10 rounds", 10, tensor, designs),
