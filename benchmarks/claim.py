@@ -112,7 +112,11 @@ def causes() -> list[Arm]:
         arms += [Arm(f"paper's design, {rounds} rounds", paper, rounds=rounds, baseline=free)]
     tensor: dict[str, Any] = {"optimizer": "tensor_adam"}
     single = {"copies": 1, "kappa": 0.1}
-    designs: dict[str, dict[str, Any]] = {"single copy": single, "paper's design": paper, "extrapolated, 4 copies": four}
+    designs: dict[str, dict[str, Any]] = {
+        "single copy": single,
+        "paper's design": paper,
+        "extrapolated, 4 copies": four,
+    }
     for name, rounds, training, mine in (
         ("TensorAdam", 5, tensor, {"no noise, 3 copies": {"copies": 3, "kappa": 0.0}, **designs}),
         ("TensorAdam, 10 rounds", 10, tensor, designs),
