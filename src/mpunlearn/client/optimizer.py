@@ -1,4 +1,4 @@
-"""An optimiser for which the copies' noise and their changes of basis cancel as theory says.
+"""An optimiser for which the copies' changes of basis cancel exactly, and whose steps are smooth in the weights.
 
 Adam divides every entry of a gradient by a running size of that entry. That is nearly the entry's sign in the first steps,
 which is not differentiable in the weights, and harmonic or extrapolated denoising cancels only what is; and it depends on the

@@ -39,10 +39,10 @@ class Training:
     parameters: Mapping[str, float] = field(default_factory=dict)
     """the objective's own hyper-parameters by name, such as beta (default: the objective's)"""
     optimizer: str = "adamw_torch"
-    """optimiser, by its name in transformers, or tensor_adam, for which a change of basis makes no difference and more of the
-    noise cancels; it starts afresh for every copy and round"""
+    """optimiser, by its name in transformers, or tensor_adam, for which a change of basis makes no difference; it starts afresh
+    for every copy and round"""
     adam_epsilon: float = 1e-8
-    """ε of Adam; a larger one makes its first steps smooth in the weights, so that more of the noise cancels"""
+    """ε of Adam; a larger one makes its first steps smoother in the weights"""
     weight_decay: float = 0.0
     """of the optimiser"""
     max_grad_norm: float = 1.0
