@@ -472,6 +472,7 @@ def test_plain_text_with_no_retain_set(save_tiny, tmp_path: Path) -> None:
         ({"objective": "simnpo", "parameters": {"delta": float("nan")}}, PlanError, "--delta"),
         ({"objective": "ngdiff", "alpha": 0.0}, PlanError, "needs both"),
         ({"objective": "rmu"}, PlanError, "--layer"),
+        ({"objective": "rmu", "parameters": {"layer": -1}}, PlanError, "--layer"),
         ({"retain_loss": "hidden"}, PlanError, "only rmu"),
         ({"update_dtype": "int8"}, PlanError, "--update-dtype"),
         ({"lora_rank": 2, "train": "norm"}, PlanError, "linear layer"),

@@ -55,7 +55,9 @@ def test_metrics_are_means_of_what_every_example_says(save_tiny, folder: Path, t
     slow = 0.0 if min(nine) == 0 else 9 / sum(1 / value for value in nine)
     assert report.metrics["model_utility"] == pytest.approx(slow)
     assert "forget_quality" not in report.metrics
-    assert 0 <= report.metrics["mia_min_k"] <= 1
+    forget, holdout = (per_example[name]["mia_min_k"] for name in ("forget", "holdout"))
+    slow = sum((h > f) + 0.5 * (h == f) for f in forget for h in holdout) / 36
+    assert report.metrics["mia_min_k"] == pytest.approx(slow)
 
 
 def test_forget_questions_are_judged_by_the_paraphrase(save_tiny, folder: Path) -> None:
@@ -77,7 +79,6 @@ def test_a_model_compared_with_itself_has_forgotten_perfectly(save_tiny, folder:
     report = evaluate(path, retain_model=path, **options)
     assert report.metrics["forget_quality"] == pytest.approx(1)
     assert report.metrics["privacy_leak"] == pytest.approx(0)
-    assert report.metrics["mia_reference"] == pytest.approx(0.5, abs=0.5)
     assert "| retrained |" in report.table()
 
 

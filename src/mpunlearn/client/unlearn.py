@@ -121,7 +121,7 @@ class Client:
         from mpunlearn.client import trainer
 
         training, objective = self.training, self.objective
-        if "layer" in objective.parameters and objective.parameters["layer"] >= 0:
+        if "layer" in objective.parameters:
             models.check_layer(source.path, int(objective.parameters["layer"]))
         encoded = self._encode(source.path)
         kept = None if self._memory is None or card is None else _Kept(self._memory, card)
