@@ -26,7 +26,8 @@ benchmarks: $(READY)
 # Hours on two cores; interrupted, it goes on where it stopped.
 claim: $(READY)
 	$(BIN)/python benchmarks/claim.py --suite claim
-	$(BIN)/python benchmarks/claim.py --suite causes
+	$(BIN)/python benchmarks/claim.py --suite causes --seeds 3 --objectives npo,simnpo,grad-diff
+	$(BIN)/python benchmarks/claim.py --suite orders --seeds 2 --objectives npo,simnpo
 
 clean:
 	rm -rf .venv mpu-demo

@@ -5,10 +5,14 @@ and a seed all arms have the same model, batches, budget and hyper-parameters; *
 that holds everything. The table gives each arm's mean difference from noise-free over seeds, as a percentage of noise-free,
 with a 95 % interval over paired seeds (Student's t). Rows that exist are not computed again, so an interrupted run goes on.
 
-    python benchmarks/claim.py [--suite claim|causes] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
+    python benchmarks/claim.py [--suite claim|causes|orders] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
 
-On the embedded benchmark, with two processes of one thread. `--suite claim` is the paper's question; `--suite causes` asks at
-10 % of the parameters what the cost comes from, and what lowers it.
+`--suite claim` is the paper's question; `--suite causes` asks at 10 % of the parameters what the cost comes from, and what
+lowers it; `--suite orders` how the deviation of the weights falls with the noise level, by optimiser and copy design.
+
+It runs on the embedded benchmark, with two processes of one thread, or on any checkpoint and data, on a GPU if there is one:
+
+    python benchmarks/claim.py --model DIR --benchmark tofu --data-root DIR --base DIR --retrained DIR --learning-rate 1e-5
 
 All metrics are scores, higher is better: retain probability, retain ROUGE-L recall, model utility, forget truth ratio, and
 one minus forget probability and forget ROUGE-L recall. `weights` is the distance of the final weights from noise-free's,
@@ -23,19 +27,21 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from mpunlearn import Perturbation, Training, run, toy
+from mpunlearn import Perturbation, Training, toy
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.client import Data
+from mpunlearn.client import Client, Data
 from mpunlearn.client.model import load
 from mpunlearn.evaluation import tofu
-from mpunlearn.evaluation.sets import read_sets
+from mpunlearn.evaluation.sets import Questions, read_sets
+from mpunlearn.protocol.local import run
+from mpunlearn.server import postprocess, preprocess
 
 EPOCHS = 10
 PAPER = ("grad-ascent", "grad-diff", "npo", "dpo", "simnpo", "undial", "satimp")
@@ -59,8 +65,10 @@ SCORES = (
     "retain_rouge_l_recall",
     "model_utility",
 )
+QUIET = (1.0, -1.0, 0.5**0.5, -(0.5**0.5))
+"""Scales of four extrapolated copies, two of which have less noise than the paper's."""
 INVERTED = ("forget_probability", "forget_rouge_l_recall")
-FREE = "noise-free"
+FREE, RETRAINED = "noise-free", "retrained"
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,65 @@ class Arm:
     training: dict[str, Any] = field(default_factory=dict)
     baseline: str = FREE
     """The arm that it is compared with."""
+    eta: float = 1.0
+    own_batches: bool = False
+    """Every copy has its examples in an order of its own."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is to forget, and what it is measured with."""
+
+    original: Path
+    base: Path | None
+    retrained: Path | None
+    forget: str
+    retain: str
+    sets: dict[str, Questions]
+    data: Data = field(default_factory=Data)
+    training: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of every arm."""
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the subject of a seed comes from: the embedded benchmark, or a model and data of one's own."""
+
+    model: Path | None = None
+    base: Path | None = None
+    retrained: Path | None = None
+    benchmark: str = "tofu"
+    forget_split: str = "forget10"
+    data_root: str | None = None
+    learning_rate: float = 1e-5
+    batch_size: int = 32
+    max_new_tokens: int = 200
+
+    def subject(self, seed: int, objective: str) -> Subject:
+        """The subject of one seed; only the embedded benchmark has another model for every seed."""
+        data = Data(data_root=self.data_root)
+        if self.model is None:
+            world = toy.prepare(seed)
+            sets = read_sets(str(world.path / "data"), "", None, data)
+            training = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective]}
+            paths = (str(world.data("forget")), str(world.data("retain")))
+            return Subject(world.original, world.base, world.retrained, *paths, without_holdout(sets), data, training)
+        sets = read_sets(self.benchmark, self.forget_split, None, data)
+        if self.benchmark == "tofu":
+            retain = f"retain{100 - int(self.forget_split.removeprefix('forget')):02d}"
+            paths = (f"tofu/{self.forget_split}", f"tofu/{retain}")
+        else:
+            paths = (f"{self.benchmark}/forget.jsonl", f"{self.benchmark}/retain.jsonl")
+        training = {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
+        return Subject(
+            self.model, self.base, self.retrained, *paths, without_holdout(sets), data, training, self.max_new_tokens
+        )
+
+
+def without_holdout(sets: dict[str, Questions]) -> dict[str, Questions]:
+    """The sets that scores are made of."""
+    return {name: questions for name, questions in sets.items() if name != "holdout"}
 
 
 NOISE_FREE = {"copies": 1, "kappa": 0.0, "reparameterization": "none"}
@@ -82,7 +149,7 @@ NOISE_FREE = {"copies": 1, "kappa": 0.0, "reparameterization": "none"}
 
 def claim() -> list[Arm]:
     """The paper's question."""
-    arms = [Arm(FREE, NOISE_FREE), Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0})]
+    arms = [Arm(FREE, NOISE_FREE), Arm(RETRAINED, {}), Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0})]
     for copies in (3, 1, 2, 4):
         for base in (True, False):
             for kappa in (0.1, 0.05, 0.01):
@@ -105,6 +172,11 @@ def causes() -> list[Arm]:
         Arm("paper's reparameterisation", {**paper, "reparameterization": "paper"}),
         Arm("extrapolated, 3 copies", {**paper, "denoising": "extrapolate"}),
         Arm("extrapolated, 4 copies", four),
+        Arm("extrapolated, 4 copies, x = ±1, ±1/√2", {**four, "alphas": QUIET}),
+        Arm("paper's design, other batches for each copy", paper, own_batches=True),
+        Arm("no noise, one round: Adam's state kept", NOISE_FREE, rounds=1),
+        Arm("paper's design, η = 0.8", paper, eta=0.8),
+        Arm("paper's design, η = 1.2", paper, eta=1.2),
     ]
     for rounds in (1, 2, 10):
         free = f"{FREE}, {rounds} rounds"
@@ -132,10 +204,33 @@ def causes() -> list[Arm]:
     return arms
 
 
-SUITES = {"claim": claim, "causes": causes}
+def orders() -> list[Arm]:
+    """How the deviation falls with the noise level, without changes of basis."""
+    arms = []
+    for optimiser, training in (
+        ("AdamW", {}),
+        ("Adam with ε 1e-2", {"adam_epsilon": 1e-2, "learning_rate": 6e-3}),
+        ("TensorAdam", {"optimizer": "tensor_adam"}),
+        ("SGD", {"optimizer": "sgd", "learning_rate": 0.3}),
+    ):
+        free = f"{FREE}, {optimiser}"
+        arms += [Arm(free, NOISE_FREE, training=training, baseline=free)]
+        for kappa in (0.01, 0.02, 0.05, 0.1):
+            for name, design in (
+                ("single copy", {"copies": 1}),
+                ("harmonic, 3 copies", {"copies": 3, "alphas": (1.0, 1.0, 1.0)}),
+                ("extrapolated, 3 copies", {"copies": 3, "denoising": "extrapolate"}),
+                ("extrapolated, 4 copies", {"copies": 4, "denoising": "extrapolate", "alphas": QUIET}),
+            ):
+                settings = {**design, "kappa": kappa, "reparameterization": "none"}
+                arms += [Arm(f"{optimiser}, {name}, κ {kappa:.0%}", settings, training=training, baseline=free)]
+    return arms
 
 
-def one(objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
+SUITES = {"claim": claim, "causes": causes, "orders": orders}
+
+
+def one(source: Source, objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
     """Unlearns and evaluates; the row of the CSV.
 
     Args:
@@ -145,36 +240,73 @@ def one(objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, A
     import torch
 
     torch.set_num_threads(1)
-    world = toy.prepare(seed)
-    options = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective], **arm.training}
+    subject = source.subject(seed, objective)
+    options = {**subject.training, **arm.training}
     training = Training(objective=objective, epochs=EPOCHS // arm.rounds, seed=seed, **options)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        final = run(
-            world.original,
-            forget=world.data("forget"),
-            retain=world.data("retain"),
-            out=Path(folder) / "run",
-            base=world.base if arm.base else None,
-            rounds=arm.rounds,
-            perturbation=Perturbation(**arm.perturbation),
-            training=training,
-        )
+        final = subject.retrained if arm.name == RETRAINED else unlearned(subject, arm, training, Path(folder))
+        if final is None:
+            raise SystemExit(f"the arm {RETRAINED!r} needs --retrained")
         seconds = time.monotonic() - begin
-        scores = evaluated(final, world)
+        scores = evaluated(final, subject)
         reference = Path(free)
-        weights = distance(final, reference, world.original) if reference.is_dir() else 0.0
+        weights = distance(final, reference, subject.original) if reference.is_dir() else 0.0
         if arm.baseline == arm.name:
             shutil.copytree(final, out, dirs_exist_ok=True)
     return {"objective": objective, "seed": seed, "arm": arm.name, **scores, "weights": weights, "seconds": seconds}
 
 
-def evaluated(checkpoint: Path, world: toy.Toy) -> dict[str, float]:
+def unlearned(subject: Subject, arm: Arm, training: Training, folder: Path) -> Path:
+    """The final model of an arm."""
+    perturbation = Perturbation(**arm.perturbation)
+    base = subject.base if arm.base else None
+    if not arm.own_batches:
+        return run(
+            subject.original,
+            forget=subject.forget,
+            retain=subject.retain,
+            out=folder / "run",
+            base=base,
+            rounds=arm.rounds,
+            eta=arm.eta,
+            perturbation=perturbation,
+            training=training,
+            data=subject.data,
+        )
+    theta, state = subject.original, folder / "state"
+    clients = [
+        Client(
+            forget=subject.forget,
+            retain=subject.retain,
+            memory=folder / "memory",
+            training=replace(training, seed=training.seed + 1000 * copy),
+            data=subject.data,
+        )
+        for copy in range(1, perturbation.copies + 1)
+    ]
+    for number in range(1, arm.rounds + 1):
+        copies = preprocess(
+            theta, state=state, out=folder / f"copies-{number}", base=base, perturbation=perturbation
+        ).copies
+        updates = [
+            client.unlearn(copy, folder / f"update-{number}-{copy.name}")
+            for client, copy in zip(clients, copies, strict=True)
+        ]
+        theta = postprocess(updates, state=state, out=folder / f"theta-{number}", eta=arm.eta, dtype="float32")
+    return theta
+
+
+def evaluated(checkpoint: Path, subject: Subject) -> dict[str, float]:
     """The scores of a model."""
-    sets = read_sets(str(world.path / "data"), "", None, Data())
-    sets.pop("holdout")
+    import torch
+
     model, tokenizer = load(checkpoint)
-    found = tofu.summarise(tofu.measure(model, tokenizer, sets, max_new_tokens=48, membership=False))
+    if torch.cuda.is_available():
+        model = model.cuda()
+    found = tofu.summarise(
+        tofu.measure(model, tokenizer, subject.sets, max_new_tokens=subject.max_new_tokens, membership=False)
+    )
     return {name: 1 - found[name] if name in INVERTED else found[name] for name in SCORES}
 
 
@@ -197,16 +329,19 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
         ]
 
 
-def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path) -> None:
+def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path, source: Source) -> None:
     """Computes what is missing of a suite, arm by arm, and appends each row as it comes."""
-    file, arms = out / f"{suite}.csv", SUITES[suite]()
+    file, arms = out / f"{suite}.csv", arms_of(suite, source)
     done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
-    for seed in range(seeds):
-        toy.prepare(seed)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    if source.model is None:
+        for seed in range(seeds):
+            toy.prepare(seed)
+    with ProcessPoolExecutor(2 if source.model is None else 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for stage in (True, False):  # what others are compared with comes first
             jobs = [
-                pool.submit(one, objective, seed, arm, str(kept(out, objective, seed, arm.baseline)), str(target))
+                pool.submit(
+                    one, source, objective, seed, arm, str(kept(out, objective, seed, arm.baseline)), str(target)
+                )
                 for arm in arms
                 for seed in range(seeds)
                 for objective in objectives
@@ -216,6 +351,16 @@ def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path) -> Non
             for number, job in enumerate(as_completed(jobs), start=1):
                 append(file, job.result())
                 print(f"{number} of {len(jobs)}: {job.result()['objective']}, {job.result()['arm']}", flush=True)
+
+
+def arms_of(suite: str, source: Source) -> list[Arm]:
+    """The arms of a suite that the subject's models allow."""
+    own = source.model is not None
+    return [
+        arm
+        for arm in SUITES[suite]()
+        if not (own and ((arm.base and source.base is None) or (arm.name == RETRAINED and source.retrained is None)))
+    ]
 
 
 def kept(out: Path, objective: str, seed: int, arm: str) -> Path:
@@ -343,11 +488,21 @@ def main() -> None:
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--out", type=Path, default=Path("claim"))
     parser.add_argument("--table", action="store_true", help="only write the table of what there is")
+    parser.add_argument("--model", type=Path, help="a checkpoint that is to forget (default: the embedded benchmark's)")
+    parser.add_argument("--base", type=Path, help="the public checkpoint that --model was trained from")
+    parser.add_argument("--retrained", type=Path, help="the checkpoint that never saw the forget set")
+    parser.add_argument("--benchmark", default="tofu", help="tofu, or a folder in its format")
+    parser.add_argument("--forget-split", default="forget10")
+    parser.add_argument("--data-root", help="folder with a local mirror of TOFU")
+    parser.add_argument("--learning-rate", type=float, default=1e-5, help="for --model")
+    parser.add_argument("--batch-size", type=int, default=32, help="for --model")
     arguments = parser.parse_args()
+    names = ("model", "base", "retrained", "benchmark", "forget_split", "data_root", "learning_rate", "batch_size")
+    source = Source(**{name: getattr(arguments, name) for name in names})
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
-        compute(arguments.suite, arguments.objectives.split(","), arguments.seeds, arguments.out)
-    arms = SUITES[arguments.suite]()
+        compute(arguments.suite, arguments.objectives.split(","), arguments.seeds, arguments.out, source)
+    arms = arms_of(arguments.suite, source)
     found = differences(rows_of(arguments.out / f"{arguments.suite}.csv"), arms)
     text = f"{table(found, arms)}\n\n{by_score(found, arms)}\n"
     (arguments.out / f"{arguments.suite}.md").write_text(text, encoding="utf-8")

@@ -44,8 +44,8 @@ def test_every_arm_is_compared_with_one_that_is_there() -> None:
 def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> None:
     arms = [Arm(FREE, claim.NOISE_FREE, rounds=1), Arm("mpu", {"copies": 2, "kappa": 0.05}, base=True, rounds=1)]
     monkeypatch.setitem(claim.SUITES, "small", lambda: arms)
-    row_of = claim.one("grad-diff", 0, arms[0], str(tmp_path / "none"), str(tmp_path / "free"))
-    mine = claim.one("grad-diff", 0, arms[1], str(tmp_path / "free"), str(tmp_path / "other"))
+    row_of = claim.one(claim.Source(), "grad-diff", 0, arms[0], str(tmp_path / "none"), str(tmp_path / "free"))
+    mine = claim.one(claim.Source(), "grad-diff", 0, arms[1], str(tmp_path / "free"), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
     assert row_of["weights"] == 0
     assert 0 < mine["weights"] < 1.5
@@ -55,6 +55,23 @@ def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> No
         claim.append(file, each)
     kept = rows_of(file)
     assert json.dumps(kept[1]) == json.dumps({**mine, "seed": 0.0})
-    claim.compute("small", ["grad-diff"], 1, tmp_path)
+    claim.compute("small", ["grad-diff"], 1, tmp_path, claim.Source())
     with open(file, newline="") as lines:
         assert len(list(csv.DictReader(lines))) == 2
+
+
+def test_any_checkpoint_and_data_and_other_batches_for_each_copy(tmp_path: Path) -> None:
+    world = claim.toy.prepare(0)
+    folder = str(world.path / "data")
+    source = claim.Source(model=world.original, benchmark=folder, learning_rate=1e-3, batch_size=8, max_new_tokens=48)
+    assert not any(arm.base or arm.name == claim.RETRAINED for arm in claim.arms_of("claim", source))
+    free = tmp_path / "free"
+    claim.one(source, "npo", 0, Arm(FREE, claim.NOISE_FREE, rounds=1), "none", str(free))
+    no_noise = {"copies": 2, "kappa": 0.0, "reparameterization": "none"}
+    weights = [
+        claim.one(source, "npo", 0, Arm("mine", no_noise, rounds=1, own_batches=own), str(free), "unused")["weights"]
+        for own in (False, True)
+    ]
+    assert weights[0] < 1e-3 < 0.1 < weights[1]
+    with pytest.raises(SystemExit, match="--retrained"):
+        claim.one(source, "npo", 0, Arm(claim.RETRAINED, {}), str(free), "unused")
