@@ -35,3 +35,11 @@ class UpdateError(MPUError):
 
 class DataError(MPUError):
     """An example file cannot be read as examples."""
+
+
+class MessageError(MPUError):
+    """What arrived over the network is damaged, forged, or not what it should be."""
+
+
+class NetworkError(MPUError):
+    """The network, a store or another program of the run does not do its part."""

@@ -5,6 +5,7 @@ leaves a `.NAME.partial`, which the next attempt removes unless a living process
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -90,16 +91,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
     """A JSON file, replaced atomically: after a crash it holds the old text or the new one, whole."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode)
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """A file that appears whole, or replaces another whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
-        write_all(descriptor, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), 0)
+        write_all(descriptor, data, 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     partial.rename(path)
     _sync(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

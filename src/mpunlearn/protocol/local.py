@@ -14,7 +14,6 @@ rounds θ is kept in float32. A copy is deleted when its update is there: one ro
 import dataclasses
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from mpunlearn.errors import CheckpointError, PlanError, StateError
 from mpunlearn.files import read_json, write_json
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
+from mpunlearn.server import Perturbation
+from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import locked
 
 
@@ -99,80 +99,34 @@ def run(
     }
     _check_room(out, source, perturbation, rounds, client.objective.reference_model)
     _pin(out, plans)
-    work = _Run(out, source, client, base, rounds, eta, keep_exchange, device, perturbation)
-    with locked(out / "server"):
+    server, final = out / "server", out / "final"
+    work = Rounds(
+        server, final, source, Path(base) if base is not None else None, rounds, eta, device, perturbation
+    )
+    with locked(server):
         for number in progress(range(1, rounds + 1), "rounds"):
-            work.round(number)
-    if not work.theta(rounds).is_dir():
+            _round(number, work, out / "exchange", client, keep_exchange)
+    if not final.is_dir():
         raise StateError(f"{out}: the run is complete, but its final model has been removed; start another --out")
-    return work.theta(rounds)
+    return final
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The arguments of `run`, and what it does with them."""
-
-    out: Path
-    checkpoint: Path
-    client: Client
-    base: str | Path | None
-    rounds: int
-    eta: float
-    keep_exchange: bool
-    device: str
-    perturbation: Perturbation
-
-    @property
-    def state(self) -> Path:
-        return self.out / "server" / "state"
-
-    def theta(self, number: int) -> Path:
-        """Where the model after round `number` lies; 0 is the model that was given."""
-        if number == 0:
-            return self.checkpoint
-        return self.out / "final" if number == self.rounds else self.out / "server" / f"round-{number}"
-
-    def round(self, number: int) -> None:
-        """What is missing of one round, and nothing of it left over."""
-        folder = self.out / "exchange" / f"round-{number}"
-        if not self._closed(number):
-            shutil.rmtree(self.theta(number), ignore_errors=True)
-            before = self.theta(number - 1)
-            if not (folder / "copies").exists():
-                preprocess(
-                    before,
-                    state=self.state,
-                    out=folder / "copies",
-                    base=self.base,
-                    device=self.device,
-                    perturbation=self.perturbation,
-                )
-            updates = [folder / "updates" / f"copy-{copy}" for copy in range(1, self.perturbation.copies + 1)]
-            for update in progress(updates, f"round {number} of {self.rounds}: copies"):
-                self._unlearn(folder / "copies" / update.name, update)
-            postprocess(
-                updates,
-                state=self.state,
-                out=self.theta(number),
-                eta=self.eta,
-                checkpoint=before,
-                dtype=None if number == self.rounds else "float32",
-                device=self.device,
-            )
-        if not self.keep_exchange:
-            shutil.rmtree(folder, ignore_errors=True)
-        if number > 1:
-            shutil.rmtree(self.theta(number - 1), ignore_errors=True)
-
-    def _unlearn(self, copy: Path, update: Path) -> None:
-        if not update.exists():
-            self.client.unlearn(copy, update)
-        if not self.keep_exchange:
-            shutil.rmtree(copy, ignore_errors=True)
-
-    def _closed(self, number: int) -> bool:
-        rounds = ServerState(self.state).rounds if self.state.exists() else []
-        return any(record.closed for record in rounds[number - 1 : number])
+def _round(number: int, rounds: Rounds, exchange: Path, client: Client, keep_exchange: bool) -> None:
+    """What is missing of one round, and nothing of it left over."""
+    folder = exchange / f"round-{number}"
+    if not rounds.closed(number):
+        rounds.publish(number, folder / "copies")
+        updates = [folder / "updates" / f"copy-{copy}" for copy in range(1, rounds.perturbation.copies + 1)]
+        for update in progress(updates, f"round {number} of {rounds.rounds}: copies"):
+            copy = folder / "copies" / update.name
+            if not update.exists():
+                client.unlearn(copy, update)
+            if not keep_exchange:
+                shutil.rmtree(copy, ignore_errors=True)
+        rounds.aggregate(number, updates)
+    if not keep_exchange:
+        shutil.rmtree(folder, ignore_errors=True)
+    rounds.tidy(number)
 
 
 def _pin(out: Path, plans: dict[Path, dict[str, Any]]) -> None:

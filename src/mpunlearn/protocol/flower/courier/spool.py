@@ -1,0 +1,61 @@
+"""The data owner's end of the courier: a folder that two programs share.
+
+    SPOOL/jobs/NAME       put there by the courier, read by the worker
+    SPOOL/results/NAME    put there by the worker, read by the courier
+
+NAME is the SHA-256 of the job. This runs where the server's code runs, in a container if the data owner wants that, and needs
+to see nothing but this folder. It trusts nothing and checks nothing: what is in the messages is between their two ends.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+
+NAME = re.compile(r"[0-9a-f]{64}")
+MOST_BYTES = 80_000_000
+"""What one Flower message carries at most, beyond its first job or result."""
+
+
+def exchange(spool: Path, deliver: dict[str, bytes], wanted: list[str], wait: float) -> tuple[dict[str, bytes], list[str]]:
+    """Puts jobs into the spool and takes results out, waiting for them a while.
+
+    Args:
+        spool: the shared folder.
+        deliver: jobs by name.
+        wanted: names of the jobs whose results are asked for. Other results are no longer needed, and removed.
+        wait: seconds to wait until all of them are there.
+
+    Returns:
+        Results by name; and the wanted jobs that the spool has never had, to be delivered again.
+    """
+    jobs, results = spool / "jobs", spool / "results"
+    names = [name for name in wanted if NAME.fullmatch(name)]
+    for name, data in deliver.items():
+        if NAME.fullmatch(name) and not (results / name).exists():
+            put(jobs / name, data)
+    for old in [*jobs.glob("*"), *results.glob("*")]:
+        if NAME.fullmatch(old.name) and old.name not in names:
+            old.unlink(missing_ok=True)
+    end = time.monotonic() + wait
+    while time.monotonic() < end and not all((results / name).exists() for name in names):
+        time.sleep(0.1)
+    found, size = {}, 0
+    for name in names:
+        if (results / name).exists() and (not found or size + (results / name).stat().st_size <= MOST_BYTES):
+            found[name] = (results / name).read_bytes()
+            size += len(found[name])
+    return found, [name for name in names if not (results / name).exists() and not (jobs / name).exists()]
+
+
+def put(path: Path, data: bytes) -> None:
+    """A file that appears whole, readable by the owner of the folder alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o660)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

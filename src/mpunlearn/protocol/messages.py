@@ -1,0 +1,325 @@
+"""What the parties say to one another over a network: sealed messages, and how they are checked on arrival.
+
+The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key (RFC 8032) and
+names the run and, where it matters, the receiver, so that it means nothing elsewhere; a result names the job that it answers by
+digest, so that it cannot be replayed against another. Files travel by reference: their names, sizes and SHA-256 are in the signed
+body, their bytes behind a URL or, where there is no store, after the body.
+
+A sealed message is `MPU1`, the length of its header (4 bytes, little-endian), the header as JSON (body as text, key, signature), and
+the bytes of the files that have no URL, in order. Everything that arrives is untrusted: a message is parsed only once its
+signature holds, every field is checked for its type and range, and no field is ever used as a path.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from mpunlearn.checkpoint import COMPANIONS
+from mpunlearn.errors import MessageError, StateError
+
+MAGIC = b"MPU1"
+MOST_HEADER = 4_000_000
+MOST_INLINE = 64_000_000
+"""Bytes of files that a message carries itself; larger ones need a store."""
+HEX = re.compile(r"[0-9a-f]{64}")
+RUN = re.compile(r"[0-9a-f]{32}")
+COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+UPDATE_FILE = re.compile(r"update\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json")
+M = TypeVar("M")
+
+
+class Identity:
+    """A party's Ed25519 key pair.
+
+    Args:
+        key: the private key.
+    """
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        self.public = raw.hex()
+        """Public key, 64 hexadecimal digits: the party's name."""
+
+    @classmethod
+    def at(cls, path: Path) -> "Identity":
+        """The key in a file of mode 0600, made there if there is none.
+
+        Raises:
+            StateError: the file is not a key, or others may read it.
+        """
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = os.urandom(32)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+        raw = path.read_bytes()
+        if len(raw) != 32:
+            raise StateError(f"{path}: expected a key of 32 bytes, found {len(raw)}; restore it from a backup")
+        if mode := path.stat().st_mode & 0o077:
+            raise StateError(f"{path}: others may read the key (mode bits {mode:03o}); chmod 600 {path}")
+        return cls(Ed25519PrivateKey.from_private_bytes(raw))
+
+    def sign(self, body: str) -> str:
+        """Signature over a body, hexadecimal."""
+        return self._key.sign(body.encode()).hex()
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a copy or of an update."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+    url: str | None = None
+    """Where it lies; None: in the message."""
+    slot: int | None = None
+    """In a result: in which of the job's slots it was put; None: in the message."""
+
+    def check(self, allowed: re.Pattern[str], extra: Iterable[str] = ()) -> None:
+        """Raises:
+        MessageError: the name is none that such a file has, or the size or the digest is impossible.
+        """
+        if not (allowed.fullmatch(self.name) or self.name in extra):
+            raise MessageError(f"a file is called {self.name!r:.80}, expected a file of a copy or an update")
+        if self.size < 0 or not HEX.fullmatch(self.sha256):
+            raise MessageError(f"{self.name}: its size or its SHA-256 is impossible")
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """The server asks a node which party it carries for."""
+
+    run: str
+    nonce: str
+    node: str
+    kind: str = "challenge"
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The client's answer."""
+
+    run: str
+    nonce: str
+    node: str
+    kind: str = "hello"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One published copy to unlearn on."""
+
+    run: str
+    client: str
+    """Public key of the client that it is for."""
+    round: int
+    """Counted from 1."""
+    rounds: int
+    copy: int
+    """Counted from 1."""
+    copies: int
+    training: dict[str, Any]
+    """The plan: `Training`."""
+    files: list[File]
+    slots: list[str] = field(default_factory=list)
+    """URLs that the update's files may be put to; none: they travel in the result."""
+    attempt: int = 1
+    """How many times this job was given."""
+    kind: str = "job"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.round <= self.rounds and 0 < self.copy <= self.copies and self.attempt > 0):
+            raise MessageError(f"copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}: impossible numbers")
+        _check_files(self.files, COPY_FILE, COMPANIONS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a client did with a job: an update, or the reason why there is none."""
+
+    run: str
+    job: str
+    """SHA-256 of the sealed job."""
+    files: list[File] = field(default_factory=list)
+    refusal: str | None = None
+    kind: str = "result"
+
+    def __post_init__(self) -> None:
+        _check_files(self.files, UPDATE_FILE)
+        if bool(self.files) == (self.refusal is not None):
+            raise MessageError("a result has either files or a refusal")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over, well or not."""
+
+    run: str
+    outcome: str
+    kind: str = "finished"
+
+
+KINDS: dict[str, type[Any]] = {
+    "challenge": Challenge,
+    "hello": Hello,
+    "job": Job,
+    "result": Result,
+    "finished": Finished,
+}
+
+
+def _check_files(files: list[File], allowed: re.Pattern[str], extra: Iterable[str] = ()) -> None:
+    for file in files:
+        file.check(allowed, extra)
+    if len({file.name for file in files}) != len(files):
+        raise MessageError("two files have the same name")
+
+
+def seal(message: Any, identity: Identity, payloads: Iterable[Path] = ()) -> bytes:
+    """A signed message as bytes.
+
+    Args:
+        payloads: the files that have no URL and no slot, in the order in which the message names them.
+    """
+    body = json.dumps(dataclasses.asdict(message), ensure_ascii=False)
+    header = {"body": body, "key": identity.public, "signature": identity.sign(body)}
+    text = json.dumps(header).encode()
+    return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *(path.read_bytes() for path in payloads)])
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A message whose signature holds."""
+
+    name: str
+    """SHA-256 over all its bytes."""
+    sender: str
+    """Public key that signed it."""
+    message: Any
+    payload: memoryview
+
+    @classmethod
+    def open(cls, data: bytes, sender: str | None = None) -> Self:
+        """Checks and parses a message.
+
+        Args:
+            data: its bytes, as they arrived.
+            sender: the public key that must have signed it (default: any).
+
+        Raises:
+            MessageError: it is damaged, not signed by that key, or no message that this program knows.
+        """
+        if data[:4] != MAGIC:
+            raise MessageError(f"not a sealed message: expected it to begin with {MAGIC!r}, found {data[:4]!r}")
+        length = int.from_bytes(data[4:8], "little")
+        if length > MOST_HEADER or len(data) < 8 + length:
+            raise MessageError(f"a header of {length} bytes in a message of {len(data)}: damaged")
+        header = _json(data[8 : 8 + length])
+        if set(header) != {"body", "key", "signature"} or not all(isinstance(value, str) for value in header.values()):
+            raise MessageError("the header is not body, key and signature")
+        if sender is not None and header["key"] != sender:
+            raise MessageError(f"signed by {header['key']:.16}, expected {sender[:16]}")
+        verify(header["body"], header["key"], header["signature"])
+        body = _json(header["body"].encode())
+        kind = KINDS.get(str(body.get("kind")))
+        if kind is None:
+            raise MessageError(f"a message of kind {body.get('kind')!r:.40}; expected one of {', '.join(KINDS)}")
+        message = parse(kind, body)
+        if not RUN.fullmatch(message.run):
+            raise MessageError("the run's identifier is not one")
+        payload = memoryview(data)[8 + length :]
+        files: list[File] = getattr(message, "files", [])
+        inline = sum(file.size for file in files if file.url is None and file.slot is None)
+        if inline != len(payload) or inline > MOST_INLINE:
+            raise MessageError(f"carries {len(payload)} bytes, expected {inline} and at most {MOST_INLINE}")
+        return cls(hashlib.sha256(data).hexdigest(), header["key"], message, payload)
+
+    def payloads(self) -> dict[str, memoryview]:
+        """The files that it carries itself, by name; their digests are not checked yet."""
+        found, start = {}, 0
+        for file in self.message.files:
+            if file.url is None and file.slot is None:
+                found[file.name] = self.payload[start : start + file.size]
+                start += file.size
+        return found
+
+
+def verify(body: str, key: str, signature: str) -> None:
+    """Raises:
+    MessageError: the signature over the body is not of that key.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), body.encode())
+    except (InvalidSignature, ValueError, UnicodeError) as error:
+        raise MessageError("the signature does not hold: not from who it says, or changed on the way") from error
+
+
+def _json(data: bytes | memoryview) -> dict[str, Any]:
+    def number(text: str) -> float:
+        raise ValueError(f"{text} is not a number")
+
+    try:
+        value = json.loads(bytes(data), parse_constant=number)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise MessageError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse(kind: type[M], value: Mapping[str, Any]) -> M:
+    """A dataclass from JSON, every field checked for its type.
+
+    Raises:
+        MessageError: a field is missing, unknown, or of another type.
+    """
+    if not isinstance(value, Mapping):
+        raise MessageError(f"expected the fields of a {kind.__name__}, found {type(value).__name__}")
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    if unknown := sorted(set(value) - {item.name for item in fields}):
+        raise MessageError(f"{kind.__name__} has no field {unknown[0]!r:.40}")
+    given = {}
+    for item in fields:
+        if item.name in value:
+            given[item.name] = _typed(hints[item.name], value[item.name], f"{kind.__name__}.{item.name}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise MessageError(f"{kind.__name__}: no field {item.name}")
+    return kind(**given)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of a type, or the error that it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None and len(options) < len(arguments) else _typed(options[0], value, where)
+    if origin is list and isinstance(value, list):
+        return [_typed(arguments[0], item, where) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return parse(hint, value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise MessageError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r:.60}")
+    return value
