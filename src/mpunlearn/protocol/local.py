@@ -100,9 +100,7 @@ def run(
     _check_room(out, source, perturbation, rounds, client.objective.reference_model)
     _pin(out, plans)
     server, final = out / "server", out / "final"
-    work = Rounds(
-        server, final, source, Path(base) if base is not None else None, rounds, eta, device, perturbation
-    )
+    work = Rounds(server, final, source, Path(base) if base is not None else None, rounds, eta, device, perturbation)
     with locked(server):
         for number in progress(range(1, rounds + 1), "rounds"):
             _round(number, work, out / "exchange", client, keep_exchange)

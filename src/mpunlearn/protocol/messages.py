@@ -1,13 +1,13 @@
 """What the parties say to one another over a network: sealed messages, and how they are checked on arrival.
 
-The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key (RFC 8032) and
-names the run and, where it matters, the receiver, so that it means nothing elsewhere; a result names the job that it answers by
-digest, so that it cannot be replayed against another. Files travel by reference: their names, sizes and SHA-256 are in the signed
-body, their bytes behind a URL or, where there is no store, after the body.
+The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key (RFC 8032)
+and names the run and, where it matters, the receiver, so that it means nothing elsewhere; a result names the job that it
+answers by digest, so that it cannot be replayed against another. Files travel by reference: their names, sizes and SHA-256
+are in the signed body, their bytes behind a URL or, where there is no store, after the body.
 
-A sealed message is `MPU1`, the length of its header (4 bytes, little-endian), the header as JSON (body as text, key, signature), and
-the bytes of the files that have no URL, in order. Everything that arrives is untrusted: a message is parsed only once its
-signature holds, every field is checked for its type and range, and no field is ever used as a path.
+A sealed message is `MPU1`, the length of its header (4 bytes, little-endian), the header as JSON (body as text, key,
+signature), and the bytes of the files that have no URL, in order. Everything that arrives is untrusted: a message is parsed
+only once its signature holds, every field is checked for its type and range, and no field is ever used as a path.
 """
 
 import dataclasses
@@ -144,11 +144,15 @@ class Job:
     """URLs that the update's files may be put to; none: they travel in the result."""
     attempt: int = 1
     """How many times this job was given."""
+    nonce: str = ""
+    """Makes every job another message."""
     kind: str = "job"
 
     def __post_init__(self) -> None:
         if not (0 < self.round <= self.rounds and 0 < self.copy <= self.copies and self.attempt > 0):
-            raise MessageError(f"copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}: impossible numbers")
+            raise MessageError(
+                f"copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}: impossible numbers"
+            )
         _check_files(self.files, COPY_FILE, COMPANIONS)
 
 

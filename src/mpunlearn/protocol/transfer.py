@@ -1,9 +1,9 @@
 """Files by reference: a store that the server owns, and how either party fetches from it and puts into it.
 
-The idea: a message says what a file is (size, SHA-256) and where it lies (a URL); whoever fetches it writes a `.part` beside the
-target, checks both, and renames, so that what has its name is whole and is what was signed. Never more than the announced size is
-read. The store is any folder or bucket that `fsspec` knows. Where it can sign URLs (S3), the client gets signed URLs for exactly its
-files and needs no account; URLs are never logged with their signature.
+The idea: a message says what a file is (size, SHA-256) and where it lies (a URL); whoever fetches it writes a `.part` beside
+the target, checks both, and renames, so that what has its name is whole and is what was signed. Never more than the announced
+size is read. The store is any folder or bucket that `fsspec` knows. Where it can sign URLs (S3), the client gets signed URLs
+for exactly its files and needs no account; URLs are never logged with their signature.
 
 A client puts an update into numbered *slots*, URLs that the job allots: it cannot choose where the server's files lie, and the
 server fetches from the slots that it allotted, not from where a result says.

@@ -20,13 +20,11 @@ from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_co
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import FACTORS, Arrival
+from mpunlearn.server.arrivals import NORM_LIMIT, check_tensors
 from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
 from mpunlearn.server.scratch import scratch
 from mpunlearn.server.state import RoundRecord, ServerState, locked
 from mpunlearn.server.stream import Piece, arithmetic_device, chunks, in_parallel, on_device, pieces, read
-
-NORM_LIMIT = 1.0
-"""An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
 
 
 def postprocess(
@@ -232,36 +230,15 @@ def _check_tensors(
     """Names, shapes and dtypes of all arrivals; returns θ's names of what they update, which must be the same in all."""
     names: list[set[str]] = []
     for copy, arrival in enumerate(arrivals):
-        path, tensors = arrival.tensors.path, arrival.tensors.tensors
         originals = {publisher.maps[copy].published_name(name, place): name for name, place in places.items()}
+        specs = {shown: (publisher.dtype(name), source.tensors[name].shape) for shown, name in originals.items()}
+        mine = None
         if arrival.trained is not None:
             try:
                 mine = set(architecture.places(arrival.trained))
             except (UnsupportedModelError, CheckpointError) as error:
                 raise UpdateError(f"not a model trained from a published copy: {error}") from error
-        else:
-            mine = set(tensors)
-        for factor in sorted(name for name in mine if name.endswith(FACTORS)):
-            _check_factor(arrival, factor, source, originals)
-        weights = {name for name in mine if not name.endswith(FACTORS)}
-        factored = {name.removesuffix(FACTORS[0]) for name in mine if name.endswith(FACTORS[0])}
-        if twice := sorted(weights & factored):
-            raise UpdateError(f"{path}: holds {twice[0]} itself and its factors; expected one of them")
-        for name in sorted(weights):
-            if name not in originals:
-                raise UpdateError(f"{path}: updates {name}, which the model does not have; expected its tensors' names")
-            expected, info = source.tensors[originals[name]], tensors[name]
-            if info.shape != expected.shape:
-                raise UpdateError(f"{path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
-            if not info.dtype.is_floating_point:
-                raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
-            published = publisher.dtype(originals[name])
-            if arrival.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
-                raise UpdateError(
-                    f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
-                    f"would drown the update, save the trained model as {published}"
-                )
-        names.append({originals[name] for name in weights | factored})
+        names.append({originals[name] for name in check_tensors(arrival, specs, mine)})
     for arrival, found in zip(arrivals[1:], names[1:], strict=True):
         if difference := sorted(found ^ names[0]):
             raise UpdateError(
@@ -269,24 +246,3 @@ def _check_tensors(
                 f"{difference[0]}; every copy must be trained alike, or the noise does not cancel"
             )
     return names[0]
-
-
-def _check_factor(arrival: Arrival, name: str, source: Checkpoint, originals: dict[str, str]) -> None:
-    """One factor of a weight's update: its partner, its shape and its dtype."""
-    path, tensors = arrival.tensors.path, arrival.tensors.tensors
-    weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
-    expected = source.tensors[originals[weight]].shape if weight in originals else ()
-    if len(expected) != 2:
-        raise UpdateError(f"{path}: updates {name}, but the model has no matrix {weight}; expected its tensors' names")
-    partner = weight + FACTORS[1 - which]
-    if partner not in tensors:
-        raise UpdateError(f"{path}: holds {name} without {partner}; expected both factors")
-    info = tensors[name]
-    rank = tensors[weight + FACTORS[0]].shape[0] if tensors[weight + FACTORS[0]].shape else 0
-    shape = ((rank, expected[1]), (expected[0], rank))[which]
-    if info.shape != shape or not 0 < rank <= min(expected):
-        raise UpdateError(
-            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} of a rank up to {min(expected)}"
-        )
-    if not info.dtype.is_floating_point:
-        raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")

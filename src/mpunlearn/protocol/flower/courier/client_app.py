@@ -10,11 +10,13 @@ from .spool import exchange
 app = ClientApp()
 
 
-@app.query()
+@app.query()  # type: ignore[untyped-decorator]
 def carry(message: Message, context: Context) -> Message:
     """Jobs in, results out; the node's own configuration says which folder."""
     asked = message.content["mail"]
     deliver = dict(zip(asked["names"], asked["jobs"], strict=True))
-    found, missing = exchange(Path(str(context.node_config["spool"])), deliver, list(asked["wanted"]), float(asked["wait"]))
+    found, missing = exchange(
+        Path(str(context.node_config["spool"])), deliver, list(asked["wanted"]), float(asked["wait"])
+    )
     record = {"names": list(found), "results": list(found.values()), "missing": missing}
     return Message(content=RecordDict({"mail": ConfigRecord(record)}), reply_to=message)

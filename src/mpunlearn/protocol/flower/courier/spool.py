@@ -17,7 +17,9 @@ MOST_BYTES = 80_000_000
 """What one Flower message carries at most, beyond its first job or result."""
 
 
-def exchange(spool: Path, deliver: dict[str, bytes], wanted: list[str], wait: float) -> tuple[dict[str, bytes], list[str]]:
+def exchange(
+    spool: Path, deliver: dict[str, bytes], wanted: list[str], wait: float
+) -> tuple[dict[str, bytes], list[str]]:
     """Puts jobs into the spool and takes results out, waiting for them a while.
 
     Args:
@@ -40,7 +42,8 @@ def exchange(spool: Path, deliver: dict[str, bytes], wanted: list[str], wait: fl
     end = time.monotonic() + wait
     while time.monotonic() < end and not all((results / name).exists() for name in names):
         time.sleep(0.1)
-    found, size = {}, 0
+    found: dict[str, bytes] = {}
+    size = 0
     for name in names:
         if (results / name).exists() and (not found or size + (results / name).stat().st_size <= MOST_BYTES):
             found[name] = (results / name).read_bytes()

@@ -1,0 +1,175 @@
+"""What a client sent back, examined before anything of it is used, and what several clients sent, averaged.
+
+An update is checked against the published copy that it belongs to: it may update only tensors that the copy has, in their
+shapes, with finite numbers, and with a norm that is not out of all proportion. Changes of basis keep norms, so this needs no
+secret.
+
+Clients that each unlearn their own text on the same copy are averaged in that copy's basis, before the server's inverse: both
+are linear. Factors are averaged without multiplying them out: Σ v_c B_c A_c = [v_1 B_1 | v_2 B_2 | …] [A_1; A_2; …].
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter
+from mpunlearn.errors import UpdateError
+from mpunlearn.files import new_directory, write_json
+from mpunlearn.protocol.exchange import FACTORS, Arrival, Card
+
+NORM_LIMIT = 1.0
+"""An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Published name of each tensor → published dtype and shape."""
+
+
+def examine(path: Path, copy: Path, card: Card) -> Path:
+    """Checks an update that arrived against the copy that it should be of, in full.
+
+    Args:
+        path: the update's directory.
+        copy: the published copy's.
+        card: which copy that is.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UpdateError: it is not an update of that copy, holds NaN or infinite values, or its norm is impossible.
+    """
+    arrival, published = Arrival.open(path), Checkpoint(copy)
+    if arrival.card != card:
+        raise UpdateError(f"{path}: is of {arrival.card}; expected {card}")
+    if arrival.trained is not None:
+        raise UpdateError(f"{path}: is a checkpoint; expected an update")
+    names = check_tensors(arrival, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
+    square = sum(_square(arrival.tensors, name) for name in sorted(names))
+    model = sum(_norm(published, name) for name in published.tensors)
+    if not math.isfinite(square):
+        raise UpdateError(f"{path}: holds NaN or infinite values; train again")
+    if square > NORM_LIMIT**2 * model:
+        raise UpdateError(
+            f"{path}: the update's norm is {math.sqrt(square / model):.3g} times the model's, expected at most {NORM_LIMIT:g}"
+        )
+    return path
+
+
+def _square(tensors: TensorDirectory, name: str) -> float:
+    """Squared norm of the update of one tensor; of factors, ‖BA‖² = trace((AAᵀ)(BᵀB))."""
+    if name in tensors.tensors:
+        return _norm(tensors, name)
+    a, b = (tensors.read(name + factor).double() for factor in FACTORS)
+    return float(((a @ a.T) * (b.T @ b)).sum())
+
+
+def _norm(tensors: TensorDirectory, name: str) -> float:
+    """Squared norm of a stored tensor, a few rows at a time."""
+    info = tensors.tensors[name]
+    if not info.shape:
+        return float(tensors.read(name).double().square())
+    rows = max(1, (1 << 22) // max(1, info.nbytes // max(1, info.shape[0])))
+    parts = (tensors.read_rows(name, at, min(at + rows, info.shape[0])) for at in range(0, info.shape[0], rows))
+    return sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
+
+
+def check_tensors(arrival: Arrival, specs: Specs, names: Collection[str] | None = None) -> set[str]:
+    """Names, shapes and dtypes of one arrival against the published copy's tensors.
+
+    Args:
+        specs: the copy's tensors.
+        names: which of the arrival's tensors count (default: all).
+
+    Returns:
+        The published names of what it updates.
+
+    Raises:
+        UpdateError: something in it is not the update of a tensor that the copy has.
+    """
+    path, tensors = arrival.tensors.path, arrival.tensors.tensors
+    mine = set(tensors if names is None else names)
+    for factor in sorted(name for name in mine if name.endswith(FACTORS)):
+        _check_factor(arrival, factor, specs)
+    weights = {name for name in mine if not name.endswith(FACTORS)}
+    factored = {name.removesuffix(FACTORS[0]) for name in mine if name.endswith(FACTORS[0])}
+    if twice := sorted(weights & factored):
+        raise UpdateError(f"{path}: holds {twice[0]} itself and its factors; expected one of them")
+    for name in sorted(weights):
+        if name not in specs:
+            raise UpdateError(f"{path}: updates {name}, which the model does not have; expected its tensors' names")
+        published, shape = specs[name]
+        info = tensors[name]
+        if info.shape != shape:
+            raise UpdateError(f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)}")
+        if not info.dtype.is_floating_point:
+            raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
+        if arrival.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
+            raise UpdateError(
+                f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
+                f"would drown the update, save the trained model as {published}"
+            )
+    return weights | factored
+
+
+def _check_factor(arrival: Arrival, name: str, specs: Specs) -> None:
+    """One factor of a weight's update: its partner, its shape and its dtype."""
+    path, tensors = arrival.tensors.path, arrival.tensors.tensors
+    weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
+    expected = specs[weight][1] if weight in specs else ()
+    if len(expected) != 2:
+        raise UpdateError(f"{path}: updates {name}, but the model has no matrix {weight}; expected its tensors' names")
+    partner = weight + FACTORS[1 - which]
+    if partner not in tensors:
+        raise UpdateError(f"{path}: holds {name} without {partner}; expected both factors")
+    info = tensors[name]
+    rank = tensors[weight + FACTORS[0]].shape[0] if tensors[weight + FACTORS[0]].shape else 0
+    shape = ((rank, expected[1]), (expected[0], rank))[which]
+    if info.shape != shape or not 0 < rank <= min(expected):
+        raise UpdateError(
+            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} of a rank up to {min(expected)}"
+        )
+    if not info.dtype.is_floating_point:
+        raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
+
+
+def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Path:
+    """The weighted mean of several clients' updates of one copy, one tensor at a time, in float32.
+
+    Args:
+        updates: directories that `examine` let pass.
+        weights: of the clients; only their ratios count.
+        out: a new directory.
+
+    Raises:
+        UpdateError: they do not update the same tensors.
+    """
+    arrivals = [Arrival.open(path) for path in updates]
+    shares = [weight / sum(weights) for weight in weights]
+    first = arrivals[0].tensors.tensors
+    for arrival in arrivals[1:]:
+        if difference := sorted(set(first) ^ set(arrival.tensors.tensors)):
+            raise UpdateError(
+                f"{arrival.tensors.path} and {updates[0]} update different tensors, the first is {difference[0]}; every "
+                "client must train alike"
+            )
+    specs = {}
+    for name, info in first.items():
+        ranks = (
+            sum(arrival.tensors.tensors[name].shape[FACTORS.index(name[-7:])] for arrival in arrivals)
+            if (name.endswith(FACTORS))
+            else 0
+        )
+        shape = info.shape if not ranks else ((ranks, info.shape[1]), (info.shape[0], ranks))[FACTORS.index(name[-7:])]
+        specs[name] = (torch.float32, shape)
+    with new_directory(out, mode=0o700) as folder:
+        with TensorWriter(folder, specs, stem="update") as writer:
+            for name in specs:
+                parts = [arrival.tensors.read(name).float() for arrival in arrivals]
+                if name.endswith(FACTORS[0]):
+                    writer.write(name, torch.cat(parts))
+                    continue
+                parts = [share * part for share, part in zip(shares, parts, strict=True)]
+                writer.write(name, torch.cat(parts, dim=1) if name.endswith(FACTORS) else torch.stack(parts).sum(dim=0))
+        write_json(folder / "update.json", {"format": 1, **arrivals[0].card.entry()})
+    return out

@@ -1,0 +1,521 @@
+"""The server's side of a run over a network: who takes part, which jobs are out, what has come back.
+
+The idea: everything that must outlive this process is a file that appears whole, so every step looks at what is there and
+does what is missing. Killed at any point and started again, the run ends with the same bytes. Messages go through a mail
+folder; who carries them (Flower, or a function in a test) is of no concern here.
+
+    RUN/plan.json              what was agreed; pinned
+    RUN/identity.key           the server's Ed25519 key
+    RUN/clients.json           the clients, in the order of their numbers, and which were dropped
+    RUN/state, RUN/round-N     `Rounds`
+    RUN/exchange/round-N/      copies, jobs that are out, updates that were accepted
+    RUN/mail/                  nodes, outbox, inbox: `protocol.flower`
+    RUN/status.json            for people
+    RUN/final                  the unlearned checkpoint
+
+What arrives changes nothing until it has been checked in full: the signature, that it answers a job which is out to this
+client, the digests of its files, and the update itself (`examine`). What does not pass is refused, said, and forgotten.
+"""
+
+import dataclasses
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mpunlearn.checkpoint import Checkpoint, checkpoint_files
+from mpunlearn.errors import CheckpointError, MessageError, NetworkError, PlanError, UpdateError
+from mpunlearn.files import new_directory, read_json, write_bytes, write_json
+from mpunlearn.protocol.exchange import Card
+from mpunlearn.protocol.messages import (
+    HEX,
+    MOST_INLINE,
+    Challenge,
+    File,
+    Finished,
+    Hello,
+    Identity,
+    Job,
+    Result,
+    Sealed,
+    parse,
+    seal,
+)
+from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.transfer import Store, described, receive
+from mpunlearn.server.arrivals import average, examine
+from mpunlearn.server.rounds import Rounds
+from mpunlearn.server.state import ServerState
+
+ATTEMPTS = 3
+"""How often a job is given to a client whose results do not pass, before it counts as not answering."""
+FAREWELL = 30.0
+"""Seconds that the end of a run waits for the clients to hear of it."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part, and what happens when one does not answer.
+
+    Raises:
+        PlanError: a value is out of its range, or two contradict each other.
+    """
+
+    clients: int = 1
+    """number of clients; round 1 waits for all of them"""
+    assign: Literal["all", "one"] = "all"
+    """all: every client unlearns its own text on every copy, and their updates are averaged; one: each of --copies replicas of
+    one data owner gets one copy, so that none ever holds two of a round"""
+    weights: tuple[float, ...] | None = None
+    """weights of the clients' updates, in the order of the clients (default: equal)"""
+    deadline: float = 86400.0
+    """seconds in which a client must answer in a round"""
+    quorum: int | None = None
+    """fewest clients that a round may end with, when others miss the deadline (default: all of them)"""
+    store: str | None = None
+    """folder or s3://BUCKET/PREFIX that both sides reach; without one, files of up to 64 MB travel in the messages"""
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise PlanError(f"--clients: expected at least 1, found {self.clients}")
+        if self.assign not in ("all", "one"):
+            raise PlanError(f"--assign: expected all or one, found {self.assign}")
+        if not self.deadline > 0:
+            raise PlanError(f"--deadline: expected a number of seconds above 0, found {self.deadline}")
+        if self.quorum is not None and not 0 < self.quorum <= self.clients:
+            raise PlanError(f"--quorum: expected a number of clients from 1 to {self.clients}, found {self.quorum}")
+        if self.quorum is not None and self.assign == "one":
+            raise PlanError(
+                "--quorum: with --assign one every client has a copy that no other has; the noise would stay"
+            )
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
+            if len(self.weights) != self.clients or not all(weight > 0 for weight in self.weights):
+                raise PlanError(f"--weights: expected {self.clients} numbers above 0, found {self.weights}")
+            if self.assign == "one":
+                raise PlanError("--weights: with --assign one the weights are those of the copies")
+
+
+class Coordinator:
+    """A run's server side, advanced a step at a time.
+
+    Args:
+        rounds: the models and the passes over them; `rounds.folder` is the run's directory.
+        federation: who takes part.
+        training: the plan of the clients' training.
+        trusted: public keys of the clients, in order; none: whoever comes first, up to the number of clients.
+        say: takes one line for people.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        federation: Federation,
+        training: Training,
+        trusted: list[str],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._rounds, self._federation, self._say = rounds, federation, say
+        self._training = {**dataclasses.asdict(training), "parameters": dict(training.parameters)}
+        self.folder = rounds.folder
+        self.mail = self.folder / "mail"
+        for name in ("nodes", "outbox", "inbox"):
+            (self.mail / name).mkdir(parents=True, exist_ok=True)
+        self.identity = Identity.at(self.folder / "identity.key")
+        self._trusted = trusted
+        self._store = Store(federation.store, federation.deadline + 86400) if federation.store else None
+        copies = rounds.perturbation.copies
+        if federation.assign == "one" and federation.clients != copies:
+            raise PlanError(
+                f"--assign one: expected as many --clients as --copies, {copies}, found {federation.clients}"
+            )
+        self._started = time.time()
+        self._open: int | None = None
+        self._run = ""
+        self._nonces: dict[str, str] = {}
+        self._out: dict[str, _Out] = {}
+        self._shown: dict[str, Any] = {}
+
+    # What is kept.
+
+    def _roster(self) -> dict[str, Any]:
+        file = self.folder / "clients.json"
+        return read_json(file) if file.exists() else {"clients": list(self._trusted), "dropped": {}, "nodes": {}}
+
+    def _keep(self, roster: dict[str, Any]) -> None:
+        write_json(self.folder / "clients.json", roster, mode=0o600)
+
+    def _exchange(self, number: int) -> Path:
+        return self.folder / "exchange" / f"round-{number}"
+
+    def _update(self, number: int, client: str, copy: int) -> Path:
+        return self._exchange(number) / "updates" / client / f"copy-{copy}"
+
+    def _pairs(self, roster: dict[str, Any]) -> list[tuple[str, int]]:
+        """(client, copy) of every update that the round needs."""
+        clients = [client for client in roster["clients"] if client not in roster["dropped"]]
+        if self._federation.assign == "one":
+            return list(zip(clients, range(1, self._rounds.perturbation.copies + 1), strict=False))
+        return [(client, copy) for client in clients for copy in range(1, self._rounds.perturbation.copies + 1)]
+
+    # One step.
+
+    def step(self) -> bool:
+        """Does what can be done now.
+
+        Returns:
+            Whether the run is complete.
+
+        Raises:
+            NetworkError: a client does not answer, or refuses, and the run cannot go on without it.
+            MPUError: as `preprocess` and `postprocess` do.
+        """
+        number = self._open
+        if number is None:
+            number = next((n for n in range(1, self._rounds.rounds + 1) if not self._rounds.closed(n)), None)
+            for done in range(1, number or self._rounds.rounds + 1):
+                self._clear(done)
+            if number is None:
+                self._run = ServerState(self._rounds.state).run
+                self._show(self._rounds.rounds, "complete")
+                return True
+            self._publish(number)
+            self._open = number
+        for file in sorted((self.mail / "inbox").iterdir()):
+            if not file.name.startswith("."):
+                self._read(number, file)
+        self._greet()
+        roster = self._roster()
+        if len(roster["clients"]) < self._federation.clients:
+            self._show(number, "waiting for clients")
+            if time.time() - self._started > self._federation.deadline:
+                raise NetworkError(f"only {len(roster['clients'])} of {self._federation.clients} clients have come")
+            return False
+        pairs = self._pairs(roster)
+        missing = [(client, copy) for client, copy in pairs if not self._update(number, client, copy).exists()]
+        for client, copy in missing:
+            self._give(number, client, copy, roster)
+        if not missing:
+            self._aggregate(number, pairs, roster)
+            self._open = None
+            return False
+        self._show(number, "unlearning")
+        self._check_deadline(number, missing)
+        return False
+
+    def farewell(self, outcome: str) -> None:
+        """Tells the clients that the run is over, and waits a little until they have heard."""
+        nodes = list(self._roster()["nodes"])
+        message = seal(Finished(self._run, outcome), self.identity)
+        name = Sealed.open(message).name
+        for node in nodes:
+            write_bytes(self.mail / "outbox" / node / name, message)
+        end = time.monotonic() + FAREWELL
+        while time.monotonic() < end and not all((self.mail / "inbox" / f"{node}-{name}").exists() for node in nodes):
+            time.sleep(0.2)
+        write_bytes(self.mail / "done", b"")
+
+    def _publish(self, number: int) -> None:
+        """The round's copies, in the store where there is one."""
+        folder = self._exchange(number)
+        if not (folder / "copies").exists():
+            self._show(number, "publishing")
+            self._rounds.publish(number, folder / "copies")
+        self._run = ServerState(self._rounds.state).run
+        if not (folder / "files.json").exists():
+            copies = {}
+            for copy in sorted((folder / "copies").iterdir()):
+                files = [described(file) for file in checkpoint_files(copy)]
+                if self._store is None and (size := sum(file.size for file in files)) > MOST_INLINE:
+                    raise PlanError(
+                        f"--store: a copy has {size / 1e6:.0f} MB and a message carries {MOST_INLINE / 1e6:.0f} MB at most; "
+                        "name a folder or bucket that both sides reach"
+                    )
+                if self._store is not None:
+                    files = [
+                        dataclasses.replace(
+                            file, url=self._store.put(copy / file.name, self._key(number, copy.name, file.name))
+                        )
+                        for file in files
+                    ]
+                copies[copy.name] = [dataclasses.asdict(file) for file in files]
+            write_json(folder / "files.json", {"copies": copies, "begun": time.time()}, mode=0o600)
+            self._say(f"round {number}: {len(copies)} copies published")
+        for file in sorted((folder / "jobs").glob("*-copy-*")):
+            if not file.name.startswith("."):
+                sealed = Sealed.open(file.read_bytes(), self.identity.public)
+                self._out[sealed.name] = _Out(sealed.message, file)
+                if self._update(number, sealed.message.client, sealed.message.copy).exists():
+                    self._withdraw(sealed.name)
+
+    def _key(self, number: int, *parts: str) -> str:
+        """Where something lies in the store."""
+        return "/".join([self._run, f"round-{number}", *parts])
+
+    def _slot(self, job: Job, slot: int) -> str:
+        return self._key(job.round, "updates", job.client, f"copy-{job.copy}-{job.attempt}", str(slot))
+
+    # Who is there.
+
+    def _greet(self) -> None:
+        """Asks every node that nobody has answered for which party it carries for."""
+        nodes = self._roster()["nodes"]
+        for node in sorted(file.name for file in (self.mail / "nodes").iterdir() if file.name.isdigit()):
+            if node not in nodes and node not in self._nonces:
+                self._nonces[node] = secrets.token_hex(16)
+                message = seal(Challenge(self._run, self._nonces[node], node), self.identity)
+                shutil.rmtree(self.mail / "outbox" / node, ignore_errors=True)
+                write_bytes(self.mail / "outbox" / node / Sealed.open(message).name, message)
+
+    def _enrol(self, node: str, sealed: Sealed, name: str) -> None:
+        """Takes a client's answer to a challenge."""
+        hello, roster = sealed.message, self._roster()
+        if (hello.run, hello.node, hello.nonce) != (self._run, node, self._nonces.get(node)):
+            raise MessageError("answers another challenge")
+        if sealed.sender not in roster["clients"]:
+            if self._trusted or len(roster["clients"]) >= self._federation.clients:
+                raise MessageError(f"client {sealed.sender[:16]} is not one of this run's")
+            roster["clients"].append(sealed.sender)
+        for old in [old for old, client in roster["nodes"].items() if client == sealed.sender]:
+            del roster["nodes"][old]
+            shutil.rmtree(self.mail / "outbox" / old, ignore_errors=True)
+        roster["nodes"][node] = sealed.sender
+        self._keep(roster)
+        del self._nonces[node]
+        (self.mail / "outbox" / node / name).unlink(missing_ok=True)
+        self._say(f"client {sealed.sender[:16]} is there")
+
+    # Jobs and results.
+
+    def _give(self, number: int, client: str, copy: int, roster: dict[str, Any]) -> None:
+        """Makes sure that a job is out to a client's node."""
+        name = next((name for name, out in self._out.items() if out.of(number, client, copy)), None)
+        if name is None:
+            name = self._seal(number, client, copy, 1)
+        node = next((node for node, party in roster["nodes"].items() if party == client), None)
+        if node is not None and not (target := self.mail / "outbox" / node / name).exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(self._out[name].file, target)
+
+    def _seal(self, number: int, client: str, copy: int, attempt: int) -> str:
+        """Makes a job and keeps it; returns its name."""
+        folder = self._exchange(number)
+        files = [parse(File, file) for file in read_json(folder / "files.json")["copies"][f"copy-{copy}"]]
+        job = Job(
+            run=self._run,
+            client=client,
+            round=number,
+            rounds=self._rounds.rounds,
+            copy=copy,
+            copies=self._rounds.perturbation.copies,
+            training=self._training,
+            files=files,
+            attempt=attempt,
+            nonce=secrets.token_hex(16),
+        )
+        if self._store is not None:
+            entries = sum(file.size for file in files)
+            slots = range(4 + 4 * entries // 5_000_000_000)
+            job = dataclasses.replace(job, slots=[self._store.slot(self._slot(job, slot)) for slot in slots])
+        payloads = [folder / "copies" / f"copy-{copy}" / file.name for file in files if file.url is None]
+        data = seal(job, self.identity, payloads)
+        file = folder / "jobs" / f"{client}-copy-{copy}"
+        write_bytes(file, data)
+        name = Sealed.open(data).name
+        self._out[name] = _Out(job, file)
+        return name
+
+    def _read(self, number: int, file: Path) -> None:
+        """Takes one message, or refuses it; either way it is gone afterwards."""
+        node, _, name = file.name.partition("-")
+        roster = self._roster()
+        client = roster["nodes"].get(node)
+        try:
+            if not HEX.fullmatch(name):
+                raise MessageError("answers nothing")
+            sealed = Sealed.open(file.read_bytes())
+            if isinstance(sealed.message, Hello):
+                self._enrol(node, sealed, name)
+            elif isinstance(sealed.message, Result):
+                self._accept(number, client, sealed, roster)
+            else:
+                raise MessageError("expected a result")
+        except (MessageError, UpdateError, CheckpointError, NetworkError) as error:
+            if isinstance(error, _LostError):
+                raise
+            self._say(f"refused a message of {client[:16] if client else f'node {node}'}: {error}")
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _accept(self, number: int, client: str | None, sealed: Sealed, roster: dict[str, Any]) -> None:
+        """Checks a result in full and keeps its update.
+
+        Raises:
+            MessageError: it answers no job that is out to that client.
+            NetworkError: its files cannot be fetched or are not what was signed.
+            UpdateError: it is not an update of that copy.
+        """
+        result = sealed.message
+        out = self._out.get(result.job)
+        if client is None or sealed.sender != client:
+            raise MessageError(f"signed by {sealed.sender[:16]}, which this node does not carry for")
+        if out is None or out.job.client != client or out.job.run != result.run or out.job.round != number:
+            raise MessageError("answers no job that is out to this client: of another round or run, or answered before")
+        job = out.job
+        if result.refusal is not None:
+            self._withdraw(result.job)
+            self._drop(client, f"refuses copy {job.copy} of round {job.round}: {result.refusal:.300}")
+            return
+        card = Card(job.run, job.round, job.copy, job.copies)
+        target = self._update(number, client, job.copy)
+        try:
+            with new_directory(target, mode=0o700) as folder:
+                self._fetch(job, sealed, folder)
+                examine(folder, self._exchange(number) / "copies" / f"copy-{job.copy}", card)
+        except (NetworkError, UpdateError, CheckpointError, MessageError):
+            self._withdraw(result.job)
+            if job.attempt < ATTEMPTS:
+                self._seal(number, client, job.copy, job.attempt + 1)
+            else:
+                self._drop(client, f"sent {ATTEMPTS} results for copy {job.copy} of round {number} that do not pass")
+            raise
+        self._withdraw(result.job)
+        self._say(f"round {number}: update of copy {job.copy} of {job.copies} from {client[:16]}")
+
+    def _fetch(self, job: Job, sealed: Sealed, folder: Path) -> None:
+        """Brings the files of a result into a folder, never more than an update can have."""
+        copy = Checkpoint(self._exchange(job.round) / "copies" / f"copy-{job.copy}")
+        most = sum(4 * info.nbytes // info.dtype.itemsize for info in copy.tensors.values()) + 10_000_000
+        if sum(file.size for file in sealed.message.files) > most:
+            raise MessageError(f"announces more than the {most} bytes that an update can have")
+        payloads = sealed.payloads()
+        for file in sealed.message.files:
+            if file.url is not None or (file.slot is None) == (self._store is not None):
+                raise MessageError(f"{file.name}: is not where the job said")
+            if self._store is None:
+                receive(file, payloads[file.name], folder / file.name)
+                continue
+            if not 0 <= file.slot < len(job.slots):
+                raise MessageError(f"{file.name}: the job has no slot {file.slot}")
+            self._store.fetch(self._slot(job, file.slot), file, folder / file.name)
+
+    def _withdraw(self, name: str) -> None:
+        """A job is no longer out."""
+        out = self._out.pop(name)
+        for file in (self.mail / "outbox").glob(f"*/{name}"):
+            file.unlink(missing_ok=True)
+        out.file.unlink(missing_ok=True)
+
+    # Who is not there.
+
+    def _check_deadline(self, number: int, missing: list[tuple[str, int]]) -> None:
+        begun = max(self._started, float(read_json(self._exchange(number) / "files.json")["begun"]))
+        if time.time() - begun <= self._federation.deadline:
+            return
+        for client in dict.fromkeys(client for client, _ in missing):
+            copies = [str(copy) for party, copy in missing if party == client]
+            self._drop(
+                client,
+                f"has not answered for copy {', '.join(copies)} of round {number} in {self._federation.deadline:g} s",
+            )
+
+    def _drop(self, client: str, reason: str) -> None:
+        """Goes on without a client, in all copies, for the rest of the run.
+
+        Raises:
+            NetworkError: too few would be left.
+        """
+        roster = self._roster()
+        left = [party for party in roster["clients"] if party not in (*roster["dropped"], client)]
+        quorum = self._federation.quorum
+        if quorum is None or len(left) < quorum:
+            allowed = "every client" if quorum is None else f"at least {quorum} clients"
+            raise _LostError(
+                f"client {client[:16]} {reason}; the plan needs {allowed}. Settle it with that client, then `server resume`"
+            )
+        roster["dropped"][client] = reason
+        self._keep(roster)
+        for name in [name for name, out in self._out.items() if out.job.client == client]:
+            self._withdraw(name)
+        self._say(f"goes on without client {client[:16]}: it {reason}")
+
+    # The end of a round.
+
+    def _aggregate(self, number: int, pairs: list[tuple[str, int]], roster: dict[str, Any]) -> None:
+        self._show(number, "aggregating")
+        folder = self._exchange(number) / "average"
+        shutil.rmtree(folder, ignore_errors=True)
+        weights = dict(zip(roster["clients"], self._federation.weights or [1.0] * len(roster["clients"]), strict=True))
+        updates = []
+        for copy in range(1, self._rounds.perturbation.copies + 1):
+            clients = [client for client, mine in pairs if mine == copy]
+            paths = [self._update(number, client, copy) for client in clients]
+            if len(paths) > 1:
+                paths = [average(paths, [weights[client] for client in clients], folder / f"copy-{copy}")]
+            updates += paths
+        self._rounds.aggregate(number, updates)
+        self._clear(number)
+        self._say(f"round {number} of {self._rounds.rounds} is complete")
+
+    def _clear(self, number: int) -> None:
+        """Removes what a closed round has left."""
+        self._rounds.tidy(number)
+        if not self._exchange(number).exists():
+            return
+        for name in list(self._out):
+            self._withdraw(name)
+        if self._store is not None:
+            self._run = ServerState(self._rounds.state).run
+            self._store.remove(self._key(number))
+        shutil.rmtree(self._exchange(number))
+
+    # For people.
+
+    def _show(self, number: int, phase: str) -> None:
+        """Writes status.json, where something has changed."""
+        roster = self._roster()
+        clients = {}
+        for client in roster["clients"]:
+            updates = sorted((self._exchange(number) / "updates" / client).glob("copy-*"))
+            clients[client] = {
+                "connected": client in roster["nodes"].values(),
+                "dropped": roster["dropped"].get(client),
+                "updates": len(updates),
+                "of": sum(party == client for party, _ in self._pairs(roster)),
+                "bytes": sum(file.stat().st_size for update in updates for file in update.iterdir()),
+            }
+        sent = self._exchange(number) / "copies"
+        shown = {
+            "run": self._run,
+            "round": number,
+            "rounds": self._rounds.rounds,
+            "phase": phase,
+            "clients": clients,
+            "expected_clients": self._federation.clients,
+            "copies": self._rounds.perturbation.copies,
+            "copy_bytes": sum(file.stat().st_size for file in sent.rglob("*") if file.is_file())
+            if sent.exists()
+            else 0,
+        }
+        if shown != self._shown:
+            self._shown = shown
+            write_json(self.folder / "status.json", {**shown, "at": time.time()}, mode=0o600)
+
+
+@dataclass(frozen=True)
+class _Out:
+    """A job that is out."""
+
+    job: Job
+    file: Path
+
+    def of(self, number: int, client: str, copy: int) -> bool:
+        return (self.job.round, self.job.client, self.job.copy) == (number, client, copy)
+
+
+class _LostError(NetworkError):
+    """The run cannot go on without a client."""
