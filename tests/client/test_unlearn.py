@@ -508,3 +508,24 @@ def test_missing_inputs(save_tiny, tmp_path: Path, examples) -> None:
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / "u", training=QUICK)
     assert not (tmp_path / "u").exists()
+
+
+def test_a_model_does_not_outlive_its_training(save_tiny, examples, tmp_path: Path, monkeypatch) -> None:
+    import weakref
+
+    from mpunlearn.client import model as models
+
+    loaded: list[weakref.ref] = []
+    load_model = models.load_model
+
+    def remembering(path: Path):
+        model = load_model(path)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "load_model", remembering)
+    unlearn(
+        save_tiny(), forget=examples[0], out=tmp_path / "update", training=Training(objective="grad-ascent", epochs=1)
+    )
+    assert len(loaded) == 1
+    assert loaded[0]() is None

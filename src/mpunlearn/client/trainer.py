@@ -139,8 +139,13 @@ def train(
         saved = _last_whole_checkpoint(folder)
         if saved is not None:
             trainer.dual = read_json(saved / _MARK).get("dual", trainer.dual)
-        with _old_objects_set_aside():
-            trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        try:
+            with _old_objects_set_aside():
+                trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        finally:
+            # They refer to one another in a circle, in which the model would live on until a collector happens by.
+            for part in (trainer.callback_handler, trainer.accelerator, trainer):
+                vars(part).clear()
 
 
 @contextlib.contextmanager

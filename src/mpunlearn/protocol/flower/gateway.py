@@ -1,0 +1,108 @@
+"""The only door from outside: a reverse proxy that lets nodes' requests through to Flower's SuperLink, and nothing else.
+
+A SuperLink serves nodes, users and apps on one port, and in its open-source build asks users for nothing: whoever reaches the
+control paths starts runs and registers keys. So it listens on the loopback address only, and this stands before it with the
+same certificate. What nodes send is authenticated by the SuperLink itself, by their registered keys.
+"""
+
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from mpunlearn.errors import NetworkError
+
+OPEN = "/v1/fleet/"
+"""Beginning of the paths that nodes need."""
+
+
+class Gateway:
+    """Serves in a thread of this process until it is stopped.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on.
+        upstream: the SuperLink's port on the loopback address.
+        ca: the authority's certificate, by which the SuperLink is known.
+        certificate: the server's certificate.
+        key: its key.
+    """
+
+    def __init__(self, host: str, port: int, upstream: int, ca: Path, certificate: Path, key: Path) -> None:
+        import uvicorn
+
+        self._where = f"{host}:{port}"
+        config = uvicorn.Config(
+            proxy(f"https://127.0.0.1:{upstream}", ca),
+            host=host,
+            port=port,
+            ssl_certfile=str(certificate),
+            ssl_keyfile=str(key),
+            log_level="error",
+            access_log=False,
+        )
+        self._server = uvicorn.Server(config)
+        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def start(self) -> None:
+        """Raises:
+        NetworkError: the port cannot be had.
+        """
+        self._thread.start()
+        while self._thread.is_alive() and not self._server.started:
+            time.sleep(0.05)
+        if not self._server.started:
+            raise NetworkError(f"--port: cannot listen on {self._where}; is it in use?")
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(5)
+
+
+def proxy(upstream: str, ca: Path) -> Any:
+    """The proxy as an ASGI application: POST to paths below `OPEN`, everything else is 404."""
+    import ssl
+
+    import httpx
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    client = httpx.AsyncClient(
+        base_url=upstream, verify=ssl.create_default_context(cafile=str(ca)), timeout=None, trust_env=False
+    )
+    hop = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host", "content-length"}
+
+    async def forward(request: Request) -> Response:
+        path = request.scope["raw_path"].decode("latin-1").split("?")[0]
+        if not path.startswith(OPEN) or ".." in path or "%" in path or "//" in path:
+            return PlainTextResponse("not here", 404)
+        headers = [(name, value) for name, value in request.headers.items() if name not in hop]
+        if "content-length" in request.headers:
+            headers.append(("content-length", request.headers["content-length"]))
+        try:
+            outgoing = client.build_request("POST", path, headers=headers, content=request.stream())
+            answer = await client.send(outgoing, stream=True)
+        except httpx.TransportError:
+            return PlainTextResponse("the run's server is starting", 503)
+
+        async def body() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in answer.aiter_raw():
+                    yield chunk
+            finally:
+                await answer.aclose()
+
+        kept = {name: value for name, value in answer.headers.items() if name not in hop - {"content-length"}}
+        return StreamingResponse(body(), answer.status_code, kept)
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        yield
+        await client.aclose()
+
+    return Starlette(routes=[Route("/{path:path}", forward, methods=["POST"])], lifespan=lifespan)

@@ -1,0 +1,116 @@
+"""Other programs as children of this one: started with a quiet environment, restarted when they die, gone when this one is."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mpunlearn.errors import NetworkError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""No telemetry, no update checks, no packages installed at run time."""
+RESTART = 3.0
+"""Seconds between two starts of a program."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Program:
+    """A program that is kept running.
+
+    Args:
+        command: its name among the scripts of this Python, and arguments.
+        log: the file that its output is appended to.
+        home: Flower's folder for configuration and runs.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, home: Path) -> None:
+        self.command, self._log, self._home = list(command), log, home
+        self._child: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
+
+    def tend(self) -> bool:
+        """Starts it if it does not run; whether it had to be started."""
+        if self._child is not None and self._child.poll() is None:
+            return False
+        if time.monotonic() - self._begun < RESTART:
+            return False
+        self._begun = time.monotonic()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._child = subprocess.Popen(
+                [script(self.command[0]), *self.command[1:]],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=environment(self._home),
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        return True
+
+    def stop(self) -> None:
+        """Ends it, kindly at first."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def script(name: str) -> str:
+    """A script that was installed beside this Python.
+
+    Raises:
+        NetworkError: Flower is not installed.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise NetworkError(f"{name}: not found beside {sys.executable}; pip install 'mpunlearn[network]'")
+    return str(path)
+
+
+def environment(home: Path) -> Mapping[str, str]:
+    """The environment of Flower's programs; they find one another's scripts on the path."""
+    return {
+        **os.environ,
+        **QUIET,
+        "FLWR_HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for_port(port: int, seconds: float, what: str) -> None:
+    """Waits until something listens on a loopback port.
+
+    Raises:
+        NetworkError: nothing does.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise NetworkError(f"{what} does not answer on port {port} after {seconds:g} s; see its log")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

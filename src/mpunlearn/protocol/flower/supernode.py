@@ -1,0 +1,40 @@
+"""The client's Flower: a SuperNode that connects to the server and runs the courier beside the spool folder."""
+
+from pathlib import Path
+
+from mpunlearn.protocol.flower.keys import Invitation
+from mpunlearn.protocol.flower.programs import Program, free_port
+
+
+class SuperNode:
+    """Flower on the client's machine.
+
+    Args:
+        folder: for the certificate, the log and Flower's files.
+        spool: the folder that the courier sees.
+        invitation: where the server is, and how it is known.
+        key: the node's private key.
+    """
+
+    def __init__(self, folder: Path, spool: Path, invitation: Invitation, key: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = ["flower-supernode", "--superlink", invitation.address, "--port", str(free_port())]
+        command += ["--node-config", f'spool="{spool.resolve()}"']
+        if invitation.ca is None:
+            command += ["--insecure"]
+        else:
+            (folder / "ca.crt").write_text(invitation.ca)
+            command += ["--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(key)]
+        self._program = Program(command, folder / "supernode.log", folder)
+
+    def tend(self) -> None:
+        """Starts it, or again when it has died.
+
+        Raises:
+            NetworkError: Flower is not installed.
+        """
+        self._program.tend()
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._program.stop()
