@@ -26,6 +26,12 @@ COMMANDS = {
     "unlearn": ("mpunlearn.client", "client: unlearn on one published copy and write the update"),
     "postprocess": ("mpunlearn.server", "server: aggregate the updates of all copies into a new checkpoint"),
     "run": ("mpunlearn.protocol.local", "both parties in one process: all rounds, resumable"),
+    "server start": ("mpunlearn.server.network", "server: a run with clients on other machines"),
+    "server resume": ("mpunlearn.server.network", "server: go on with an interrupted run"),
+    "server status": ("mpunlearn.server.network", "server: how far a run is"),
+    "client key": ("mpunlearn.client.network", "client: make keys, once"),
+    "client join": ("mpunlearn.client.network", "client: connect to a run, and do its jobs"),
+    "client work": ("mpunlearn.client.network", "client: do the jobs that another program fetches"),
     "describe": (
         "mpunlearn.server",
         "server: what a change of basis would do to a checkpoint, and how much choice it has",
@@ -33,7 +39,7 @@ COMMANDS = {
     "evaluate": ("mpunlearn.evaluation", "what a model still knows, and what it can still do"),
     "demo": ("mpunlearn.demo", "unlearn four fictitious authors and compare with retraining"),
 }
-"""Verb → the module whose function of that name does it, and a line for the overview."""
+"""Verb → the module whose function of that name (its last word) does it, and a line for the overview."""
 
 
 class _Dashes:
@@ -58,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
-    verb = arguments[0]
+    words = 2 if arguments[0] in ("server", "client") else 1
+    verb = " ".join(arguments[:words])
     if verb == "--version":
         from importlib.metadata import version
 
@@ -67,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in COMMANDS:
         print(f"mpunlearn: no command {verb!r}\n\n{overview()}", file=sys.stderr)
         return 2
-    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb)
+    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb.split()[-1])
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DisclosureWarning)
-            result = function(**parse(verb, function, arguments[1:]))
+            result = function(**parse(verb, function, arguments[words:]))
     except MPUError as error:
         print(f"mpunlearn {verb}: {error}", file=sys.stderr)
         return 2
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What `mpunlearn --help` prints."""
-    lines = [f"  {verb:12s} {what}" for verb, (_, what) in COMMANDS.items()]
+    lines = [f"  {verb:14s} {what}" for verb, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: mpunlearn COMMAND [--help] …", "", *lines])
 
 
@@ -106,9 +113,12 @@ def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict
         parser.add_argument(name, nargs="+", help=f"the {name}, one directory per copy, in any order")
     parser.add_function_arguments(function, as_positional=True, skip={*option_groups, *lists})
     for group in option_groups.values():
-        parser.add_class_arguments(group, None, skip={"alphas", "parameters"})
-        if "alphas" in {field.name for field in dataclasses.fields(group)}:
+        parser.add_class_arguments(group, None, skip={"alphas", "weights", "parameters"})
+        names = {field.name for field in dataclasses.fields(group)}
+        if "alphas" in names:
             parser.add_argument("--alphas", type=_numbers, help="secret scales of the copies' noise, such as 1,1.5,2")
+        if "weights" in names:
+            parser.add_argument("--weights", type=_numbers, help="weights of the clients' updates, such as 1,2")
     hyper = _hyper_parameters() if any(issubclass(group, Training) for group in option_groups.values()) else {}
     for name, users in hyper.items():
         what = ", ".join(f"{objective} {value:g}" for objective, value in users.items())

@@ -145,7 +145,7 @@ def train(
         finally:
             # They refer to one another in a circle, in which the model would live on until a collector happens by.
             for part in (trainer.callback_handler, trainer.accelerator, trainer):
-                vars(part).clear()
+                part.__dict__.clear()
 
 
 @contextlib.contextmanager

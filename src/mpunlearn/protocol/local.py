@@ -11,7 +11,6 @@ the client trains alike (the same machine and number of threads); the server's o
 rounds θ is kept in float32. A copy is deleted when its update is there: one round's copies are the most that is ever held.
 """
 
-import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -23,9 +22,8 @@ from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 from mpunlearn.client import Client, Data, Resources
 from mpunlearn.client.resources import processes
 from mpunlearn.errors import CheckpointError, PlanError, StateError
-from mpunlearn.files import read_json, write_json
 from mpunlearn.progress import progress
-from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.plan import Training, pin
 from mpunlearn.server import Perturbation
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import locked
@@ -93,7 +91,7 @@ def run(
             "rounds": rounds,
             "eta": eta,
             "perturbation": perturbation.plain(),
-            "training": {**dataclasses.asdict(training), "parameters": dict(training.parameters)},
+            "training": training.plain(),
         },
         out / "client" / "plan.json": dict(client.digests),
     }
@@ -133,20 +131,7 @@ def _pin(out: Path, plans: dict[Path, dict[str, Any]]) -> None:
     if not server.exists() and any((out / name).exists() for name in ("final", "exchange", "client")):
         raise PlanError(f"--out {out}: holds something else than a run; name a directory of its own for the run")
     for path, plan in plans.items():
-        if path.exists():
-            pinned = read_json(path)
-            if changed := [key for key, value in plan.items() if pinned.get(key) != value]:
-                raise PlanError(
-                    f"{out}: holds a run with another {' and '.join(changed)}; give the same arguments to go on with it, or "
-                    "another --out"
-                )
-            continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.chmod(0o700)
-            write_json(path, plan, mode=0o600)
-        except OSError as error:
-            raise PlanError(f"--out {out}: cannot be written: {error.strerror}") from error
+        pin(path, plan, out)
 
 
 def _check_room(out: Path, checkpoint: Path, perturbation: Perturbation, rounds: int, references: bool) -> None:

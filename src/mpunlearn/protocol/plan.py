@@ -5,10 +5,12 @@ Nothing here is secret to either party; noise levels and scales are the server's
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from mpunlearn.errors import PlanError
+from mpunlearn.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,33 @@ class Training:
         for name, value in self.parameters.items():
             if not math.isfinite(value):
                 raise PlanError(f"--{name.replace('_', '-')}: expected a number, found {value}")
+
+    def plain(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return {**asdict(self), "parameters": dict(self.parameters)}
+
+
+def pin(path: Path, plan: Mapping[str, Any], out: Path) -> None:
+    """Writes the plan of a new run into a folder of mode 0700, or checks that an old one is the same.
+
+    Args:
+        path: the plan's file.
+        out: the run's directory, for errors.
+
+    Raises:
+        PlanError: the run that is there has another plan, or the file cannot be written.
+    """
+    if path.exists():
+        pinned = read_json(path)
+        if changed := [key for key, value in plan.items() if pinned.get(key) != value]:
+            raise PlanError(
+                f"{out}: holds a run with another {' and '.join(changed)}; give the same arguments to go on with it, or name "
+                "another directory"
+            )
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        write_json(path, plan, mode=0o600)
+    except OSError as error:
+        raise PlanError(f"{out}: cannot be written: {error.strerror}") from error

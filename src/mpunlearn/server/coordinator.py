@@ -120,7 +120,7 @@ class Coordinator:
         say: Callable[[str], None] = print,
     ) -> None:
         self._rounds, self._federation, self._say = rounds, federation, say
-        self._training = {**dataclasses.asdict(training), "parameters": dict(training.parameters)}
+        self._training = training.plain()
         self.folder = rounds.folder
         self.mail = self.folder / "mail"
         for name in ("nodes", "outbox", "inbox"):
@@ -218,6 +218,8 @@ class Coordinator:
         while time.monotonic() < end and not all((self.mail / "inbox" / f"{node}-{name}").exists() for node in nodes):
             time.sleep(0.2)
         write_bytes(self.mail / "done", b"")
+        for file in (self.mail / "inbox").iterdir():
+            file.unlink()
 
     def _publish(self, number: int) -> None:
         """The round's copies, in the store where there is one."""

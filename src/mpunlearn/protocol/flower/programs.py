@@ -1,8 +1,10 @@
-"""Other programs as children of this one: started with a quiet environment, restarted when they die, gone when this one is."""
+"""Other programs as children of this one: started with a quiet environment, and again when they die.
 
-import ctypes
+A killed program leaves children of its own behind, and so does this one. They all have this run's FLWR_HOME in their
+environment, by which they are found and ended before anything is started in their place.
+"""
+
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,6 @@ QUIET = {
 """No telemetry, no update checks, no packages installed at run time."""
 RESTART = 3.0
 """Seconds between two starts of a program."""
-_PR_SET_PDEATHSIG = 1
 
 
 class Program:
@@ -45,7 +46,7 @@ class Program:
         if time.monotonic() - self._begun < RESTART:
             return False
         self._begun = time.monotonic()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        sweep(self._home)
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(
                 [script(self.command[0]), *self.command[1:]],
@@ -53,20 +54,29 @@ class Program:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env=environment(self._home),
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         return True
 
     def stop(self) -> None:
-        """Ends it, kindly at first."""
-        if self._child is None or self._child.poll() is not None:
-            return
-        self._child.terminate()
-        try:
-            self._child.wait(10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        """Ends it and all that it started, kindly at first."""
+        if self._child is not None:
+            self._child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(5)
+        sweep(self._home)
+
+
+def sweep(home: Path) -> None:
+    """Kills every program that runs with that FLWR_HOME."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+                process.kill()
+                found.append(process)
+    psutil.wait_procs(found, 5)
 
 
 def script(name: str) -> str:
@@ -110,7 +120,3 @@ def wait_for_port(port: int, seconds: float, what: str) -> None:
             return
         time.sleep(0.2)
     raise NetworkError(f"{what} does not answer on port {port} after {seconds:g} s; see its log")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
