@@ -118,9 +118,9 @@ class Worker:
                 self._say(f"connected to run {message.run[:8]}")
                 self._answer(name, seal(Hello(message.run, message.nonce, message.node), self.identity))
             elif isinstance(message, Finished):
-                self._check_run(message.run)
                 self._answer(name, b"")
-                return message.outcome
+                if self._is_mine(message.run):
+                    return message.outcome
             elif isinstance(message, Job):
                 self._do(name, message, sealed)
         return None
@@ -159,19 +159,10 @@ class Worker:
     def _answer(self, name: str, data: bytes) -> None:
         write_bytes(self._result(name), data, mode=0o660)
 
-    def _check_run(self, run: str) -> None:
-        """Pins the run with its first job.
-
-        Raises:
-            PlanError: this client takes part in another.
-        """
+    def _is_mine(self, run: str) -> bool:
+        """Whether this is the run that the first job was of; that first job pins it."""
         file = self._folder / "run.json"
-        if not file.exists():
-            write_json(file, {"run": run}, mode=0o600)
-        elif (pinned := read_json(file).get("run")) != run:
-            raise PlanError(
-                f"this client takes part in run {str(pinned)[:8]}; for run {run[:8]} start another worker with another --work"
-            )
+        return file.exists() and read_json(file).get("run") == run
 
     def _do(self, name: str, job: Job, sealed: Sealed) -> None:
         """One job, from the check to the answer."""
@@ -181,7 +172,10 @@ class Worker:
                 raise _RefusalError("the job is for another client")
             if objections := self._policy.objections(job):
                 raise _RefusalError("; ".join(objections))
-            self._check_run(job.run)
+            if not (self._folder / "run.json").exists():
+                write_json(self._folder / "run.json", {"run": job.run}, mode=0o600)
+            if not self._is_mine(job.run):
+                raise _RefusalError("this client takes part in another run; for this one it needs another --work")
             update = self._update(job, sealed)
         except PlanError as error:
             self._say(f"{what}: refused: {error}")

@@ -25,13 +25,14 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Published name of each tensor → published dtype and shape."""
 
 
-def examine(path: Path, copy: Path, card: Card) -> Path:
+def examine(path: Path, copy: Path, card: Card, expected: Collection[str] | None = None) -> Path:
     """Checks an update that arrived against the copy that it should be of, in full.
 
     Args:
         path: the update's directory.
         copy: the published copy's.
         card: which copy that is.
+        expected: published names of the tensors that it must update (default: any).
 
     Returns:
         `path`.
@@ -45,6 +46,11 @@ def examine(path: Path, copy: Path, card: Card) -> Path:
     if arrival.trained is not None:
         raise UpdateError(f"{path}: is a checkpoint; expected an update")
     names = check_tensors(arrival, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
+    if expected is not None and (difference := sorted(names ^ set(expected))):
+        raise UpdateError(
+            f"{path}: updates {len(names)} tensors, expected the {len(expected)} that the plan trains; the first that "
+            f"{'should not be' if difference[0] in names else 'is not'} there is {difference[0]}"
+        )
     square = sum(_square(arrival.tensors, name) for name in sorted(names))
     model = sum(_norm(published, name) for name in published.tensors)
     if not math.isfinite(square):
@@ -72,6 +78,11 @@ def _norm(tensors: TensorDirectory, name: str) -> float:
     rows = max(1, (1 << 22) // max(1, info.nbytes // max(1, info.shape[0])))
     parts = (tensors.read_rows(name, at, min(at + rows, info.shape[0])) for at in range(0, info.shape[0], rows))
     return sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
+
+
+def updated(path: Path) -> set[str]:
+    """The names of the tensors that an update is of."""
+    return {name[: -len(FACTORS[0])] if name.endswith(FACTORS) else name for name in Arrival.open(path).tensors.tensors}
 
 
 def check_tensors(arrival: Arrival, specs: Specs, names: Collection[str] | None = None) -> set[str]:
@@ -153,23 +164,41 @@ def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Pat
                 f"{arrival.tensors.path} and {updates[0]} update different tensors, the first is {difference[0]}; every "
                 "client must train alike"
             )
-    specs = {}
+
+    def parts(name: str) -> list[torch.Tensor]:
+        return [arrival.tensors.read(name).float() for arrival in arrivals]
+
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, info in first.items():
-        ranks = (
-            sum(arrival.tensors.tensors[name].shape[FACTORS.index(name[-7:])] for arrival in arrivals)
-            if (name.endswith(FACTORS))
-            else 0
-        )
-        shape = info.shape if not ranks else ((ranks, info.shape[1]), (info.shape[0], ranks))[FACTORS.index(name[-7:])]
-        specs[name] = (torch.float32, shape)
+        if not name.endswith(FACTORS):
+            specs[name] = (torch.float32, info.shape)
+        elif name.endswith(FACTORS[0]):
+            weight, inputs = name.removesuffix(FACTORS[0]), info.shape[1]
+            outputs = first[weight + FACTORS[1]].shape[0]
+            rank = sum(arrival.tensors.tensors[name].shape[0] for arrival in arrivals)
+            if rank <= min(inputs, outputs):
+                specs |= {name: (torch.float32, (rank, inputs)), weight + FACTORS[1]: (torch.float32, (outputs, rank))}
+            else:
+                specs[weight] = (torch.float32, (outputs, inputs))
     with new_directory(out, mode=0o700) as folder:
         with TensorWriter(folder, specs, stem="update") as writer:
             for name in specs:
-                parts = [arrival.tensors.read(name).float() for arrival in arrivals]
                 if name.endswith(FACTORS[0]):
-                    writer.write(name, torch.cat(parts))
-                    continue
-                parts = [share * part for share, part in zip(shares, parts, strict=True)]
-                writer.write(name, torch.cat(parts, dim=1) if name.endswith(FACTORS) else torch.stack(parts).sum(dim=0))
+                    writer.write(name, torch.cat(parts(name)))
+                elif name.endswith(FACTORS[1]):
+                    scaled = [share * part for share, part in zip(shares, parts(name), strict=True)]
+                    writer.write(name, torch.cat(scaled, dim=1))
+                elif name in first:
+                    writer.write(name, _mean(shares, parts(name)))
+                else:
+                    a, b = parts(name + FACTORS[0]), parts(name + FACTORS[1])
+                    writer.write(name, _mean(shares, [y @ x for x, y in zip(a, b, strict=True)]))
         write_json(folder / "update.json", {"format": 1, **arrivals[0].card.entry()})
     return out
+
+
+def _mean(shares: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros_like(values[0])
+    for share, value in zip(shares, values, strict=True):
+        total.add_(value, alpha=share)
+    return total

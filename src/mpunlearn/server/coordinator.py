@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mpunlearn.architecture import FAMILIES
+from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint, checkpoint_files
 from mpunlearn.errors import CheckpointError, MessageError, NetworkError, PlanError, UpdateError
 from mpunlearn.files import new_directory, read_json, write_bytes, write_json
@@ -47,7 +49,7 @@ from mpunlearn.protocol.messages import (
 )
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import Store, described, receive
-from mpunlearn.server.arrivals import average, examine
+from mpunlearn.server.arrivals import average, examine, updated
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import ServerState
 
@@ -377,7 +379,8 @@ class Coordinator:
         try:
             with new_directory(target, mode=0o700) as folder:
                 self._fetch(job, sealed, folder)
-                examine(folder, self._exchange(number) / "copies" / f"copy-{job.copy}", card)
+                copy = self._exchange(number) / "copies" / f"copy-{job.copy}"
+                examine(folder, copy, card, self._expected(number, copy))
         except (NetworkError, UpdateError, CheckpointError, MessageError):
             self._withdraw(result.job)
             if job.attempt < ATTEMPTS:
@@ -387,6 +390,17 @@ class Coordinator:
             raise
         self._withdraw(result.job)
         self._say(f"round {number}: update of copy {job.copy} of {job.copies} from {client[:16]}")
+
+    def _expected(self, number: int, copy: Path) -> set[str] | None:
+        """The tensors that an update must be of: those that the plan says, or else those of the updates that are there."""
+        if not self._training["lora_rank"] and self._training["train"] in ("blocks", "all"):
+            checkpoint = Checkpoint(copy)
+            places = architecture_of(checkpoint, FAMILIES).places(checkpoint)
+            return {
+                name for name, place in places.items() if place.layer is not None or self._training["train"] == "all"
+            }
+        first = next((self._exchange(number) / "updates").glob("*/copy-*"), None)
+        return None if first is None else updated(first)
 
     def _fetch(self, job: Job, sealed: Sealed, folder: Path) -> None:
         """Brings the files of a result into a folder, never more than an update can have."""
