@@ -1,11 +1,15 @@
 """A federation in one process: the coordinator, workers, and the courier's own two ends, without Flower between them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpunlearn import Perturbation, Training
+import torch
+from tests.conftest import tiny_model
+
+from mpunlearn import Perturbation, Training, toy
 from mpunlearn.client.policy import Policy
 from mpunlearn.client.worker import Worker
 from mpunlearn.protocol.flower.courier.mail import Mail
@@ -15,6 +19,20 @@ from mpunlearn.server.coordinator import Coordinator, Federation
 from mpunlearn.server.rounds import Rounds
 
 TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3)
+
+
+def tiny_world(folder: Path) -> tuple[Path, Path]:
+    """A tiny random model in FOLDER/model, a forget file and a retain file."""
+    recipe = toy.Recipe()
+    rows = toy.world(0, recipe)
+    tokenizer = toy.tokenizer_of(rows, recipe)
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2}
+    tiny_model("llama", torch.float32, **sizes).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    files = (folder / "forget.jsonl", folder / "retain.jsonl")
+    for file, split in zip(files, ("forget", "retain"), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[split][:4]), encoding="utf-8")
+    return files
 
 
 @dataclass
@@ -29,7 +47,10 @@ class Net:
     rounds: int = 2
     copies: int = 2
     training: Training = TRAINING
+    perturbation: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+    """Numbers of clients that connect and then do nothing."""
     said: list[str] = field(default_factory=list)
     tamper: Callable[[str, str, bytes], bytes | None] | None = None
     """(node, name, result) → what arrives instead; None: nothing."""
@@ -48,7 +69,7 @@ class Net:
     def start_server(self, trusted: list[str] | None = None) -> None:
         """Starts the coordinator, or starts it again."""
         server = self.folder / "server"
-        perturbation = Perturbation(copies=self.copies, kappa=0.02)
+        perturbation = Perturbation(**{"copies": self.copies, "kappa": 0.02, **self.perturbation})
         rounds = Rounds(server, self.final, self.model, None, self.rounds, 1.0, "cpu", perturbation)
         self.coordinator = Coordinator(rounds, self.federation, self.training, trusted or [], self.said.append)
         self.mail = Mail(self.coordinator.mail)
@@ -88,8 +109,9 @@ class Net:
         """Everybody does what can be done now."""
         done = self.coordinator.step()
         self.carry()
-        for worker in self.workers:
-            worker.step()
+        for number, worker in enumerate(self.workers):
+            if number not in self.silent or self.identity(number).public not in self.coordinator._roster()["clients"]:
+                worker.step()
         self.carry()
         return done
 

@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from tests.conftest import tiny_model
-from tests.protocol.federation import Net
+from tests.protocol.federation import Net, tiny_world
 
 from mpunlearn import Training
 from mpunlearn.checkpoint import checkpoint_digest
@@ -43,24 +42,12 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Scene:
-    from mpunlearn import toy
-
     root = tmp_path_factory.mktemp("scene")
-    recipe = toy.Recipe()
-    rows = toy.world(0, recipe)
-    tokenizer = toy.tokenizer_of(rows, recipe)
-    sizes = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2}
-    tiny_model("llama", torch.float32, **sizes).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    for split in ("forget", "retain"):
-        (root / split).write_text("".join(json.dumps(row) + "\n" for row in rows[split][:4]), encoding="utf-8")
-    (root / "forget").rename(root / "forget.jsonl")
-    (root / "retain").rename(root / "retain.jsonl")
+    files = tiny_world(root)
 
     def build(folder: Path) -> Net:
         training = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3)
-        files = [root / "forget.jsonl"]
-        return Net(folder, root / "model", files, root / "retain.jsonl", rounds=1, copies=2, training=training)
+        return Net(folder, root / "model", [files[0]], files[1], rounds=1, copies=2, training=training)
 
     net = build(root / "start")
     while not net.coordinator._out:

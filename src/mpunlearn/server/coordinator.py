@@ -138,7 +138,6 @@ class Coordinator:
         self._started = time.time()
         self._open: int | None = None
         self._run = ""
-        self._nonces: dict[str, str] = {}
         self._out: dict[str, _Out] = {}
         self._shown: dict[str, Any] = {}
 
@@ -146,7 +145,11 @@ class Coordinator:
 
     def _roster(self) -> dict[str, Any]:
         file = self.folder / "clients.json"
-        return read_json(file) if file.exists() else {"clients": list(self._trusted), "dropped": {}, "nodes": {}}
+        return (
+            read_json(file)
+            if file.exists()
+            else {"clients": list(self._trusted), "dropped": {}, "nodes": {}, "asked": {}}
+        )
 
     def _keep(self, roster: dict[str, Any]) -> None:
         write_json(self.folder / "clients.json", roster, mode=0o600)
@@ -267,18 +270,20 @@ class Coordinator:
 
     def _greet(self) -> None:
         """Asks every node that nobody has answered for which party it carries for."""
-        nodes = self._roster()["nodes"]
+        roster = self._roster()
         for node in sorted(file.name for file in (self.mail / "nodes").iterdir() if file.name.isdigit()):
-            if node not in nodes and node not in self._nonces:
-                self._nonces[node] = secrets.token_hex(16)
-                message = seal(Challenge(self._run, self._nonces[node], node), self.identity)
+            if node not in roster["nodes"] and node not in roster["asked"]:
+                nonce = secrets.token_hex(16)
+                message = seal(Challenge(self._run, nonce, node), self.identity)
                 shutil.rmtree(self.mail / "outbox" / node, ignore_errors=True)
                 write_bytes(self.mail / "outbox" / node / Sealed.open(message).name, message)
+                roster["asked"][node] = nonce
+                self._keep(roster)
 
     def _enrol(self, node: str, sealed: Sealed, name: str) -> None:
         """Takes a client's answer to a challenge."""
         hello, roster = sealed.message, self._roster()
-        if (hello.run, hello.node, hello.nonce) != (self._run, node, self._nonces.get(node)):
+        if (hello.run, hello.node, hello.nonce) != (self._run, node, roster["asked"].get(node)):
             raise MessageError("answers another challenge")
         if sealed.sender not in roster["clients"]:
             if self._trusted or len(roster["clients"]) >= self._federation.clients:
@@ -288,8 +293,8 @@ class Coordinator:
             del roster["nodes"][old]
             shutil.rmtree(self.mail / "outbox" / old, ignore_errors=True)
         roster["nodes"][node] = sealed.sender
+        del roster["asked"][node]
         self._keep(roster)
-        del self._nonces[node]
         (self.mail / "outbox" / node / name).unlink(missing_ok=True)
         self._say(f"client {sealed.sender[:16]} is there")
 
@@ -371,7 +376,8 @@ class Coordinator:
             raise MessageError("answers no job that is out to this client: of another round or run, or answered before")
         job = out.job
         if result.refusal is not None:
-            self._withdraw(result.job)
+            for name in [name for name, other in self._out.items() if other.job.client == client]:
+                self._withdraw(name)  # once it is settled, the client is asked again
             self._drop(client, f"refuses copy {job.copy} of round {job.round}: {result.refusal:.300}")
             return
         card = Card(job.run, job.round, job.copy, job.copies)
