@@ -22,6 +22,11 @@ from mpunlearn.errors import PlanError, StateError
 from mpunlearn.protocol.flower.keys import client_keys, read_invitation
 from mpunlearn.protocol.flower.supernode import SuperNode
 
+LINGER = 3.0
+"""Seconds in which a node carries the last answer after the end of a run."""
+PATIENCE = 3
+"""Starts of the node after which a person is told."""
+
 
 def key(*, work: str | Path = "mpu-client") -> Path:
     """Makes a client's keys, where there are none.
@@ -134,10 +139,15 @@ def work(
 def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> str:
     """Does jobs and keeps the node running, until the server says that the run is over."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    starts = 0
     try:
         while True:
-            if node is not None:
-                node.tend()
+            if node is not None and node.tend():
+                starts += 1
+                if starts == PATIENCE:
+                    _say(
+                        f"not connected yet, trying on: is the server up, and has it this client's client.json? See {node.log}"
+                    )
             outcome = step()
             if outcome is not None:
                 time.sleep(LINGER if node is not None else 0)
@@ -145,10 +155,6 @@ def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> st
             time.sleep(POLL)
     except KeyboardInterrupt:
         raise StateError("stopped; go on with the same command") from None
-
-
-LINGER = 3.0
-"""Seconds in which a node carries the last answer after the end of a run."""
 
 
 def _say(line: str) -> None:

@@ -35,7 +35,7 @@ class Program:
     """
 
     def __init__(self, command: Sequence[str], log: Path, home: Path) -> None:
-        self.command, self._log, self._home = list(command), log, home
+        self.command, self._log, self._home = list(command), log, home.resolve()
         self._child: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
 
@@ -73,7 +73,7 @@ def sweep(home: Path) -> None:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home.resolve()):
                 process.kill()
                 found.append(process)
     psutil.wait_procs(found, 5)
@@ -96,7 +96,7 @@ def environment(home: Path) -> Mapping[str, str]:
     return {
         **os.environ,
         **QUIET,
-        "FLWR_HOME": str(home),
+        "FLWR_HOME": str(home.resolve()),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 

@@ -18,6 +18,7 @@ class SuperNode:
 
     def __init__(self, folder: Path, spool: Path, invitation: Invitation, key: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.log = folder / "supernode.log"
         command = ["flower-supernode", "--superlink", invitation.address, "--port", str(free_port())]
         command += ["--node-config", f'spool="{spool.resolve()}"']
         if invitation.ca is None:
@@ -25,15 +26,15 @@ class SuperNode:
         else:
             (folder / "ca.crt").write_text(invitation.ca)
             command += ["--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(key)]
-        self._program = Program(command, folder / "supernode.log", folder)
+        self._program = Program(command, self.log, folder)
 
-    def tend(self) -> None:
-        """Starts it, or again when it has died.
+    def tend(self) -> bool:
+        """Starts it, or again when it has died; whether it had to.
 
         Raises:
             NetworkError: Flower is not installed.
         """
-        self._program.tend()
+        return self._program.tend()
 
     def stop(self) -> None:
         """Ends it."""
