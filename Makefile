@@ -2,12 +2,17 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check benchmarks claim clean
+.PHONY: demo network-demo test check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
 	@if test -z "$(OUT)" && test -f mpu-demo/result.json; then rm -rf mpu-demo; fi
 	$(BIN)/mpunlearn demo --out $(or $(OUT),mpu-demo) --seed $(or $(SEED),0)
+
+# The same between two processes that speak over a network.
+network-demo: $(READY)
+	@if test -z "$(OUT)" && test -d mpu-network-demo/server/final; then rm -rf mpu-network-demo; fi
+	$(BIN)/mpunlearn network-demo --out $(or $(OUT),mpu-network-demo) --seed $(or $(SEED),0)
 
 test: $(READY)
 	$(BIN)/pytest
@@ -21,6 +26,7 @@ check: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/preprocess.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/network.py
 	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")
 
 # Hours on two cores; interrupted, it goes on where it stopped.
@@ -30,7 +36,7 @@ claim: $(READY)
 	$(BIN)/python benchmarks/claim.py --suite orders --seeds 2 --objectives npo,simnpo
 
 clean:
-	rm -rf .venv mpu-demo
+	rm -rf .venv mpu-demo mpu-network-demo
 
 # torch comes first and pinned, so that no later package pulls another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -38,6 +38,8 @@ COMMANDS = {
     ),
     "evaluate": ("mpunlearn.evaluation", "what a model still knows, and what it can still do"),
     "demo": ("mpunlearn.demo", "unlearn four fictitious authors and compare with retraining"),
+    "network-demo": ("mpunlearn.network_demo", "the same between two processes over a network"),
+    "example": ("mpunlearn.network_demo", "write a small model and text to try things with"),
 }
 """Verb → the module whose function of that name (its last word) does it, and a line for the overview."""
 
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in COMMANDS:
         print(f"mpunlearn: no command {verb!r}\n\n{overview()}", file=sys.stderr)
         return 2
-    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb.split()[-1])
+    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb.split()[-1].replace("-", "_"))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DisclosureWarning)
