@@ -37,6 +37,7 @@ def start(
     trust: str | None = None,
     host: str = "127.0.0.1",
     port: int = 9100,
+    listen: str | None = None,
     insecure: bool = False,
     superlink: str | None = None,
     base: str | Path | None = None,
@@ -53,8 +54,9 @@ def start(
         checkpoint: the server's model, a checkpoint directory.
         run: the run's directory, the server's alone. If it holds an unfinished run with the same arguments, that goes on.
         trust: the clients' public files client.json, separated by commas; only these may take part.
-        host: address that clients reach this machine by, and that it listens on.
-        port: port that it listens on.
+        host: address that clients reach this machine by; the certificate is made for it.
+        port: port that they reach it at.
+        listen: address to listen on, such as 0.0.0.0 behind a router (default: --host).
         insecure: without TLS and keys, for trials on a loopback address; whoever comes first takes part.
         superlink: HOST:PORT of a SuperLink that runs on this machine without TLS, instead of starting one.
         base: the public checkpoint that the model was trained from; the noise is then relative to the task vector.
@@ -80,8 +82,9 @@ def start(
         raise PlanError(f"--rounds: expected at least 1, found {rounds}")
     if not 0 < port < 65536:
         raise PlanError(f"--port: expected a number from 1 to 65535, found {port}")
-    if insecure and not loopback(host):
-        raise PlanError(f"--insecure: only on a loopback address such as 127.0.0.1, found --host {host}")
+    for address in (host, listen or host) if insecure else ():
+        if not loopback(address):
+            raise PlanError(f"--insecure: only on a loopback address such as 127.0.0.1, found {address}")
     if insecure == (trust is not None):
         raise PlanError(
             "give --trust with the client.json of every client, or --insecure true for a trial on this machine"
@@ -104,6 +107,7 @@ def start(
         "device": device,
         "host": host,
         "port": port,
+        "listen": listen or host,
         "superlink": superlink,
         "clients": keys,
         "perturbation": perturbation.plain(),
@@ -136,7 +140,7 @@ def resume(run: str | Path) -> Path:
     with locked(run):
         (coordinator.mail / "done").unlink(missing_ok=True)
         attached = plan["superlink"]
-        link = SuperLink(run / "flower", coordinator.mail, host, port, keys or None, attached)
+        link = SuperLink(run / "flower", coordinator.mail, host, plan["listen"], port, keys or None, attached)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             link.start()

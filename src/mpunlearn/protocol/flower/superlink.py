@@ -28,7 +28,8 @@ class SuperLink:
     Args:
         folder: for Flower's database, configuration, certificates and log.
         mail: the folder that the courier carries for.
-        host: address for nodes.
+        host: address that nodes know.
+        listen: address to listen on.
         port: port for nodes.
         clients: keys of the nodes that may connect; None: no TLS and no keys, any node of this machine may.
         attached: HOST:PORT of a SuperLink that runs already, without TLS on this machine, instead of one of our own.
@@ -39,6 +40,7 @@ class SuperLink:
         folder: Path,
         mail: Path,
         host: str,
+        listen: str,
         port: int,
         clients: list[ClientKeys] | None,
         attached: str | None = None,
@@ -54,14 +56,14 @@ class SuperLink:
             self._port, security = int(attached.rpartition(":")[2]), "insecure = true"
         elif clients is None:
             self._port, security = port, "insecure = true"
-            options += ["--insecure", "--host", host]
+            options += ["--insecure", "--host", listen]
         else:
             self._port = free_port()
             ca, certificate, key = certificates(folder, host)
             self.ca, security = ca.read_text(), f'root-certificates = "{ca.resolve()}"'
             options += ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
             options += ["--enable-supernode-auth", "--host", "127.0.0.1"]
-            self._gateway = Gateway(host, port, self._port, ca, certificate, key)
+            self._gateway = Gateway(listen, port, self._port, ca, certificate, key)
         (folder / "config.toml").write_text(
             f'[superlink]\ndefault = "mpunlearn"\n\n[superlink.mpunlearn]\naddress = "127.0.0.1:{self._port}"\n{security}\n'
         )

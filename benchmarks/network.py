@@ -1,0 +1,198 @@
+"""What a round over the network costs beside training: bytes, seconds and peak memory of every process.
+
+Server, client and Flower run as they do in earnest, on the loopback address, with one exception: instead of training, the
+client writes an update of the right shapes. Cases: the weights inside the messages or in a store that both sides reach (a
+folder); dense updates or LoRA factors of rank 16. *Transfer* is all time spent putting and fetching files, digests and syncs
+included, against copying the same bytes as often with a sync.
+
+    python benchmarks/network.py [--models tiny,qwen2.5-0.5b] [--copies 3] [--out DIR]
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mpunlearn.checkpoint import Checkpoint, TensorWriter
+from mpunlearn.files import new_directory, write_json
+from mpunlearn.protocol.exchange import CARD
+from mpunlearn.protocol.flower.programs import free_port
+from preprocess import MODELS, build, size, synthetic_update
+
+RANK = 16
+ROUNDS = 2
+
+
+def factors(copy: Path, out: Path) -> Path:
+    """An update of LoRA factors for every matrix of the layers."""
+    source = Checkpoint(copy)
+    specs = {}
+    for name, info in source.tensors.items():
+        if ".layers." in name and len(info.shape) == 2:
+            specs[f"{name}.lora_A"] = (torch.float32, (RANK, info.shape[1]))
+            specs[f"{name}.lora_B"] = (torch.float32, (info.shape[0], RANK))
+    with new_directory(out) as folder:
+        write_json(folder / "update.json", {CARD: source.config[CARD]})
+        with TensorWriter(folder, specs, stem="update") as writer:
+            for name, (_, shape) in specs.items():
+                writer.write(name, torch.randn(shape) * 1e-5)
+    return out
+
+
+def party(name: str, report: Path, arguments: list[str]) -> None:
+    """One party in a process of its own, with its transfers timed and its training replaced."""
+    from mpunlearn.cli import main as cli
+    from mpunlearn.client import worker
+    from mpunlearn.client.unlearn import Client
+    from mpunlearn.protocol import transfer
+    from mpunlearn.server import coordinator
+
+    spent = {"seconds": 0.0, "bytes": 0.0, "arrived": 0.0}
+
+    def timed(function: Callable[..., Any], measure: Callable[..., int]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*given)
+            spent["seconds"] += time.perf_counter() - begin
+            spent["bytes"] += measure(*given)
+            spent["arrived"] += measure(*given) if function.__name__ in ("receive", "fetch") else 0
+            return result
+
+        return call
+
+    transfer.Store.put = timed(transfer.Store.put, lambda _, path, key: path.stat().st_size)  # type: ignore[method-assign]
+    transfer.Store.fetch = timed(transfer.Store.fetch, lambda _, key, file, target: file.size)  # type: ignore[method-assign]
+    worker.put = timed(transfer.put, lambda path, url: path.stat().st_size)  # type: ignore[attr-defined]
+    for module in (worker, coordinator):
+        module.receive = timed(transfer.receive, lambda file, payload, target: file.size)  # type: ignore[attr-defined]
+    training: list[int] = []
+
+    def unlearn(client: Client, copy: Path, out: Path) -> Path:
+        training.append(client.training.lora_rank)
+        return factors(copy, out) if client.training.lora_rank else synthetic_update(copy, out)
+
+    Client.unlearn = unlearn  # type: ignore[assignment,method-assign]
+    code = cli(arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    report.write_text(json.dumps({**spent, "peak_gb": peak}))
+    sys.exit(code)
+
+
+def watch(folder: Path, peaks: dict[str, float], stop: threading.Event) -> None:
+    """Peak resident memory, in GB, of Flower's programs."""
+    homes = {str(folder / "run" / "flower"), str(folder / "work" / "flower")}
+    while not stop.wait(0.3):
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FLWR_HOME") in homes:
+                    name = next(Path(part).name for part in process.cmdline() if "fl" in Path(part).name)
+                    peaks[name] = max(peaks.get(name, 0.0), process.memory_info().rss / 1e9)
+            except (psutil.Error, StopIteration):
+                continue
+
+
+def copied(folder: Path, total: float) -> float:
+    """Seconds to copy that many bytes, with a sync."""
+    source, target = folder / "floor", folder / "floor-copy"
+    piece = min(int(total), 1 << 30)
+    source.write_bytes(os.urandom(1 << 20) * (piece >> 20) + os.urandom(piece & 0xFFFFF))
+    begin = time.perf_counter()
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - begin
+    source.unlink()
+    target.unlink()
+    return seconds * total / piece
+
+
+def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dict[str, Any]:
+    """One run of two rounds; what it took per round."""
+    folder.mkdir()
+    (folder / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
+    server = ["server", "start", str(model), "--run", "run", "--insecure", "true", "--port", str(free_port())]
+    server += ["--rounds", str(ROUNDS), "--copies", str(copies), "--objective", "grad-ascent"]
+    server += ["--lora-rank", str(RANK)] if lora else ["--train", "all"]
+    server += ["--store", "store"] if store else []
+    client = ["client", "join", "run/invitation.json", "--work", "work", "--forget", "forget.jsonl"]
+    client += ["--policy", "policy.toml"]
+    peaks: dict[str, float] = {}
+    stop = threading.Event()
+    threading.Thread(target=watch, args=(folder, peaks, stop), daemon=True).start()
+
+    def start(name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, __file__, "--party", name, f"{name}.json", *arguments]
+        with (folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    programs = [start("server", server)]
+    invitation = folder / "run" / "invitation.json"
+    while not invitation.exists() and programs[0].poll() is None:
+        time.sleep(0.1)
+    key = json.loads(invitation.read_text())["server_key"]
+    stores = json.dumps([(folder / "store").as_uri()])
+    (folder / "policy.toml").write_text(f'server_key = "{key}"\ntrain = ["all", "blocks"]\nstores = {stores}\n')
+    begin = time.perf_counter()
+    programs.append(start("client", client))
+    codes = [program.wait() for program in reversed(programs)]
+    seconds = time.perf_counter() - begin
+    stop.set()
+    if any(codes):
+        raise SystemExit((folder / "server.log").read_text() + (folder / "client.log").read_text())
+    ours, theirs = (json.loads((folder / f"{name}.json").read_text()) for name in ("server", "client"))
+    peaks |= {"server": ours["peak_gb"], "worker": theirs["peak_gb"]}
+    moved = ours["bytes"] + theirs["bytes"]
+    return {
+        "seconds": seconds / ROUNDS,
+        "crossed_mb": (ours["arrived"] + theirs["arrived"]) / ROUNDS / 1e6,
+        "transfer_seconds": (ours["seconds"] + theirs["seconds"]) / ROUNDS,
+        "copy_seconds": copied(folder, moved) / ROUNDS,
+        "peaks": peaks,
+    }
+
+
+def main() -> None:
+    if len(sys.argv) > 3 and sys.argv[1] == "--party":
+        return party(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="tiny,qwen2.5-0.5b")
+    parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to put models, about 12 x the largest (default: temporary)")
+    arguments = parser.parse_args()
+    print(
+        "| shapes | weights | update | MB per round | seconds per round | transfer | against copying | largest process |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in arguments.models.split(","):
+        with tempfile.TemporaryDirectory(dir=arguments.out) as temporary:
+            root = Path(temporary)
+            model = build(root / "model", MODELS[name])
+            inline = size(model) < 60_000_000
+            for store, lora in [(False, False), (False, True), (True, False), (True, True)][0 if inline else 2 :]:
+                found = case(root / f"{store}-{lora}", model, arguments.copies, store, lora)
+                shutil.rmtree(root / f"{store}-{lora}")
+                largest = max(found["peaks"], key=lambda key: found["peaks"][key])
+                print(
+                    f"| {name} | {'by reference' if store else 'in the message'} | {'LoRA' if lora else 'dense'} "
+                    f"| {found['crossed_mb']:.1f} | {found['seconds']:.1f} | {found['transfer_seconds']:.2f} s "
+                    f"| {found['transfer_seconds'] / found['copy_seconds']:.1f} x "
+                    f"| {largest} {found['peaks'][largest]:.2f} GB |",
+                    flush=True,
+                )
+                print(json.dumps(found["peaks"]), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
