@@ -51,6 +51,8 @@ from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import described, put, receive
 
 POLL = 0.3
+AGAIN = 10.0
+"""Seconds after which a transfer that failed is tried again."""
 
 
 class Worker:
@@ -83,6 +85,7 @@ class Worker:
         self._sources: dict[str, Any] = {"forget": forget, "retain": retain, "data": data, "resources": resources}
         self._client: tuple[str, Client] | None = None
         self._refused: set[str] = set()
+        self._later: dict[str, float] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.chmod(0o700)
@@ -107,7 +110,9 @@ class Worker:
         """
         waiting = []
         for file in self._inside("jobs").iterdir():
-            if HEX.fullmatch(file.name) and file.name not in self._refused and not self._result(file.name).exists():
+            if file.name in self._refused or time.monotonic() < self._later.get(file.name, 0):
+                continue
+            if HEX.fullmatch(file.name) and not self._result(file.name).exists():
                 sealed = self._open(file)
                 if sealed is not None:
                     order = (sealed.message.round, sealed.message.copy) if isinstance(sealed.message, Job) else (0, 0)
@@ -189,7 +194,7 @@ class Worker:
         except (NetworkError, MessageError) as error:
             # Signed, yet not what it says: on the way, or by the server. It may be there later.
             self._say(f"{what}: {error}")
-            time.sleep(POLL)
+            self._later[name] = time.monotonic() + AGAIN
             return
         files = sorted(update.iterdir())
         described_files = [described(file, slot=slot if job.slots else None) for slot, file in enumerate(files)]
@@ -200,7 +205,7 @@ class Worker:
                 put(file, job.slots[slot])
         except NetworkError as error:
             self._say(f"{what}: {error}")
-            time.sleep(POLL)
+            self._later[name] = time.monotonic() + AGAIN
             return
         self._answer(name, seal(Result(job.run, name, described_files), self.identity, [] if job.slots else files))
         self._say(f"{what}: done")

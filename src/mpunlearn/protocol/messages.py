@@ -16,9 +16,11 @@ import json
 import math
 import os
 import re
+import secrets
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -29,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from mpunlearn.checkpoint import COMPANIONS
 from mpunlearn.errors import MessageError, StateError
+from mpunlearn.files import write_bytes
 
 MAGIC = b"MPU1"
 MOST_HEADER = 4_000_000
@@ -62,13 +65,11 @@ class Identity:
             StateError: the file is not a key, or others may read it.
         """
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            raw = os.urandom(32)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
+            new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            write_bytes(new, os.urandom(32))
+            with suppress(FileExistsError):  # another program of the same party was faster: its key counts
+                os.link(new, path)
+            new.unlink()
         raw = path.read_bytes()
         if len(raw) != 32:
             raise StateError(f"{path}: expected a key of 32 bytes, found {len(raw)}; restore it from a backup")

@@ -137,6 +137,8 @@ def resume(run: str | Path) -> Path:
     coordinator = coordinate(run, plan)
     final = run / "final"
     host, port = plan["host"], plan["port"]
+    if (coordinator.mail / "done").exists() and final.is_dir():
+        return final
     with locked(run):
         (coordinator.mail / "done").unlink(missing_ok=True)
         attached = plan["superlink"]

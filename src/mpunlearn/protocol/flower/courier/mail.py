@@ -52,10 +52,10 @@ class Mail:
     def unload(self, node: str, record: dict[str, object]) -> None:
         """Puts a node's results into the inbox, as far as they were asked for."""
         wanted = {file.name for file in (self._mail / "outbox" / node).glob("*")}
-        names, results, missing = (record[key] for key in ("names", "results", "missing"))
+        names, results, missing = (record.get(key) for key in ("names", "results", "missing"))
         if not (isinstance(names, list) and isinstance(results, list) and isinstance(missing, list)):
             return
         self._delivered -= {(node, name) for name in missing}
         for name, data in zip(names, results, strict=False):
-            if name in wanted and isinstance(data, bytes):
+            if name in wanted and isinstance(data, bytes) and len(data) <= MOST_BYTES:
                 put(self._mail / "inbox" / f"{node}-{name}", data)

@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
                 asked |= {identity: (node, time.monotonic()) for identity in grid.push_messages([message])}
         for reply in grid.pull_messages(list(asked)) if asked else []:
             node, _ = asked.pop(reply.metadata.reply_to_message_id, (0, 0.0))
-            if node and reply.has_content():
+            if node and reply.has_content() and "mail" in reply.content:
                 courier.unload(str(node), dict(reply.content["mail"]))
         asked = {identity: (node, at) for identity, (node, at) in asked.items() if time.monotonic() - at < SILENCE}
         time.sleep(0.3)
