@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,16 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            with bar(file.size, file.name) as steps:
+            # The digest of a chunk is computed while it is written and the next one is read.
+            with bar(file.size, file.name) as steps, ThreadPoolExecutor(1) as hasher:
+                hashed: Future[None] | None = None
                 for chunk in chunks:
                     if size + len(chunk) > file.size:
                         raise NetworkError(f"{source}: {file.name} is larger than the {file.size} bytes announced")
+                    if hashed is not None:
+                        hashed.result()
+                    hashed = hasher.submit(digest.update, chunk)
                     write_all(descriptor, chunk, size)
-                    digest.update(chunk)
                     size += len(chunk)
                     steps.update(len(chunk))
             os.fsync(descriptor)
