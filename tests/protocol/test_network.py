@@ -364,6 +364,23 @@ def test_a_file_that_was_damaged_in_the_store_is_asked_for_again(world, tmp_path
     assert sum(line.endswith("unlearning") for line in net.said) == 2  # not trained again
 
 
+def test_urls_that_have_run_out_are_made_anew(world, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 1}
+    net = net_of(tmp_path / "net", world, **options)
+    while not net.coordinator._out:
+        net.turn()
+    old = set(net.coordinator._out)
+    file = net.folder / "server" / "exchange" / "round-1" / "files.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "begun": time.time() - 8 * 86400}))
+    net.start_server()
+    net.coordinator.step()
+    assert net.coordinator._out
+    assert not old & set(net.coordinator._out)
+    assert {file.name for file in (net.coordinator.mail / "outbox" / "1").iterdir()} == set(net.coordinator._out)
+    net.run()
+
+
 def test_a_copy_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
     from mpunlearn.server import coordinator
 

@@ -46,7 +46,8 @@ class Store:
 
     def __init__(self, url: str, lasts: float = LONGEST_SIGNATURE) -> None:
         self._url = url if "://" in url else Path(url).resolve().as_uri()
-        self._lasts = int(min(lasts, LONGEST_SIGNATURE))
+        self.lasts = int(min(lasts, LONGEST_SIGNATURE))
+        """Seconds that its signed URLs hold."""
         scheme = urlsplit(self._url).scheme
         if scheme not in ("file", "s3"):
             raise PlanError(f"--store {url}: expected a folder or s3://BUCKET/PREFIX")
@@ -59,14 +60,14 @@ class Store:
         with _tried(f"putting {path.name} to {target}"):
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             self._fs.put_file(str(path), target)
-        return str(self._fs.url(target, expires=self._lasts)) if self._signs else target
+        return str(self._fs.url(target, expires=self.lasts)) if self._signs else target
 
     def slot(self, key: str) -> str:
         """The URL that a client may put one file to."""
         target = self._at(key)
         if not self._signs:
             return target
-        return str(self._fs.url(target, expires=self._lasts, client_method="put_object"))
+        return str(self._fs.url(target, expires=self.lasts, client_method="put_object"))
 
     def fetch(self, key: str, file: File, target: Path) -> None:
         """Fetches what was put into a slot."""

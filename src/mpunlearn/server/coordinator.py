@@ -233,6 +233,11 @@ class Coordinator:
             self._show(number, "publishing")
             self._rounds.publish(number, folder / "copies")
         self._run = ServerState(self._rounds.state).run
+        if self._store is not None and (folder / "files.json").exists():
+            age = time.time() - float(read_json(folder / "files.json")["begun"])
+            if age > self._store.lasts / 2:  # signed URLs have run out, or will: new ones, in new jobs
+                (folder / "files.json").unlink()
+                shutil.rmtree(folder / "jobs", ignore_errors=True)
         if not (folder / "files.json").exists():
             copies = {}
             for copy in sorted((folder / "copies").iterdir()):
@@ -258,6 +263,10 @@ class Coordinator:
                 self._out[sealed.name] = _Out(sealed.message, file)
                 if self._update(number, sealed.message.client, sealed.message.copy).exists():
                     self._withdraw(sealed.name)
+        nodes = self._roster()["nodes"]
+        for file in (self.mail / "outbox").glob("*/*"):
+            if file.parent.name in nodes and file.name not in self._out:
+                file.unlink()  # of a job that is no longer out
 
     def _key(self, number: int, *parts: str) -> str:
         """Where something lies in the store."""
