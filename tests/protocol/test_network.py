@@ -251,7 +251,7 @@ def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world
     assert set(weights(net.final)) == set(weights(alone.run()))
     assert silent in net.coordinator._roster()["dropped"]
     pin(net.folder / "server" / "plan.json", {}, net.folder)
-    assert "dropped: has not answered" in describe_status(net.folder / "server")
+    assert "complete, round 1 of 1" in describe_status(net.folder / "server")
 
 
 def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_path: Path) -> None:
@@ -286,6 +286,21 @@ def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path) ->
     until(net)
     assert aggregated == [(net.identity(0).public, 1), (net.identity(0).public, 2)]
     assert any(late[:16] in line and "update of copy 1" in line for line in net.said)
+
+
+def test_status_says_how_far_a_run_is(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1)
+    pin(net.folder / "server" / "plan.json", {}, net.folder)
+    assert describe_status(net.folder / "server") == "not begun"
+    shown = set()
+    while not net.turn():
+        shown |= set(describe_status(net.folder / "server").splitlines())
+    assert any("waiting for clients, round 1 of 1" in line for line in shown)
+    client = net.identity(0).public[:16]
+    assert any(line.startswith(f"client {client}: connected, 0 of 2 updates") for line in shown)
+    size = sum(file.stat().st_size for file in (world[0]).glob("*")) / 1e6
+    assert any(line.startswith("copies: 2 of ") and abs(float(line.split()[3]) - size) < 0.2 for line in shown)
+    assert "complete, round 1 of 1" in describe_status(net.folder / "server")
 
 
 def test_a_refusal_names_the_client_and_the_run_goes_on_when_it_is_settled(world, tmp_path: Path) -> None:

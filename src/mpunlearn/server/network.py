@@ -214,9 +214,11 @@ def describe_status(run: Path) -> str:
     elapsed = found["at"] - begun if found["phase"] == "complete" else time.time() - begun
     left = "" if not done or found["phase"] == "complete" else f", about {elapsed * (whole - done) / done:.0f} s left"
     lines = [
-        f"run {found['run'][:8]}: {found['phase']}, round {found['round']} of {found['rounds']}, {elapsed:.0f} s{left}",
-        f"copies: {found['copies']} of {found['copy_bytes'] / max(1, found['copies']) / 1e6:.1f} MB",
+        f"run {found['run'][:8]}: {found['phase']}, round {found['round']} of {found['rounds']}, {elapsed:.0f} s{left}"
     ]
+    if found["phase"] == "complete":
+        return "\n".join([*lines, str(run / "final")])
+    lines += [f"copies: {found['copies']} of {found['copy_bytes'] / max(1, found['copies']) / 1e6:.1f} MB"]
     for client, entry in clients.items():
         state = (
             "dropped: " + entry["dropped"]
