@@ -231,7 +231,7 @@ def test_with_assign_one_nobody_holds_two_copies_of_a_round(world, tmp_path: Pat
         net_of(tmp_path / "three", world, clients=3, federation={"assign": "one"})
 
 
-def until(net: Net, seconds: float = 20) -> None:
+def until(net: Net, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if net.turn():
@@ -240,7 +240,7 @@ def until(net: Net, seconds: float = 20) -> None:
 
 
 def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world, tmp_path: Path) -> None:
-    federation = {"deadline": 2.0, "quorum": 1}
+    federation = {"deadline": 6.0, "quorum": 1}
     net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation=federation, silent={1})
     until(net)
     silent = net.identity(1).public
@@ -262,6 +262,7 @@ def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_pa
         until(net)
     # Settled: it answers now, and the run goes on with what there is.
     net.silent = set()
+    net.federation = Federation(clients=2)
     net.start_server()
     until(net)
     assert net.final.is_dir()
@@ -269,7 +270,7 @@ def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_pa
 
 def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path) -> None:
     """One copy of two is answered: the client counts as not answering, in both."""
-    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 3.0, "quorum": 1})
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0, "quorum": 1})
     late = net.identity(1).public
 
     def tamper(node: str, name: str, data: bytes) -> bytes | None:
@@ -305,7 +306,7 @@ def test_status_says_how_far_a_run_is(world, tmp_path: Path) -> None:
 
 def test_a_refusal_names_the_client_and_the_run_goes_on_when_it_is_settled(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, rounds=1, policy={"max_copies": 1})
-    with pytest.raises(NetworkError, match=r"refuses copy 1 of round 1: max copies is 1, asked for 2"):
+    with pytest.raises(NetworkError, match=r"refuses copy [12] of round 1: max copies is 1, asked for 2"):
         until(net)
     net.policy = {}
     net.workers = [net.start_worker(0)]
