@@ -255,7 +255,7 @@ def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world
 
 
 def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_path: Path) -> None:
-    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 1.5}, silent={1})
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0}, silent={1})
     with pytest.raises(
         NetworkError, match=f"client {net.identity(1).public[:16]} has not answered for copy 1, 2 of round 1"
     ):
