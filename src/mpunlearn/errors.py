@@ -17,6 +17,10 @@ class CheckpointError(MPUError):
     """A directory is not a readable safetensors checkpoint, or cannot be written."""
 
 
+class UnloadableError(CheckpointError):
+    """A checkpoint that transformers cannot load."""
+
+
 class UnsupportedModelError(MPUError):
     """A readable checkpoint whose family, tensors or number format the program does not handle exactly."""
 
@@ -43,3 +47,7 @@ class MessageError(MPUError):
 
 class NetworkError(MPUError):
     """The network, a store or another program of the run does not do its part."""
+
+
+class DamagedError(NetworkError):
+    """A file is not there, or not what its sender signed."""

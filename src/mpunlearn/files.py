@@ -28,7 +28,7 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path}: exists already; name another directory, or remove this one")
     partial = path.parent / f".{path.name}.partial"
-    lock = -1
+    lock, named = -1, False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial, mode)
@@ -38,14 +38,16 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
                 _sync(Path(folder) / file)
             _sync(Path(folder))
         partial.rename(path)
+        named = True
         _sync(path.parent)
+        named = False
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, free the cause and run again"
         ) from error
     finally:
         if lock >= 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(path if named else partial, ignore_errors=True)
             os.close(lock)
 
 
@@ -82,6 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written again
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -19,5 +19,10 @@ def bar(total: int, what: str) -> "tqdm[None]":
     return tqdm(total=total, desc=what, unit_scale=True, **_style())
 
 
+def say(line: str) -> None:
+    """Prints one line for people. What the other party wrote of it cannot move the cursor or fail to be encoded."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), flush=True)
+
+
 def _style() -> dict[str, Any]:
     return {"leave": False, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}

@@ -15,7 +15,8 @@ from mpunlearn.client.worker import Worker
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.protocol.messages import Identity
-from mpunlearn.server.coordinator import Coordinator, Federation
+from mpunlearn.server.coordinator import Coordinator
+from mpunlearn.server.federation import Federation
 from mpunlearn.server.rounds import Rounds
 
 TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3)

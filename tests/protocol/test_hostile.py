@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,11 +282,45 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
         lambda net, files: result(net, tensors(files, lambda u: u.update({first(u) + ".lora_A": torch.zeros(2, 32)}))),
         "no matrix|without",
     ),
+    "half a character": (
+        lambda net, files: edited(result(net, files), lambda body: body.update(run="\ud800"), net.identity(0)),
+        "not JSON",
+    ),
+    "half a character in a file": (lambda net, files: result(net, card(files, run="\ud800")), "JSON"),
+    "half a character as the key": (
+        lambda net, files: edited(result(net, files), lambda body: None, half()),
+        "not JSON",
+    ),
+    "a number without end": (
+        lambda net, files: edited(
+            result(net, files), lambda body: body["files"][0].update(size=10**400), net.identity(0)
+        ),
+        "not JSON|up to",
+    ),
+    "factors where the plan trains weights": (
+        lambda net, files: result(net, tensors(files, factorise)),
+        "the plan says otherwise",
+    ),
     "an answer to no challenge": (
         lambda net, files: seal(Hello(job_of(net)[1].run, "0" * 32, "1"), stranger()),
         "another challenge",
     ),
 }
+
+
+def half() -> Any:
+    """Signs with a key that is half a character."""
+    return SimpleNamespace(public="\ud800", sign=lambda text: "00" * 64)
+
+
+def factorise(update: dict[str, torch.Tensor]) -> None:
+    """Every matrix as factors that would overflow in another basis, everything else as it is."""
+    for name in [name for name in update if update[name].dim() == 2]:
+        outputs, inputs = update.pop(name).shape
+        update[f"{name}.lora_A"], update[f"{name}.lora_B"] = (
+            torch.full((1, inputs), 3e38),
+            torch.full((outputs, 1), 1e-45),
+        )
 
 
 def stranger() -> Identity:
@@ -394,6 +429,11 @@ UNREADABLE: dict[str, tuple[Callable[[Net], bytes], str]] = {
     "impossible numbers": (lambda net: job_with(net, copy=3), "impossible numbers"),
     "a result": (lambda net: seal(Result("0" * 32, "0" * 64, refusal="x"), net.coordinator.identity), "expected a job"),
     "noise": (lambda net: b"noise", "not a sealed message"),
+    "half a character": (lambda net: edited(job_with(net), lambda body: None, half()), "not JSON"),
+    "rounds without end": (
+        lambda net: edited(job_with(net), lambda body: body.update(rounds=1 << 60), net.coordinator.identity),
+        "up to",
+    ),
 }
 
 
@@ -418,12 +458,25 @@ AGAINST_POLICY: dict[str, tuple[dict[str, Any], str]] = {
     "the embeddings": ({"training": {**TRAINING, "train": "all"}}, "train is blocks"),
     "no plan": ({"training": {"shell": "rm"}}, "its training plan is none"),
     "a plan of wrong types": ({"training": {**TRAINING, "epochs": "many"}}, "its training plan is none"),
+    "a plan with a list of parameters": ({"training": {**TRAINING, "parameters": [1]}}, "its training plan is none"),
+    "a plan with a text as parameter": (
+        {"training": {**TRAINING, "parameters": {"beta": "x"}}},
+        "its training plan is none",
+    ),
+    "half an epoch": ({"training": {**TRAINING, "epochs": 1.5}}, "its training plan is none"),
+    "a list of objectives": ({"training": {**TRAINING, "objective": ["simnpo"]}}, "its training plan is none"),
+    "a rate without end": ({"training": {**TRAINING, "learning_rate": 10**400}}, "its training plan is none"),
+    "a seed that no generator takes": ({"training": {**TRAINING, "seed": 1 << 40}}, "its training plan is none"),
     "a store": (
         {"slots": ["https://elsewhere.example/x?signature=1"]},
         "stores do not include https://elsewhere.example/x",
     ),
     "files of this machine": ({"slots": ["file:///root/.bashrc"]}, "stores do not include"),
     "out of an allowed store": ({"slots": ["file:///shared/mpu/../../root/.bashrc"]}, "stores do not include"),
+    "out of an allowed store, encoded": (
+        {"slots": ["https://store.example/mpu/%2E%2e/%2e%2e/private"]},
+        "stores do not include",
+    ),
     "beside an allowed store": ({"slots": ["file:///shared/mpu-other/x"]}, "stores do not include"),
     "a size": ({"files": [File("model.safetensors", 10**12, "0" * 64, url="file:///shared/mpu/x")]}, "max megabytes"),
 }
@@ -432,7 +485,7 @@ AGAINST_POLICY: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", AGAINST_POLICY)
 def test_the_policy_refuses(case: str, scene: Scene, tmp_path: Path) -> None:
     net = scene.net(tmp_path / "net")
-    net.policy = {"objectives": ["simnpo"], "stores": ["file:///shared/mpu"]}
+    net.policy = {"objectives": ["simnpo"], "stores": ["file:///shared/mpu", "https://store.example/mpu"]}
     net.workers = [net.start_worker(0)]
     changes, why = AGAINST_POLICY[case]
     path = hand_over(net, job_with(net, **changes))
@@ -488,6 +541,64 @@ def test_a_link_in_the_spool_is_not_followed(scene: Scene, tmp_path: Path) -> No
     (net.spool(0) / "results").symlink_to(tmp_path)
     with pytest.raises(StateError, match="tampers"):
         hand_over(net, another)
+
+
+def test_what_else_stands_in_the_spool_stops_nothing(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    data = job_with(net)
+    name = hashlib.sha256(data).hexdigest()
+    (net.spool(0) / "results" / f".{name}.partial").mkdir()
+    (net.spool(0) / "jobs" / ("f" * 64)).mkdir()
+    (net.spool(0) / "jobs" / "notes.txt").write_text("x")
+    path = net.spool(0) / "jobs" / name
+    path.write_bytes(data)
+    net.workers[0].step()
+    assert answer(net, path).refusal is None
+    shutil.rmtree(net.spool(0) / "results")
+    net.workers[0].step()
+    assert answer(net, path).refusal is None  # made anew
+
+
+def test_a_copy_whose_config_makes_no_sense_is_refused(scene: Scene, tmp_path: Path) -> None:
+    for number, change in enumerate(
+        ({"num_attention_heads": "x"}, {"hidden_size": 10**9}, {"model_type": "x"}, {"rms_norm_eps": "x"})
+    ):
+        net = scene.net(tmp_path / str(number))
+        folder = net.folder / "server/exchange/round-1/copies/copy-1"
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        _, job = job_of(net)
+        files = [folder / file.name for file in job.files]
+        listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+        path = hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))
+        assert "copy" in str(answer(net, path).refusal), change
+        assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
+
+
+def test_an_old_job_is_not_done_again(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    data = job_with(net, rounds=5)
+    assert answer(net, hand_over(net, data)).refusal is None
+    kept = net.folder / "work-0" / "copies.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "round-4-copy-1": {}}))
+    current = net.folder / "work-0" / "updates" / "round-4-copy-1"
+    current.mkdir()
+    old = hand_over(net, job_with(net, rounds=5, nonce="again"))
+    assert "round 1 is over" in str(answer(net, old).refusal)
+    assert current.exists()
+
+
+def test_a_result_that_is_always_damaged_is_not_asked_for_for_ever(scene: Scene, tmp_path: Path) -> None:
+    from mpunlearn.errors import NetworkError
+
+    net = scene.net(tmp_path / "net")
+    net.tamper = lambda node, name, data: data[:-4] + b"\0\0\0\1" if len(data) > 1000 else data
+    with pytest.raises(NetworkError, match="sent 3 results"):
+        net.run()
+    net = scene.net(tmp_path / "noise")
+    net.tamper = lambda node, name, data: b"noise"
+    with pytest.raises(NetworkError, match="sent 3 results"):
+        net.run()
 
 
 def test_a_refusal_says_nothing_of_the_text(scene: Scene, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run between parties in one process: the same result as by hand, whoever is killed and whoever does not answer."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from mpunlearn.errors import NetworkError, PlanError
 from mpunlearn.protocol.messages import Identity, Job, Result, Sealed
 from mpunlearn.protocol.plan import pin
 from mpunlearn.server.arrivals import average, examine, updated
-from mpunlearn.server.coordinator import Federation
+from mpunlearn.server.federation import Federation
 from mpunlearn.server.network import describe_status
 
 QUIET = {"kappa": 0.0, "reparameterization": "none"}
@@ -196,7 +197,7 @@ def test_the_norm_of_factors_is_that_of_their_product(world, tmp_path: Path) -> 
     published = preprocess(world[0], state=tmp_path / "state", out=tmp_path / "copies").copies[0]
     entry = json.loads((published / "config.json").read_text())["mpunlearn"]
     name = "model.layers.0.self_attn.q_proj.weight"
-    norm = float(sum(value.square().sum() for value in weights(published).values()) ** 0.5)
+    norm = float(sum(value.square().sum() for value in weights(world[0]).values()) ** 0.5)
     for size, passes in ((0.9, True), (1.1, False)):
         folder = tmp_path / str(size)
         folder.mkdir()
@@ -205,10 +206,10 @@ def test_the_norm_of_factors_is_that_of_their_product(world, tmp_path: Path) -> 
         save_file({f"{name}.lora_A": a, f"{name}.lora_B": b.contiguous()}, folder / "update.safetensors")
         (folder / "update.json").write_text(json.dumps({"format": 1, "mpunlearn": entry}))
         if passes:
-            examine(folder, published, Card(**entry), {name})
+            examine(folder, published, world[0], Card(**entry), factored=True, expected={name})
             continue
         with pytest.raises(UpdateError, match="norm is 1.1"):
-            examine(folder, published, Card(**entry))
+            examine(folder, published, world[0], Card(**entry), factored=True)
 
 
 def test_with_lora_over_the_network(world, tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_urls_that_have_run_out_are_made_anew(world, tmp_path: Path) -> None:
         net.turn()
     old = set(net.coordinator._out)
     file = net.folder / "server" / "exchange" / "round-1" / "files.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "begun": time.time() - 8 * 86400}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "signed": time.time() - 8 * 86400}))
     net.start_server()
     net.coordinator.step()
     assert net.coordinator._out
@@ -401,7 +402,7 @@ def test_a_copy_too_large_for_a_message_needs_a_store(world, tmp_path: Path, mon
     from mpunlearn.server import coordinator
 
     monkeypatch.setattr(coordinator, "MOST_INLINE", 1000)
-    with pytest.raises(PlanError, match="--store: a copy has"):
+    with pytest.raises(PlanError, match="--store: a copy or its update has"):
         net_of(tmp_path / "net", world).run()
 
 
@@ -491,6 +492,144 @@ def test_a_job_that_was_lost_on_the_way_is_delivered_again(tmp_path: Path) -> No
     last = mail.load("1")
     assert last is not None
     assert last["jobs"] == [b"job"]
+
+
+def test_late_clients_are_dropped_together_or_not_at_all(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=3, rounds=1, federation={"deadline": 6.0, "quorum": 2}, silent={1, 2})
+    late = [net.identity(number).public[:16] for number in (1, 2)]
+    with pytest.raises(NetworkError) as caught:
+        until(net)
+    assert all(client in str(caught.value) for client in late)
+    assert not net.coordinator._roster()["dropped"]
+
+
+def test_the_first_client_does_not_decide_what_all_must_train(world, tmp_path: Path) -> None:
+    """With LoRA the plan does not name the tensors: who differs from most is gone on without, whoever came first."""
+    training = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3, lora_rank=2)
+    net = net_of(tmp_path / "net", world, clients=3, rounds=1, training=training, federation={"quorum": 2})
+    odd = net.identity(0).public
+    aggregate, agree = net.coordinator._rounds.aggregate, net.coordinator._agree
+
+    def narrowed(number: int, pairs: list[tuple[str, int]]) -> bool:
+        for file in net.folder.glob(f"server/exchange/round-1/updates/{odd}/copy-*/update.safetensors"):
+            found = load_file(file)
+            name = min(found).removesuffix(".lora_A")
+            save_file({key: value for key, value in found.items() if key.startswith(name)}, file)
+        return agree(number, pairs)
+
+    net.coordinator._agree = narrowed  # type: ignore[method-assign]
+    net.run()
+    assert aggregate is not None
+    assert list(net.coordinator._roster()["dropped"]) == [odd]
+
+
+def test_factors_that_would_overflow_in_another_basis_are_refused(world, tmp_path: Path) -> None:
+    from mpunlearn.errors import UpdateError
+    from mpunlearn.protocol.exchange import Card
+
+    published = preprocess(world[0], state=tmp_path / "state", out=tmp_path / "copies").copies[0]
+    entry = json.loads((published / "config.json").read_text())["mpunlearn"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (tmp_path / "update").mkdir()
+    a, b = torch.full((1, 32), 1e37), torch.full((32, 1), 1e-39)
+    save_file({f"{name}.lora_A": a, f"{name}.lora_B": b}, tmp_path / "update" / "update.safetensors")
+    (tmp_path / "update" / "update.json").write_text(json.dumps({"format": 1, "mpunlearn": entry}))
+    with pytest.raises(UpdateError, match="overflow in another basis"):
+        examine(tmp_path / "update", published, world[0], Card(**entry), factored=True)
+
+
+def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
+    """A 16-bit copy that fits has a float32 update that does not."""
+    from mpunlearn.server import coordinator
+
+    perturbation = {"publish_dtype": "bfloat16"}
+    size = sum(file.stat().st_size for file in world[0].glob("*.safetensors"))
+    monkeypatch.setattr(coordinator, "MOST_INLINE", int(0.75 * size) + coordinator.OVERHEAD)
+    training = Training(objective="simnpo", train="all")
+    with pytest.raises(PlanError, match="or its update has"):
+        net_of(tmp_path / "net", world, training=training, perturbation=perturbation).run()
+
+
+def test_links_and_pipes_in_a_store_are_not_followed(tmp_path: Path) -> None:
+    from mpunlearn.errors import DamagedError
+    from mpunlearn.protocol.messages import File
+    from mpunlearn.protocol.transfer import fetch, put
+
+    (tmp_path / "store").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "store" / "link").symlink_to(tmp_path / "precious")
+    with pytest.raises(NetworkError, match="leads through a link"):
+        put(tmp_path / "file", (tmp_path / "store" / "link" / "0").as_uri())
+    assert not list((tmp_path / "precious").iterdir())
+    os.mkfifo(tmp_path / "store" / "pipe")
+    (tmp_path / "store" / "away").symlink_to(tmp_path / "file")
+    listed = File("x", 1, hashlib.sha256(b"x").hexdigest())
+    for name in ("pipe", "away", "link", "nothing"):
+        with pytest.raises(DamagedError):
+            fetch((tmp_path / "store" / name).as_uri(), listed, tmp_path / "got")
+    put(tmp_path / "file", (tmp_path / "store" / "deep" / "0").as_uri())
+    fetch((tmp_path / "store" / "deep" / "0").as_uri(), listed, tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == b"x"
+
+
+def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    from mpunlearn.protocol.messages import File
+    from mpunlearn.protocol.transfer import fetch
+
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(302 if self.path == "/away" else 200)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    listed = File("x", 1, hashlib.sha256(b"x").hexdigest())
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(NetworkError):
+            fetch(f"{url}/away", listed, tmp_path / "away")
+        fetch(f"{url}/here", listed, tmp_path / "here")
+        server.shutdown()
+    assert "/elsewhere" not in asked
+    assert (tmp_path / "here").read_bytes() == b"x"
+    assert not (tmp_path / "away").exists()
+
+
+def test_a_store_that_is_away_for_a_while_is_not_the_clients_fault(world, tmp_path: Path, monkeypatch) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 1}
+    net = net_of(tmp_path / "net", world, **options)
+    fetch, failures = net.coordinator._store.fetch, [5]
+
+    def failing(*arguments: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise NetworkError("away")
+        fetch(*arguments)
+
+    monkeypatch.setattr(net.coordinator._store, "fetch", failing)
+    net.run()
+    assert failures == [0]
+    assert sum("cannot take a message" in line for line in net.said) == 5
+
+
+def test_what_is_said_cannot_move_the_cursor(capsys) -> None:
+    from mpunlearn.progress import say
+
+    say("a\x1b[2Jb\ud800\nc ä")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\ud800\\nc ä\n"
 
 
 def test_impossible_federations_are_refused() -> None:

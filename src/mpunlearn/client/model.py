@@ -10,6 +10,7 @@ This module imports transformers at the top; import it where work begins.
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.client.dataset import IGNORED, Example, collate
 from mpunlearn.client.objectives import answer_nll
 from mpunlearn.client.resources import processes
-from mpunlearn.errors import CheckpointError, PlanError
+from mpunlearn.errors import PlanError, UnloadableError
 
 LAYER = r"\.(layers|h|blocks)\.\d+\."
 """Matches the names of parameters inside transformer layers."""
@@ -40,13 +41,11 @@ def load_model(path: Path) -> Any:
     """The model of a checkpoint directory in float32, on this process's GPU where there is one.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        UnloadableError: transformers cannot load it.
     """
     quiet()
-    try:
+    with _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its model: {error}") from error
     return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -54,13 +53,22 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        UnloadableError: transformers cannot load it.
     """
     quiet()
-    try:
+    with _as_unloadable(path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its tokenizer: {error}") from error
+
+
+@contextmanager
+def _as_unloadable(path: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises where a config.json or a tokenizer makes no sense, as one error."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):  # this machine's fault, not the checkpoint's
+        raise
+    except Exception as error:
+        raise UnloadableError(f"{path}: transformers cannot load its {what}: {error}") from error
 
 
 def quiet() -> None:

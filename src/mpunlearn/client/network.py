@@ -19,6 +19,7 @@ from mpunlearn.client.records import Data
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.worker import POLL, Worker
 from mpunlearn.errors import PlanError, StateError
+from mpunlearn.progress import say
 from mpunlearn.protocol.flower.keys import client_keys, read_invitation
 from mpunlearn.protocol.flower.supernode import SuperNode
 
@@ -83,7 +84,7 @@ def join(
     worker = None
     if forget is not None:
         limits = Policy(invited.server_key) if policy is None else Policy.read(policy)
-        worker = Worker(spool, work, limits, forget=forget, retain=retain, data=data, resources=resources, say=_say)
+        worker = Worker(spool, work, limits, forget=forget, retain=retain, data=data, resources=resources, say=say)
     elif policy is not None or retain is not None:
         raise PlanError("--policy, --retain: belong to the jobs; give --forget, or leave them to `client work`")
     for name in ("jobs", "results"):
@@ -131,7 +132,7 @@ def work(
         retain=retain,
         data=data,
         resources=resources,
-        say=_say,
+        say=say,
     )
     return _until_the_end(worker.step, None)
 
@@ -145,7 +146,7 @@ def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> st
             if node is not None and node.tend():
                 starts += 1
                 if starts == PATIENCE:
-                    _say(
+                    say(
                         f"not connected yet, trying on: is the server up, and has it this client's client.json? See {node.log}"
                     )
             outcome = step()
@@ -155,7 +156,3 @@ def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> st
             time.sleep(POLL)
     except KeyboardInterrupt:
         raise StateError("stopped; go on with the same command") from None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -8,6 +8,7 @@ asking more: one run, a limited number of rounds and copies, no update of the em
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from mpunlearn.errors import MessageError, PlanError
 from mpunlearn.protocol.messages import HEX, Job, parse
@@ -69,8 +70,8 @@ class Policy:
             if asked > limit
         ]
         try:
-            training = Training(**job.training)
-        except (TypeError, ValueError, PlanError) as error:
+            training = parse(Training, job.training)
+        except (MessageError, PlanError) as error:
             return [*found, f"its training plan is none: {error}"]
         if training.epochs > self.max_epochs:
             found.append(f"max epochs is {self.max_epochs}, asked for {training.epochs}")
@@ -79,7 +80,7 @@ class Policy:
         if training.train not in (allowed := self.train or ["blocks"]):
             found.append(f"train is {', '.join(allowed)}, asked for {training.train}")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:
-            if ".." in url or not any(url.startswith(store.rstrip("/") + "/") for store in self.stores or []):
+            if ".." in unquote(url) or not any(url.startswith(store.rstrip("/") + "/") for store in self.stores or []):
                 found.append(f"stores do not include {shown(url)}")
                 break
         return found

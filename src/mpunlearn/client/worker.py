@@ -19,6 +19,7 @@ copies under one number would tell a server more than the plan says.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -26,13 +27,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpunlearn.architecture import FAMILIES
+from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.client.policy import Policy
 from mpunlearn.client.records import Data
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.unlearn import Client
-from mpunlearn.errors import CheckpointError, MessageError, NetworkError, PlanError, StateError
-from mpunlearn.files import new_directory, read_json, write_bytes, write_json
+from mpunlearn.errors import (
+    CheckpointError,
+    MessageError,
+    NetworkError,
+    PlanError,
+    StateError,
+    UnloadableError,
+    UnsupportedModelError,
+)
+from mpunlearn.files import new_directory, read_json, write_json
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.messages import (
     HEX,
@@ -45,6 +56,7 @@ from mpunlearn.protocol.messages import (
     Job,
     Result,
     Sealed,
+    parse,
     seal,
 )
 from mpunlearn.protocol.plan import Training
@@ -108,6 +120,16 @@ class Worker:
         Raises:
             MPUError: the forget set or the plan is at fault, which only a person can mend.
         """
+        try:
+            return self._step()
+        except OSError as error:
+            if error.filename is not None and Path(error.filename).is_relative_to(self._spool):
+                raise StateError(
+                    f"{self._spool}: {error.strerror}: {error.filename}; is it what the courier left?"
+                ) from error
+            raise
+
+    def _step(self) -> str | None:
         waiting = []
         for file in self._inside("jobs").iterdir():
             if file.name in self._refused or time.monotonic() < self._later.get(file.name, 0):
@@ -133,6 +155,7 @@ class Worker:
     def _inside(self, name: str) -> Path:
         """One of the spool's folders, once it is known to be one and not a link to another."""
         path = self._spool / name
+        path.mkdir(parents=True, exist_ok=True)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise StateError(f"{path}: is not a folder; somebody tampers with the spool")
         return path
@@ -162,7 +185,24 @@ class Worker:
             return None
 
     def _answer(self, name: str, data: bytes) -> None:
-        write_bytes(self._result(name), data, mode=0o660)
+        """A result that appears whole in the folder that was looked at, whatever is put in its place meanwhile."""
+        try:
+            folder = os.open(self._spool / "results", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                part = f".{name}.{secrets.token_hex(8)}"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                with open(os.open(part, flags, 0o660, dir_fd=folder), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise StateError(
+                f"{self._spool / 'results'}: cannot be written: {error.strerror}; somebody tampers with it, or "
+                "the disk is full"
+            ) from error
 
     def _is_mine(self, run: str) -> bool:
         """Whether this is the run that the first job was of; that first job pins it."""
@@ -198,8 +238,12 @@ class Worker:
             return
         files = sorted(update.iterdir())
         described_files = [described(file, slot=slot if job.slots else None) for slot, file in enumerate(files)]
-        if job.slots and len(files) > len(job.slots):
-            raise NetworkError(f"{what}: the update has {len(files)} files, the server allots {len(job.slots)} places")
+        size = sum(file.size for file in described_files)
+        if len(files) > len(job.slots) if job.slots else size > MOST_INLINE:
+            reason = f"an update of {len(files)} files and {size / 1e6:.0f} MB does not fit where the job puts it; use a store"
+            self._say(f"{what}: {reason}")
+            self._answer(name, seal(Result(job.run, name, refusal=reason), self.identity))
+            return
         try:
             for slot, file in enumerate(files) if job.slots else []:
                 put(file, job.slots[slot])
@@ -224,6 +268,9 @@ class Worker:
         mine = {"copy": digest, "training": plan}
         numbers = self._folder / "copies.json"
         done = read_json(numbers) if numbers.exists() else {}
+        newest = max((int(name.split("-")[1]) for name in done), default=job.round)
+        if job.round < newest - 1:
+            raise _RefusalError(f"round {job.round} is over: round {newest} has begun")
         if done.setdefault(target.name, mine) != mine:
             raise _RefusalError(
                 f"round {job.round}, copy {job.copy} was another copy or another plan before; expected the same again"
@@ -232,9 +279,9 @@ class Worker:
         if target.exists():
             return target
         client = self._client_for(job, plan)
-        for old in [*updates.glob("round-*"), *copies.glob("*")]:
-            if not old.name.startswith((f"round-{job.round}-", f"round-{job.round - 1}-")) or old.parent == copies:
-                shutil.rmtree(old, ignore_errors=True)
+        over = [old for old in updates.glob("round-*") if int(old.name.split("-")[1]) < newest - 1]
+        for old in [*over, *copies.glob("*")]:
+            shutil.rmtree(old, ignore_errors=True)
         copy = copies / target.name
         self._say(f"round {job.round} of {job.rounds}, copy {job.copy} of {job.copies}: fetching")
         payloads = sealed.payloads()
@@ -242,20 +289,24 @@ class Worker:
             for file in job.files:
                 receive(file, payloads.get(file.name), folder / file.name)
         try:
-            card = Card.of(Checkpoint(copy).config)
-        except CheckpointError as error:
-            raise PlanError(f"the copy is no checkpoint: {error}") from error
-        if card != Card(job.run, job.round, job.copy, job.copies):
-            raise PlanError(f"the copy says that it is {card}, the job says otherwise")
+            opened = Checkpoint(copy)
+            architecture_of(opened, FAMILIES).places(opened)  # what it says of itself and what it holds are one
+        except (CheckpointError, UnsupportedModelError) as error:
+            raise _RefusalError(f"the copy is no checkpoint of a known family: {error}") from error
+        if (card := Card.of(opened.config)) != Card(job.run, job.round, job.copy, job.copies):
+            raise _RefusalError(f"the copy says that it is {card}, the job says otherwise")
         self._say(f"round {job.round} of {job.rounds}, copy {job.copy} of {job.copies}: unlearning")
-        client.unlearn(copy, target)
+        try:
+            client.unlearn(copy, target)
+        except UnloadableError as error:
+            raise _RefusalError("transformers cannot load the copy") from error
         shutil.rmtree(copy, ignore_errors=True)
         return target
 
     def _client_for(self, job: Job, plan: str) -> Client:
         """The training side, made once for all jobs of a plan."""
         if self._client is None or self._client[0] != plan:
-            training = Training(**job.training)
+            training = parse(Training, job.training)
             self._client = (plan, Client(memory=self._folder / "memory", training=training, **self._sources))
         return self._client[1]
 

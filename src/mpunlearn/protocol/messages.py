@@ -35,6 +35,8 @@ from mpunlearn.files import write_bytes
 
 MAGIC = b"MPU1"
 MOST_HEADER = 4_000_000
+MOST_NUMBER = 1 << 53
+"""Whole numbers up to this are the same in every program that reads JSON."""
 MOST_INLINE = 64_000_000
 """Bytes of files that a message carries itself; larger ones need a store."""
 HEX = re.compile(r"[0-9a-f]{64}")
@@ -241,6 +243,8 @@ class Sealed:
         header = _json(data[8 : 8 + length])
         if set(header) != {"body", "key", "signature"} or not all(isinstance(value, str) for value in header.values()):
             raise MessageError("the header is not body, key and signature")
+        if not HEX.fullmatch(header["key"]):
+            raise MessageError("the key is none")
         if sender is not None and header["key"] != sender:
             raise MessageError(f"signed by {header['key']:.16}, expected {sender[:16]}")
         verify(header["body"], header["key"], header["signature"])
@@ -284,6 +288,7 @@ def _json(data: bytes | memoryview) -> dict[str, Any]:
 
     try:
         value = json.loads(bytes(data), parse_constant=number)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character would fail later, where it is written
     except (ValueError, RecursionError) as error:
         raise MessageError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -319,8 +324,14 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return None if value is None and len(options) < len(arguments) else _typed(options[0], value, where)
     if origin is list and isinstance(value, list):
         return [_typed(arguments[0], item, where) for item in value]
-    if origin is dict and isinstance(value, dict):
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return value if arguments[1] is Any else {key: _typed(arguments[1], item, where) for key, item in value.items()}
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise MessageError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r:.60}")
         return value
+    if type(value) is int and abs(value) > MOST_NUMBER:
+        raise MessageError(f"{where}: expected a number up to {MOST_NUMBER}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse(hint, value)
     if hint is float and type(value) is int:

@@ -89,6 +89,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise PlanError(f"--{name.replace('_', '-')}: expected a number of at least 0, found {value}")
+        if self.seed >= 1 << 32:
+            raise PlanError(f"--seed: expected a number below 2^32, found {self.seed}")
         for name, value in self.parameters.items():
             if not math.isfinite(value):
                 raise PlanError(f"--{name.replace('_', '-')}: expected a number, found {value}")

@@ -9,17 +9,22 @@ A client puts an update into numbered *slots*, URLs that the job allots: it cann
 server fetches from the slots that it allotted, not from where a result says.
 """
 
+import errno
 import hashlib
+import logging
 import os
+import secrets
+import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from mpunlearn.errors import NetworkError, PlanError
+from mpunlearn.errors import DamagedError, NetworkError, PlanError
 from mpunlearn.files import file_digest, write_all
 from mpunlearn.progress import bar
 from mpunlearn.protocol.messages import File
@@ -30,7 +35,11 @@ ATTEMPTS = 3
 LONGEST_SIGNATURE = 7 * 86400.0
 """Seconds that S3 lets a signed URL hold."""
 SCHEMES = ("file", "s3", "https", "http")
+SILENCE = 120.0
+"""Seconds without a byte after which an HTTP transfer has failed."""
 _HTTP = ("https", "http")
+_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+T = TypeVar("T")
 
 
 class Store:
@@ -45,29 +54,35 @@ class Store:
     """
 
     def __init__(self, url: str, lasts: float = LONGEST_SIGNATURE) -> None:
-        self._url = url if "://" in url else Path(url).resolve().as_uri()
+        self._url = url if "://" in url else f"file://{Path(url).resolve()}"
         self.lasts = int(min(lasts, LONGEST_SIGNATURE))
         """Seconds that its signed URLs hold."""
         scheme = urlsplit(self._url).scheme
         if scheme not in ("file", "s3"):
             raise PlanError(f"--store {url}: expected a folder or s3://BUCKET/PREFIX")
+        if self._url != f"{scheme}://{urlsplit(self._url).netloc}{urlsplit(self._url).path}":
+            raise PlanError(f"--store {url}: expected a name without ?, # and line breaks")
         self._fs = _filesystem(scheme)
         self._signs = scheme == "s3"
 
     def put(self, path: Path, key: str) -> str:
         """Puts a file there and returns the URL under which a client gets it."""
         target = self._at(key)
-        with _tried(f"putting {path.name} to {target}"):
+
+        def once() -> str:
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             self._fs.put_file(str(path), target)
-        return str(self._fs.url(target, expires=self.lasts)) if self._signs else target
+            return str(self._fs.url(target, expires=self.lasts)) if self._signs else target
+
+        return _tried(f"putting {path.name} to {target}", once)
 
     def slot(self, key: str) -> str:
         """The URL that a client may put one file to."""
         target = self._at(key)
         if not self._signs:
             return target
-        return str(self._fs.url(target, expires=self.lasts, client_method="put_object"))
+        sign = partial(self._fs.url, target, expires=self.lasts, client_method="put_object")
+        return str(_tried(f"signing {target}", sign))
 
     def fetch(self, key: str, file: File, target: Path) -> None:
         """Fetches what was put into a slot."""
@@ -75,9 +90,8 @@ class Store:
 
     def remove(self, key: str) -> None:
         """Removes everything below a key; nothing there is no error."""
-        if self._fs.exists(self._at(key)):
-            with _tried(f"removing {self._at(key)}"):
-                self._fs.rm(self._at(key), recursive=True)
+        target = self._at(key)
+        _tried(f"removing {target}", lambda: self._fs.exists(target) and self._fs.rm(target, recursive=True))
 
     def _at(self, key: str) -> str:
         return f"{self._url.rstrip('/')}/{key}"
@@ -93,15 +107,16 @@ def _filesystem(scheme: str) -> Any:
 
 
 def shown(url: str) -> str:
-    """A URL without the signature that it may carry."""
-    return url.split("?")[0]
+    """A URL without the signature and the password that it may carry."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def receive(file: File, payload: memoryview | None, target: Path) -> None:
     """Writes one file of a message, from the message itself or from where it lies.
 
     Raises:
-        NetworkError: it cannot be fetched, or is not what the message announced.
+        NetworkError: as for `fetch`.
     """
     if payload is None:
         fetch(str(file.url), file, target)
@@ -113,29 +128,41 @@ def fetch(url: str, file: File, target: Path) -> None:
     """Streams a URL into a file, through TARGET.part.
 
     Raises:
-        NetworkError: it cannot be fetched, or has another size or digest than expected. Nothing is left behind.
+        DamagedError: it is not there, or has another size or digest than expected. Nothing is left behind.
+        NetworkError: it cannot be fetched.
+        OSError: this machine's own disk is full or broken.
     """
+    if urlsplit(url).scheme not in SCHEMES:
+        raise NetworkError(f"{shown(url)}: cannot be fetched; expected {', '.join(SCHEMES)}")
+    _tried(f"fetching {shown(url)}", lambda: _arrive(file, target, _chunks(url), shown(url)))
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """The bytes behind a URL: of a regular file, not through a link or a pipe; over HTTP without redirects."""
+    parts = urlsplit(url)
+    if parts.scheme in _HTTP:
+        with _http() as client, client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
+            answer.raise_for_status()
+            yield from answer.iter_raw(CHUNK)
+        return
     import fsspec
 
-    scheme = urlsplit(url).scheme
-    if scheme not in SCHEMES:
-        raise NetworkError(f"{shown(url)}: cannot be fetched; expected {', '.join(SCHEMES)}")
+    def plainly(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
-    def chunks() -> Iterator[bytes]:
-        with fsspec.open(url, "rb", **({"block_size": 0} if scheme in _HTTP else {})) as source:
-            while chunk := source.read(CHUNK):
-                yield chunk
+    with open(parts.path, "rb", opener=plainly) if parts.scheme == "file" else fsspec.open(url, "rb") as source:
+        if parts.scheme == "file" and not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise DamagedError(f"{shown(url)}: is no regular file")
+        while chunk := source.read(CHUNK):
+            yield chunk
 
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _arrive(file, target, chunks(), shown(url))
-            return
-        except NetworkError:
-            raise
-        except Exception as error:  # every file system has errors of its own
-            if attempt == ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
-                raise NetworkError(f"{shown(url)}: cannot be fetched: {_reason(error)}") from None
-            time.sleep(attempt)
+
+def _http() -> Any:
+    """An HTTP client that follows no redirects, which would lead out of the allowed stores, and never waits forever."""
+    import httpx
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log signed URLs
+    return httpx.Client(timeout=SILENCE, follow_redirects=False)
 
 
 def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], source: str) -> None:
@@ -150,7 +177,7 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
                 hashed: Future[None] | None = None
                 for chunk in chunks:
                     if size + len(chunk) > file.size:
-                        raise NetworkError(f"{source}: {file.name} is larger than the {file.size} bytes announced")
+                        raise DamagedError(f"{source}: {file.name} is larger than the {file.size} bytes announced")
                     if hashed is not None:
                         hashed.result()
                     hashed = hasher.submit(digest.update, chunk)
@@ -161,7 +188,7 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
         finally:
             os.close(descriptor)
         if size != file.size or digest.hexdigest() != file.sha256:
-            raise NetworkError(
+            raise DamagedError(
                 f"{source}: {file.name} has {size} bytes of SHA-256 {digest.hexdigest()[:16]}, expected {file.size} of "
                 f"{file.sha256[:16]}; it is damaged or incomplete"
             )
@@ -176,24 +203,35 @@ def put(path: Path, url: str) -> None:
     Raises:
         NetworkError: it cannot be put there.
     """
-    scheme = urlsplit(url).scheme
-    with _tried(f"putting {path.name} to {shown(url)}"):
-        if scheme in _HTTP:
-            import httpx
+    _tried(f"putting {path.name} to {shown(url)}", lambda: _put(path, url))
 
-            with path.open("rb") as content:
-                headers = {"Content-Length": str(path.stat().st_size)}
-                answer = httpx.put(url, content=iter(lambda: content.read(CHUNK), b""), headers=headers, timeout=None)
-                answer.raise_for_status()
-        elif scheme == "file":
-            target = Path(urlsplit(url).path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.part")
-            partial.write_bytes(b"")
-            _filesystem("file").put_file(str(path), str(partial))
-            partial.rename(target)
-        else:
-            _filesystem(scheme).put_file(str(path), url)
+
+def _put(path: Path, url: str) -> None:
+    scheme = urlsplit(url).scheme
+    if scheme in _HTTP:
+        with _http() as client, path.open("rb") as content:
+            headers = {"Content-Length": str(path.stat().st_size)}
+            answer = client.put(url, content=iter(lambda: content.read(CHUNK), b""), headers=headers)
+            answer.raise_for_status()
+    elif scheme == "file":
+        target = Path(urlsplit(url).path)
+        if target.parent.resolve() != target.parent:
+            raise NetworkError(
+                f"{shown(url)}: leads through a link, to {target.parent.resolve()}; expected a real folder"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        try:
+            with path.open("rb") as source, open(descriptor, "wb") as copy:
+                shutil.copyfileobj(source, copy, CHUNK)
+                copy.flush()
+                os.fsync(descriptor)
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+    else:
+        _filesystem(scheme).put_file(str(path), url)
 
 
 def described(path: Path, url: str | None = None, slot: int | None = None) -> File:
@@ -201,17 +239,36 @@ def described(path: Path, url: str | None = None, slot: int | None = None) -> Fi
     return File(path.name, path.stat().st_size, file_digest(path), url, slot)
 
 
-@contextmanager
-def _tried(what: str) -> Iterator[None]:
-    """Turns whatever a file system raises into one error, without the signature of a URL."""
-    try:
-        yield
-    except NetworkError:
-        raise
-    except Exception as error:
-        raise NetworkError(f"{what}: {_reason(error)}") from None
+def _tried(what: str, once: Callable[[], T]) -> T:
+    """Does something over the network, several times if need be. Whatever a file system raises becomes one error.
+
+    Raises:
+        DamagedError: what should be there is not, or is not what was signed.
+        NetworkError: it cannot be done.
+        OSError: this machine's own disk is full or broken.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return once()
+        except NetworkError:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            if isinstance(error, OSError) and error.errno in _OURS:
+                raise
+            if isinstance(error, FileNotFoundError) or _status(error) == 404:
+                raise DamagedError(f"{what}: it is not there") from None
+            if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR):
+                raise DamagedError(f"{what}: it is no regular file") from None
+            if attempt == ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
+                raise NetworkError(f"{what}: {_reason(error)}") from None
+        time.sleep(attempt)
+    raise AssertionError("unreachable")
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an error that has one."""
+    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
 
 
 def _reason(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    return f"{type(error).__name__}{f' {status}' if status else ''}"
+    return f"{type(error).__name__}{f' {_status(error)}' if _status(error) else ''}"

@@ -21,17 +21,25 @@ from mpunlearn.protocol.exchange import FACTORS, Arrival, Card
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
+MARGIN = 0.999
+"""What is let in must not be refused later for the rounding of its norm."""
+FACTOR_LIMIT = 1e15
+"""Greatest norm of a factor: two of them stay in float32's range, in any basis."""
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Published name of each tensor → published dtype and shape."""
 
 
-def examine(path: Path, copy: Path, card: Card, expected: Collection[str] | None = None) -> Path:
+def examine(
+    path: Path, copy: Path, model: Path, card: Card, *, factored: bool, expected: Collection[str] | None = None
+) -> Path:
     """Checks an update that arrived against the copy that it should be of, in full.
 
     Args:
         path: the update's directory.
         copy: the published copy's.
+        model: θ's, whose norm is what the update's is compared with: changes of basis keep it, noise does not.
         card: which copy that is.
+        factored: whether the plan has it sent as factors.
         expected: published names of the tensors that it must update (default: any).
 
     Returns:
@@ -51,13 +59,20 @@ def examine(path: Path, copy: Path, card: Card, expected: Collection[str] | None
             f"{path}: updates {len(names)} tensors, expected the {len(expected)} that the plan trains; the first that "
             f"{'should not be' if difference[0] in names else 'is not'} there is {difference[0]}"
         )
+    if wrong := sorted(name for name in arrival.tensors.tensors if name.endswith(FACTORS) != factored):
+        raise UpdateError(f"{path}: {wrong[0]} is {'no' if factored else 'a'} factor; the plan says otherwise")
     square = sum(_square(arrival.tensors, name) for name in sorted(names))
-    model = sum(_norm(published, name) for name in published.tensors)
     if not math.isfinite(square):
         raise UpdateError(f"{path}: holds NaN or infinite values; train again")
-    if square > NORM_LIMIT**2 * model:
+    for name in arrival.tensors.tensors if factored else ():
+        if _norm(arrival.tensors, name) > FACTOR_LIMIT**2:
+            raise UpdateError(f"{path}: {name} has a norm beyond {FACTOR_LIMIT:g}; it would overflow in another basis")
+    limit = MARGIN * NORM_LIMIT
+    theta = Checkpoint(model)
+    of_model = sum(_norm(theta, name) for name in theta.tensors)
+    if square > limit**2 * of_model:
         raise UpdateError(
-            f"{path}: the update's norm is {math.sqrt(square / model):.3g} times the model's, expected at most {NORM_LIMIT:g}"
+            f"{path}: the update's norm is {math.sqrt(square / of_model):.3g} times the model's, expected at most {limit:g}"
         )
     return path
 

@@ -22,15 +22,16 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
-from mpunlearn.checkpoint import Checkpoint, checkpoint_files
-from mpunlearn.errors import CheckpointError, MessageError, NetworkError, PlanError, UpdateError
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, checkpoint_files
+from mpunlearn.errors import DamagedError, MessageError, NetworkError, PlanError, UpdateError
 from mpunlearn.files import new_directory, read_json, write_bytes, write_json
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.messages import (
@@ -50,56 +51,16 @@ from mpunlearn.protocol.messages import (
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import Store, described, receive
 from mpunlearn.server.arrivals import average, examine, updated
+from mpunlearn.server.federation import Federation
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import ServerState
 
 ATTEMPTS = 3
 """How often a job is given to a client whose results do not pass, before it counts as not answering."""
+OVERHEAD = 200_000
+"""Bytes of an update beside its tensors."""
 FAREWELL = 30.0
 """Seconds that the end of a run waits for the clients to hear of it."""
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Who takes part, and what happens when one does not answer.
-
-    Raises:
-        PlanError: a value is out of its range, or two contradict each other.
-    """
-
-    clients: int = 1
-    """number of clients; round 1 waits for all of them"""
-    assign: Literal["all", "one"] = "all"
-    """all: every client unlearns its own text on every copy, and their updates are averaged; one: each of --copies replicas of
-    one data owner gets one copy, so that none ever holds two of a round"""
-    weights: tuple[float, ...] | None = None
-    """weights of the clients' updates, in the order of the clients (default: equal)"""
-    deadline: float = 86400.0
-    """seconds in which a client must answer in a round"""
-    quorum: int | None = None
-    """fewest clients that a round may end with, when others miss the deadline (default: all of them)"""
-    store: str | None = None
-    """folder or s3://BUCKET/PREFIX that both sides reach; without one, files of up to 64 MB travel in the messages"""
-
-    def __post_init__(self) -> None:
-        if self.clients < 1:
-            raise PlanError(f"--clients: expected at least 1, found {self.clients}")
-        if self.assign not in ("all", "one"):
-            raise PlanError(f"--assign: expected all or one, found {self.assign}")
-        if not self.deadline > 0:
-            raise PlanError(f"--deadline: expected a number of seconds above 0, found {self.deadline}")
-        if self.quorum is not None and not 0 < self.quorum <= self.clients:
-            raise PlanError(f"--quorum: expected a number of clients from 1 to {self.clients}, found {self.quorum}")
-        if self.quorum is not None and self.assign == "one":
-            raise PlanError(
-                "--quorum: with --assign one every client has a copy that no other has; the noise would stay"
-            )
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(self.weights))
-            if len(self.weights) != self.clients or not all(weight > 0 for weight in self.weights):
-                raise PlanError(f"--weights: expected {self.clients} numbers above 0, found {self.weights}")
-            if self.assign == "one":
-                raise PlanError("--weights: with --assign one the weights are those of the copies")
 
 
 class Coordinator:
@@ -190,6 +151,9 @@ class Coordinator:
                 return True
             self._publish(number)
             self._open = number
+        if self._signatures_run_out(number):
+            self._open = None
+            return False
         for file in sorted((self.mail / "inbox").iterdir()):
             if not file.name.startswith("."):
                 self._read(number, file)
@@ -205,8 +169,9 @@ class Coordinator:
         for client, copy in missing:
             self._give(number, client, copy, roster)
         if not missing:
-            self._aggregate(number, pairs, roster)
-            self._open = None
+            if self._agree(number, pairs):
+                self._aggregate(number, pairs, roster)
+                self._open = None
             return False
         self._show(number, "unlearning")
         self._check_deadline(number, missing)
@@ -224,7 +189,7 @@ class Coordinator:
             time.sleep(0.2)
         write_bytes(self.mail / "done", b"")
         for file in (self.mail / "inbox").iterdir():
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     def _publish(self, number: int) -> None:
         """The round's copies, in the store where there is one."""
@@ -233,19 +198,20 @@ class Coordinator:
             self._show(number, "publishing")
             self._rounds.publish(number, folder / "copies")
         self._run = ServerState(self._rounds.state).run
-        if self._store is not None and (folder / "files.json").exists():
-            age = time.time() - float(read_json(folder / "files.json")["begun"])
-            if age > self._store.lasts / 2:  # signed URLs have run out, or will: new ones, in new jobs
-                (folder / "files.json").unlink()
-                shutil.rmtree(folder / "jobs", ignore_errors=True)
-        if not (folder / "files.json").exists():
+        begun = time.time()
+        if self._signatures_run_out(number):
+            begun = float(read_json(folder / "files.json")["begun"])
+            shutil.rmtree(folder / "jobs", ignore_errors=True)
+            self._out = {}
+        if not (folder / "files.json").exists() or self._signatures_run_out(number):
             copies = {}
             for copy in sorted((folder / "copies").iterdir()):
                 files = [described(file) for file in checkpoint_files(copy)]
-                if self._store is None and (size := sum(file.size for file in files)) > MOST_INLINE:
+                size = max(sum(file.size for file in files), self._update_size(number, copy))
+                if self._store is None and size > MOST_INLINE:
                     raise PlanError(
-                        f"--store: a copy has {size / 1e6:.0f} MB and a message carries {MOST_INLINE / 1e6:.0f} MB at most; "
-                        "name a folder or bucket that both sides reach"
+                        f"--store: a copy or its update has {size / 1e6:.0f} MB and a message carries {MOST_INLINE / 1e6:.0f} "
+                        "MB at most; name a folder or bucket that both sides reach"
                     )
                 if self._store is not None:
                     files = [
@@ -255,7 +221,7 @@ class Coordinator:
                         for file in files
                     ]
                 copies[copy.name] = [dataclasses.asdict(file) for file in files]
-            write_json(folder / "files.json", {"copies": copies, "begun": time.time()}, mode=0o600)
+            write_json(folder / "files.json", {"copies": copies, "begun": begun, "signed": time.time()}, mode=0o600)
             self._say(f"round {number}: {len(copies)} copies published")
         for file in sorted((folder / "jobs").glob("*-copy-*")):
             if not file.name.startswith("."):
@@ -263,10 +229,28 @@ class Coordinator:
                 self._out[sealed.name] = _Out(sealed.message, file)
                 if self._update(number, sealed.message.client, sealed.message.copy).exists():
                     self._withdraw(sealed.name)
-        nodes = self._roster()["nodes"]
+        roster = self._roster()
+        roster["asked"] = {
+            node: nonce for node, nonce in roster["asked"].items() if any((self.mail / "outbox" / node).glob("*"))
+        }
+        self._keep(roster)
         for file in (self.mail / "outbox").glob("*/*"):
-            if file.parent.name in nodes and file.name not in self._out:
+            if file.parent.name in roster["nodes"] and file.name not in self._out:
                 file.unlink()  # of a job that is no longer out
+
+    def _signatures_run_out(self, number: int) -> bool:
+        """Whether signed URLs have run out, or soon will: then there are new ones, in new jobs."""
+        if self._store is None or not (file := self._exchange(number) / "files.json").exists():
+            return False
+        return time.time() - float(read_json(file)["signed"]) > self._store.lasts / 2
+
+    def _update_size(self, number: int, copy: Path) -> int:
+        """Bytes of a dense update of a copy; of factors they are few."""
+        tensors = Checkpoint(copy).tensors
+        names = self._planned(copy) or set(tensors)
+        entries = sum(tensors[name].nbytes // tensors[name].dtype.itemsize for name in names)
+        itemsize = FLOAT_DTYPES[self._training["update_dtype"]].itemsize
+        return 0 if self._training["lora_rank"] else entries * itemsize + OVERHEAD
 
     def _key(self, number: int, *parts: str) -> str:
         """Where something lies in the store."""
@@ -362,10 +346,16 @@ class Coordinator:
                 self._accept(number, client, sealed, roster)
             else:
                 raise MessageError("expected a result")
-        except (MessageError, UpdateError, CheckpointError, NetworkError) as error:
-            if isinstance(error, _LostError):
-                raise
+        except _LostError:
+            raise
+        except (MessageError, UpdateError, DamagedError) as error:
             self._say(f"refused a message of {client[:16] if client else f'node {node}'}: {error}")
+            if name in self._out and self._out[name].job.client == client:
+                self._ask_again(name)
+            elif client is None and HEX.fullmatch(name):  # a challenge that was answered badly is not put twice
+                (self.mail / "outbox" / node / name).unlink(missing_ok=True)
+        except NetworkError as error:  # not the client's fault: the courier will bring the message again
+            self._say(f"cannot take a message of {client[:16] if client else f'node {node}'} now: {error}")
         finally:
             file.unlink(missing_ok=True)
 
@@ -374,8 +364,10 @@ class Coordinator:
 
         Raises:
             MessageError: it answers no job that is out to that client.
-            NetworkError: its files cannot be fetched or are not what was signed.
+            DamagedError: its files are not there, or not what was signed.
             UpdateError: it is not an update of that copy.
+            NetworkError: the store does not answer.
+            CheckpointError: this machine cannot write it.
         """
         result = sealed.message
         out = self._out.get(result.job)
@@ -387,35 +379,51 @@ class Coordinator:
         if result.refusal is not None:
             for name in [name for name, other in self._out.items() if other.job.client == client]:
                 self._withdraw(name)  # once it is settled, the client is asked again
-            self._drop(client, f"refuses copy {job.copy} of round {job.round}: {result.refusal:.300}")
+            self._drop({client: f"refuses copy {job.copy} of round {job.round}: {result.refusal:.300}"})
             return
         card = Card(job.run, job.round, job.copy, job.copies)
-        target = self._update(number, client, job.copy)
-        try:
-            with new_directory(target, mode=0o700) as folder:
-                self._fetch(job, sealed, folder)
-                copy = self._exchange(number) / "copies" / f"copy-{job.copy}"
-                examine(folder, copy, card, self._expected(number, copy))
-        except (NetworkError, UpdateError, CheckpointError, MessageError):
-            self._withdraw(result.job)
-            if job.attempt < ATTEMPTS:
-                self._seal(number, client, job.copy, job.attempt + 1)
-            else:
-                self._drop(client, f"sent {ATTEMPTS} results for copy {job.copy} of round {number} that do not pass")
-            raise
+        with new_directory(self._update(number, client, job.copy), mode=0o700) as folder:
+            self._fetch(job, sealed, folder)
+            copy = self._exchange(number) / "copies" / f"copy-{job.copy}"
+            theta, factored = self._rounds.theta(number - 1), bool(self._training["lora_rank"])
+            examine(folder, copy, theta, card, factored=factored, expected=self._planned(copy))
         self._withdraw(result.job)
         self._say(f"round {number}: update of copy {job.copy} of {job.copies} from {client[:16]}")
 
-    def _expected(self, number: int, copy: Path) -> set[str] | None:
-        """The tensors that an update must be of: those that the plan says, or else those of the updates that are there."""
-        if not self._training["lora_rank"] and self._training["train"] in ("blocks", "all"):
-            checkpoint = Checkpoint(copy)
-            places = architecture_of(checkpoint, FAMILIES).places(checkpoint)
-            return {
-                name for name, place in places.items() if place.layer is not None or self._training["train"] == "all"
-            }
-        first = next((self._exchange(number) / "updates").glob("*/copy-*"), None)
-        return None if first is None else updated(first)
+    def _ask_again(self, name: str) -> None:
+        """Gives a job anew whose result did not pass; not for ever."""
+        job = self._out[name].job
+        self._withdraw(name)
+        if job.attempt < ATTEMPTS:
+            self._seal(job.round, job.client, job.copy, job.attempt + 1)
+        else:
+            reason = f"sent {ATTEMPTS} results for copy {job.copy} of round {job.round} that do not pass"
+            self._drop({job.client: reason})
+
+    def _planned(self, copy: Path) -> set[str] | None:
+        """The tensors that an update must be of, where the plan says it in the checkpoint's names."""
+        if self._training["lora_rank"] or self._training["train"] not in ("blocks", "all"):
+            return None
+        checkpoint = Checkpoint(copy)
+        places = architecture_of(checkpoint, FAMILIES).places(checkpoint)
+        return {name for name, place in places.items() if place.layer is not None or self._training["train"] == "all"}
+
+    def _agree(self, number: int, pairs: list[tuple[str, int]]) -> bool:
+        """Whether all updates are of the same tensors. Clients that differ from more than half are gone on without.
+
+        Raises:
+            NetworkError: too few would be left.
+        """
+        found: dict[str, set[frozenset[str]]] = {}
+        for client, copy in pairs:
+            found.setdefault(client, set()).add(frozenset(updated(self._update(number, client, copy))))
+        votes = Counter(next(iter(names)) for names in found.values() if len(names) == 1)
+        usual = {names for names, count in votes.items() if 2 * count > len(found)}
+        if odd := [client for client, names in found.items() if names != usual]:
+            for client in odd:  # should they be gone on with, then with other updates
+                shutil.rmtree(self._exchange(number) / "updates" / client)
+            self._drop(dict.fromkeys(odd, f"trained other tensors than the others in round {number}"))
+        return not odd
 
     def _fetch(self, job: Job, sealed: Sealed, folder: Path) -> None:
         """Brings the files of a result into a folder, never more than an update can have."""
@@ -447,32 +455,34 @@ class Coordinator:
         begun = max(self._started, float(read_json(self._exchange(number) / "files.json")["begun"]))
         if time.time() - begun <= self._federation.deadline:
             return
+        late: dict[str, str] = {}
         for client in dict.fromkeys(client for client, _ in missing):
-            copies = [str(copy) for party, copy in missing if party == client]
-            self._drop(
-                client,
-                f"has not answered for copy {', '.join(copies)} of round {number} in {self._federation.deadline:g} s",
-            )
+            copies = ", ".join(str(copy) for party, copy in missing if party == client)
+            late[client] = f"has not answered for copy {copies} of round {number} in {self._federation.deadline:g} s"
+        self._drop(late)
 
-    def _drop(self, client: str, reason: str) -> None:
-        """Goes on without a client, in all copies, for the rest of the run.
+    def _drop(self, reasons: dict[str, str]) -> None:
+        """Goes on without some clients, in all copies, for the rest of the run.
+
+        Args:
+            reasons: client → why.
 
         Raises:
-            NetworkError: too few would be left.
+            NetworkError: too few would be left; then nobody is dropped.
         """
         roster = self._roster()
-        left = [party for party in roster["clients"] if party not in (*roster["dropped"], client)]
+        left = [party for party in roster["clients"] if party not in roster["dropped"] and party not in reasons]
         quorum = self._federation.quorum
         if quorum is None or len(left) < quorum:
             allowed = "every client" if quorum is None else f"at least {quorum} clients"
-            raise _LostError(
-                f"client {client[:16]} {reason}; the plan needs {allowed}. Settle it with that client, then `server resume`"
-            )
-        roster["dropped"][client] = reason
+            named = "; ".join(f"client {client[:16]} {reason}" for client, reason in reasons.items())
+            raise _LostError(f"{named}; the plan needs {allowed}. Settle it with them, then `server resume`")
+        roster["dropped"] |= reasons
         self._keep(roster)
-        for name in [name for name, out in self._out.items() if out.job.client == client]:
+        for name in [name for name, out in self._out.items() if out.job.client in reasons]:
             self._withdraw(name)
-        self._say(f"goes on without client {client[:16]}: it {reason}")
+        for client, reason in reasons.items():
+            self._say(f"goes on without client {client[:16]}: it {reason}")
 
     # The end of a round.
 

@@ -17,12 +17,14 @@ from typing import Any
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.errors import PlanError, StateError
+from mpunlearn.errors import NetworkError, PlanError, StateError
 from mpunlearn.files import read_json
+from mpunlearn.progress import say
 from mpunlearn.protocol.flower.keys import ClientKeys, Invitation, invite, loopback, read_keys
 from mpunlearn.protocol.flower.superlink import SuperLink
 from mpunlearn.protocol.plan import Training, pin
-from mpunlearn.server.coordinator import Coordinator, Federation
+from mpunlearn.server.coordinator import Coordinator
+from mpunlearn.server.federation import Federation
 from mpunlearn.server.preprocess import Perturbation
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import locked
@@ -97,7 +99,11 @@ def start(
     for model in (source, *([Path(base)] if base is not None else [])):
         opened = Checkpoint(model)
         architecture_of(opened, FAMILIES).places(opened)
-    if not (run / "plan.json").exists() and run.exists() and any(run.iterdir()):
+    if (
+        not (run / "plan.json").exists()
+        and run.exists()
+        and any(file.name != ".plan.json.partial" for file in run.iterdir())
+    ):
         raise PlanError(f"--run {run}: holds something else than a run; name a directory of its own for the run")
     plan = {
         "checkpoint": str(source.resolve()),
@@ -148,9 +154,12 @@ def resume(run: str | Path) -> Path:
             link.start()
             address = attached or f"{host}:{port}"
             invite(run / "invitation.json", Invitation(address, coordinator.identity.public, link.ca))
-            print(f"clients join with {run / 'invitation.json'}", flush=True)
+            say(f"clients join with {run / 'invitation.json'}")
             while not coordinator.step():
-                link.tend()
+                try:
+                    link.tend()
+                except NetworkError as error:  # Flower's trouble is not the run's
+                    say(str(error))
                 time.sleep(POLL)
             coordinator.farewell("complete")
         except KeyboardInterrupt:
@@ -177,7 +186,7 @@ def coordinate(run: Path, plan: dict[str, Any]) -> Coordinator:
         perturbation,
     )
     trusted = [client["key"] for client in plan["clients"]]
-    return Coordinator(rounds, Federation(**plan["federation"]), training, trusted, _say)
+    return Coordinator(rounds, Federation(**plan["federation"]), training, trusted, say)
 
 
 def status(run: str | Path, *, watch: bool = False) -> str:
@@ -246,7 +255,3 @@ def _plan(run: Path) -> dict[str, Any]:
 
 def _listed(values: tuple[float, ...] | None) -> list[float] | None:
     return list(values) if values is not None else None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

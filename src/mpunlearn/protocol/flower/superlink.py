@@ -20,6 +20,8 @@ APP = Path(__file__).parent
 SILENT = 20.0
 """Seconds without a sign of life after which the courier is started again."""
 STARTING = 60.0
+AGAIN = 5.0
+"""Seconds between two attempts to start something."""
 
 
 class SuperLink:
@@ -50,7 +52,8 @@ class SuperLink:
         self.ca: str | None = None
         self._gateway: Gateway | None = None
         self._program: Program | None = None
-        self._launched = 0.0
+        self._launched = self._again = 0.0
+        self._ready = attached is not None
         options = ["--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation"]
         if attached is not None:
             self._port, security = int(attached.rpartition(":")[2]), "insecure = true"
@@ -80,16 +83,26 @@ class SuperLink:
             self._gateway.start()
 
     def tend(self) -> None:
-        """Starts again whatever has died."""
+        """Starts again whatever has died.
+
+        Raises:
+            NetworkError: that failed; it is tried again some seconds later.
+        """
         if self._program is not None and self._program.tend():
+            self._ready = False
+        if time.monotonic() < self._again:
+            return
+        self._again = time.monotonic() + AGAIN  # unless all goes well
+        if not self._ready:
             wait_for_port(self._port, STARTING, f"Flower's SuperLink ({self._folder / 'superlink.log'})")
             for client in self._clients or []:
                 self._register(client)
-            self._launched = 0.0
+            self._launched, self._ready = 0.0, True
         alive = self._mail / "alive"
         seen = max(self._launched, alive.stat().st_mtime if alive.exists() and self._launched else 0.0)
         if time.time() - seen > SILENT:
             self._launch()
+        self._again = 0.0
 
     def stop(self) -> None:
         """Ends the courier, the gateway and the SuperLink."""
@@ -118,9 +131,13 @@ class SuperLink:
                 raise
 
     def _flwr(self, *arguments: str) -> None:
-        done = subprocess.run(
-            [script("flwr"), *arguments], env=environment(self._folder), capture_output=True, text=True, check=False
-        )
+        command = [script("flwr"), *arguments]
+        try:
+            done = subprocess.run(
+                command, env=environment(self._folder), capture_output=True, text=True, check=False, timeout=STARTING
+            )
+        except subprocess.TimeoutExpired:
+            raise NetworkError(f"`flwr {arguments[0]}` has not answered in {STARTING:g} s") from None
         with (self._folder / "flwr.log").open("a") as log:
             log.write(f"flwr {arguments[0]}: {done.returncode}\n{done.stdout}{done.stderr}\n")
         if done.returncode:
