@@ -1,7 +1,9 @@
 import base64
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +128,32 @@ def test_the_same_state_publishes_the_same_copies_again(save_tiny, tmp_path: Pat
     assert [checkpoint_digest(copy) for copy in first] == [checkpoint_digest(copy) for copy in again]
     other = preprocess(path, state=tmp_path / "t", out=tmp_path / "three").copies
     assert not {checkpoint_digest(copy) for copy in first} & {checkpoint_digest(copy) for copy in other}
+
+
+def test_interrupted_anywhere_copies_never_lose_their_record(save_tiny, tmp_path: Path, monkeypatch) -> None:
+    path, rename, sync = save_tiny(), Path.rename, os.fsync
+    for number in range(100):
+        state, out, left = tmp_path / f"s{number}", tmp_path / f"out{number}", [number]
+
+        def interrupted(done: Callable[..., Any], *arguments: Any, left: list[int] = left) -> None:
+            done(*arguments)
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "rename", lambda *places: interrupted(rename, *places))
+        monkeypatch.setattr(os, "fsync", lambda descriptor: interrupted(sync, descriptor))
+        try:
+            preprocess(path, state=state, out=out)
+            break
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+        if out.exists():
+            (record,) = ServerState(state).rounds
+            assert not record.closed
+        else:
+            preprocess(path, state=state, out=out)
+    assert number > 10
 
 
 @pytest.mark.parametrize("change", ["kappa", "weights", "base"])

@@ -300,7 +300,7 @@ def preprocess(
         )
         uniforms = server.secret.stream("alpha", record.inputs).uniforms(perturbation.copies)
         record = dataclasses.replace(record, alphas=perturbation.scales([float(u) for u in uniforms]))
-        with server.opened(record) as pinned, new_directory(out) as folder:
+        with server.opened(record, out) as pinned, new_directory(out) as folder:
             honesty = _write(source, architecture, server, pinned, folder, arithmetic)
         server.measured({name: dataclasses.astuple(value) for name, value in honesty.items()})
     for name, value in honesty.items():

@@ -111,11 +111,11 @@ class ServerState:
         return len(self.rounds) + 1
 
     @contextmanager
-    def opened(self, record: RoundRecord) -> Iterator[RoundRecord]:
-        """Pins a round, in the block that publishes its copies, and gives the record to publish from.
+    def opened(self, record: RoundRecord, out: Path) -> Iterator[RoundRecord]:
+        """Pins a round, in the block that publishes its copies in `out`, and gives the record to publish from.
 
-        A round that is open already is published again from its own record. If the block raises, a newly pinned round is
-        forgotten: its noise serves no other inputs anyway.
+        A round that is open already is published again from its own record. If the block raises before `out` is there, a newly
+        pinned round is forgotten: its noise serves no other inputs anyway.
 
         Raises:
             StateError: a round is open with other inputs.
@@ -143,6 +143,8 @@ class ServerState:
         try:
             yield record
         except BaseException:
+            if out.exists():
+                raise
             self.rounds.pop()
             self._file(record).unlink()
             if was_new:
