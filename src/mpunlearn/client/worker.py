@@ -24,6 +24,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,21 +238,22 @@ class Worker:
             self._later[name] = time.monotonic() + AGAIN
             return
         files = sorted(update.iterdir())
-        described_files = [described(file, slot=slot if job.slots else None) for slot, file in enumerate(files)]
-        size = sum(file.size for file in described_files)
+        size = sum(file.stat().st_size for file in files)
         if len(files) > len(job.slots) if job.slots else size > MOST_INLINE:
             reason = f"an update of {len(files)} files and {size / 1e6:.0f} MB does not fit where the job puts it; use a store"
             self._say(f"{what}: {reason}")
             self._answer(name, seal(Result(job.run, name, refusal=reason), self.identity))
             return
         try:
-            for slot, file in enumerate(files) if job.slots else []:
-                put(file, job.slots[slot])
+            if job.slots:
+                sent = [replace(put(file, job.slots[slot]), slot=slot) for slot, file in enumerate(files)]
+            else:
+                sent = [described(file) for file in files]
         except NetworkError as error:
             self._say(f"{what}: {error}")
             self._later[name] = time.monotonic() + AGAIN
             return
-        self._answer(name, seal(Result(job.run, name, described_files), self.identity, [] if job.slots else files))
+        self._answer(name, seal(Result(job.run, name, sent), self.identity, [] if job.slots else files))
         self._say(f"{what}: done")
 
     def _update(self, job: Job, sealed: Sealed) -> Path:

@@ -18,7 +18,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from mpunlearn.files import file_digest, write_all
 from mpunlearn.progress import bar
 from mpunlearn.protocol.messages import File
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 ATTEMPTS = 3
 """How often a transfer is tried before it has failed."""
 LONGEST_SIGNATURE = 7 * 86400.0
@@ -65,8 +65,8 @@ class Store:
         self._fs = _filesystem(scheme)
         self._signs = scheme == "s3"
 
-    def put(self, path: Path, key: str) -> str:
-        """Puts a file there and returns the URL under which a client gets it."""
+    def put(self, path: Path, key: str) -> File:
+        """Puts a file there; as a message names it, with the URL under which a client gets it."""
         target = self._at(key)
 
         def once() -> str:
@@ -74,7 +74,10 @@ class Store:
             self._fs.put_file(str(path), target)
             return str(self._fs.url(target, expires=self.lasts)) if self._signs else target
 
-        return _tried(f"putting {path.name} to {target}", once)
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(file_digest, path)
+            url = _tried(f"putting {path.name} to {target}", once)
+            return File(path.name, path.stat().st_size, digest.result(), url)
 
     def slot(self, key: str) -> str:
         """The URL that a client may put one file to."""
@@ -172,15 +175,11 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            # The digest of a chunk is computed while it is written and the next one is read.
-            with bar(file.size, file.name) as steps, ThreadPoolExecutor(1) as hasher:
-                hashed: Future[None] | None = None
+            with bar(file.size, file.name) as steps:
                 for chunk in chunks:
                     if size + len(chunk) > file.size:
                         raise DamagedError(f"{source}: {file.name} is larger than the {file.size} bytes announced")
-                    if hashed is not None:
-                        hashed.result()
-                    hashed = hasher.submit(digest.update, chunk)
+                    digest.update(chunk)
                     write_all(descriptor, chunk, size)
                     size += len(chunk)
                     steps.update(len(chunk))
@@ -197,13 +196,16 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
         part.unlink(missing_ok=True)
 
 
-def put(path: Path, url: str) -> None:
-    """Puts a file where a URL says: a slot of a job.
+def put(path: Path, url: str) -> File:
+    """Puts a file where a URL says, a slot of a job; as a message names it.
 
     Raises:
         NetworkError: it cannot be put there.
     """
-    _tried(f"putting {path.name} to {shown(url)}", lambda: _put(path, url))
+    with ThreadPoolExecutor(1) as hasher:
+        digest = hasher.submit(file_digest, path)
+        _tried(f"putting {path.name} to {shown(url)}", lambda: _put(path, url))
+        return File(path.name, path.stat().st_size, digest.result())
 
 
 def _put(path: Path, url: str) -> None:
@@ -234,9 +236,9 @@ def _put(path: Path, url: str) -> None:
         _filesystem(scheme).put_file(str(path), url)
 
 
-def described(path: Path, url: str | None = None, slot: int | None = None) -> File:
-    """A file as a message names it."""
-    return File(path.name, path.stat().st_size, file_digest(path), url, slot)
+def described(path: Path) -> File:
+    """A file as the message that carries it names it."""
+    return File(path.name, path.stat().st_size, file_digest(path))
 
 
 def _tried(what: str, once: Callable[[], T]) -> T:

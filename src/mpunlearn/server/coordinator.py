@@ -206,20 +206,17 @@ class Coordinator:
         if not (folder / "files.json").exists() or self._signatures_run_out(number):
             copies = {}
             for copy in sorted((folder / "copies").iterdir()):
-                files = [described(file) for file in checkpoint_files(copy)]
-                size = max(sum(file.size for file in files), self._update_size(number, copy))
+                paths = checkpoint_files(copy)
+                size = max(sum(path.stat().st_size for path in paths), self._update_size(number, copy))
                 if self._store is None and size > MOST_INLINE:
                     raise PlanError(
                         f"--store: a copy or its update has {size / 1e6:.0f} MB and a message carries {MOST_INLINE / 1e6:.0f} "
                         "MB at most; name a folder or bucket that both sides reach"
                     )
-                if self._store is not None:
-                    files = [
-                        dataclasses.replace(
-                            file, url=self._store.put(copy / file.name, self._key(number, copy.name, file.name))
-                        )
-                        for file in files
-                    ]
+                files = [
+                    self._store.put(path, self._key(number, copy.name, path.name)) if self._store else described(path)
+                    for path in paths
+                ]
                 copies[copy.name] = [dataclasses.asdict(file) for file in files]
             write_json(folder / "files.json", {"copies": copies, "begun": begun, "signed": time.time()}, mode=0o600)
             self._say(f"round {number}: {len(copies)} copies published")
