@@ -93,6 +93,10 @@ def start(
         )
     if superlink is not None and not insecure:
         raise PlanError("--superlink: is reached without TLS; give --insecure true, too")
+    if superlink is not None and not (
+        loopback(superlink.rpartition(":")[0]) and superlink.rpartition(":")[2].isdigit()
+    ):
+        raise PlanError(f"--superlink: expected 127.0.0.1:PORT, found {superlink}")
     keys = [dataclasses.asdict(read_keys(path)) for path in trust.split(",")] if trust is not None else []
     if keys and len(keys) != federation.clients:
         raise PlanError(f"--trust: expected the files of {federation.clients} --clients, found {len(keys)}")

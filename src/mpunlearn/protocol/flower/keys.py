@@ -7,7 +7,6 @@ Neither file is secret; both must come from who they say (by a channel that the 
 
 import datetime
 import ipaddress
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,4 +157,4 @@ def _is_ip(host: str) -> bool:
 
 def invite(path: Path, invitation: Invitation) -> None:
     """Writes invitation.json."""
-    path.write_text(json.dumps(asdict(invitation), indent=2) + "\n", encoding="utf-8")
+    write_json(path, asdict(invitation))

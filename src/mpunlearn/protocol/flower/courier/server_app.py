@@ -32,10 +32,17 @@ def main(grid: Grid, context: Context) -> None:
             if node not in busy and (record := courier.load(str(node))):
                 content = RecordDict({"mail": ConfigRecord(record)})
                 message = Message(content=content, dst_node_id=node, message_type="query", ttl=SILENCE)
-                asked |= {identity: (node, time.monotonic()) for identity in grid.push_messages([message])}
-        for reply in grid.pull_messages(list(asked)) if asked else []:
-            node, _ = asked.pop(reply.metadata.reply_to_message_id, (0, 0.0))
-            if node and reply.has_content() and "mail" in reply.content:
-                courier.unload(str(node), dict(reply.content["mail"]))
+                for identity in grid.push_messages([message]):
+                    if identity:  # none, if the node has just gone
+                        asked[identity] = (node, time.monotonic())
+        for identity, (node, _) in list(asked.items()):
+            try:
+                for reply in grid.pull_messages([identity]):
+                    del asked[identity]
+                    if reply.has_content() and "mail" in reply.content:
+                        courier.unload(str(node), dict(reply.content["mail"]))
+            except Exception as error:  # one node's nonsense is not the others' trouble
+                print(f"node {node}: its answer cannot be read: {type(error).__name__}")
+                asked.pop(identity, None)
         asked = {identity: (node, at) for identity, (node, at) in asked.items() if time.monotonic() - at < SILENCE}
         time.sleep(0.3)
