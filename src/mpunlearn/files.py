@@ -16,6 +16,9 @@ from typing import Any
 
 from mpunlearn.errors import CheckpointError
 
+MOST_JSON = 100_000_000
+"""Bytes of a JSON file that is still read: what arrives may be as large as an update."""
+
 
 @contextmanager
 def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
@@ -80,9 +83,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or not an object.
+        CheckpointError: the file is missing, not JSON, not an object, or impossibly large.
     """
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written again
     except (OSError, ValueError, RecursionError) as error:
