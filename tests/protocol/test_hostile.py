@@ -567,12 +567,48 @@ def test_a_copy_whose_config_makes_no_sense_is_refused(scene: Scene, tmp_path: P
         folder = net.folder / "server/exchange/round-1/copies/copy-1"
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
-        _, job = job_of(net)
-        files = [folder / file.name for file in job.files]
-        listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-        path = hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))
-        assert "copy" in str(answer(net, path).refusal), change
+        assert "copy" in str(answer(net, given(net, folder)).refusal), change
         assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
+
+
+def given(net: Net, folder: Path) -> Path:
+    """Hands over copy 1 as it lies in a folder now."""
+    _, job = job_of(net)
+    files = [folder / file.name for file in job.files]
+    listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))
+
+
+@pytest.mark.parametrize(
+    "change", [{"_attn_implementation": "somebody/kernel"}, {"attn_implementation": {"": "somebody/kernel"}}]
+)
+def test_a_copy_that_names_code_of_the_hub_is_not_loaded(change, scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    import transformers
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    net = scene.net(tmp_path / "net")
+    folder = net.folder / "server/exchange/round-1/copies/copy-1"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert answer(net, given(net, folder)).refusal == "transformers cannot load the copy"
+    assert any("names code of others" in line for line in net.said)
+
+
+def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> None:
+    """The copy's tokenizer gives ids that its model does not have."""
+    net = scene.net(tmp_path / "net")
+    folder = net.folder / "server/exchange/round-1/copies/copy-1"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 3}))
+    found = load_file(folder / "model.safetensors")
+    cut = {key: value[:3] if value.shape[0] == config["vocab_size"] else value for key, value in found.items()}
+    save_file({key: value.contiguous() for key, value in cut.items()}, folder / "model.safetensors")
+    assert answer(net, given(net, folder)).refusal == "training on the copy failed"
+    assert "Traceback" in (net.folder / "work-0" / "error.txt").read_text()
+    assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
 
 
 def test_an_old_job_is_not_done_again(scene: Scene, tmp_path: Path) -> None:

@@ -523,7 +523,14 @@ def test_the_first_client_does_not_decide_what_all_must_train(world, tmp_path: P
     assert list(net.coordinator._roster()["dropped"]) == [odd]
 
 
-def test_factors_that_would_overflow_in_another_basis_are_refused(world, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("a", "b", "why"),
+    [
+        (torch.full((1, 32), 1e37), torch.full((32, 1), 1e-39), "overflow in another basis"),
+        (torch.tensor([[1e10], [-1e10]]).expand(2, 32), torch.full((32, 2), 1e10), "cancel"),
+    ],
+)
+def test_factors_that_another_basis_would_spoil_are_refused(world, tmp_path: Path, a, b, why: str) -> None:
     from mpunlearn.errors import UpdateError
     from mpunlearn.protocol.exchange import Card
 
@@ -531,11 +538,41 @@ def test_factors_that_would_overflow_in_another_basis_are_refused(world, tmp_pat
     entry = json.loads((published / "config.json").read_text())["mpunlearn"]
     name = "model.layers.0.self_attn.q_proj.weight"
     (tmp_path / "update").mkdir()
-    a, b = torch.full((1, 32), 1e37), torch.full((32, 1), 1e-39)
-    save_file({f"{name}.lora_A": a, f"{name}.lora_B": b}, tmp_path / "update" / "update.safetensors")
+    save_file(
+        {f"{name}.lora_A": a.contiguous(), f"{name}.lora_B": b.contiguous()}, tmp_path / "update" / "update.safetensors"
+    )
     (tmp_path / "update" / "update.json").write_text(json.dumps({"format": 1, "mpunlearn": entry}))
-    with pytest.raises(UpdateError, match="overflow in another basis"):
+    with pytest.raises(UpdateError, match=why):
         examine(tmp_path / "update", published, world[0], Card(**entry), factored=True)
+
+
+def test_a_store_that_is_away_between_rounds_does_not_end_the_run(world, tmp_path: Path, monkeypatch) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 2}
+    net = net_of(tmp_path / "net", world, **options)
+    failures = {"remove": 3, "put": 3}
+
+    def failing(name: str) -> Any:
+        action = getattr(net.coordinator._store, name)
+
+        def call(*arguments: Any) -> Any:
+            if (
+                net.coordinator._going and failures[name]
+            ):  # not at the very first step, where it would be a wrong option
+                failures[name] -= 1
+                raise NetworkError(f"{name}: the store is away")
+            return action(*arguments)
+
+        return call
+
+    for name in failures:
+        monkeypatch.setattr(net.coordinator._store, name, failing(name))
+    net.run()
+    assert failures == {"remove": 0, "put": 0}
+    assert [line for line in net.said if "trying on" in line] == [
+        f"{name}: the store is away; trying on" for name in ("remove", "put")
+    ]
+    assert not list(store.rglob("*.safetensors"))
 
 
 def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:

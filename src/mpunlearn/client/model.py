@@ -9,7 +9,7 @@ This module imports transformers at the top; import it where work begins.
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from mpunlearn.errors import PlanError, UnloadableError
 
 LAYER = r"\.(layers|h|blocks)\.\d+\."
 """Matches the names of parameters inside transformer layers."""
+_BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
+"""Implementations of attention and experts that are part of transformers; others may be fetched from the hub."""
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -44,6 +46,8 @@ def load_model(path: Path) -> Any:
         UnloadableError: transformers cannot load it.
     """
     quiet()
+    if (code := _code(Checkpoint(path).config)) is not None:
+        raise UnloadableError(f"{path}: its config.json names code of others, {code}; remove that")
     with _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +62,16 @@ def load_tokenizer(path: Path) -> Any:
     quiet()
     with _as_unloadable(path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _code(config: Mapping[str, Any]) -> str | None:
+    """What in a configuration would make transformers load code from elsewhere: an attention kernel of the hub, say."""
+    for key, value in config.items():
+        if "implementation" in key and value not in _BUILT_IN:
+            return f"{key} = {value!r:.80}"
+        if isinstance(value, Mapping) and (found := _code(value)) is not None:
+            return found
+    return None
 
 
 @contextmanager

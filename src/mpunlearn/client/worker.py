@@ -10,6 +10,7 @@ folder on trust. A job is done only if the server signed it for this client, and
     WORK/copies/                the copy that is being worked on
     WORK/updates/               finished updates, until the round after the next begins
     WORK/copies.json            which copy was done under which numbers
+    WORK/error.txt              why a training failed
 
 A worker that is killed is started again with the same command and goes on: an update that is finished is not trained again, and
 a job that was given before is answered with the same update. Another copy under the number of one that was done is refused: two
@@ -23,10 +24,13 @@ import secrets
 import shutil
 import stat
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mpunlearn.architecture import FAMILIES
 from mpunlearn.architecture.spaces import architecture_of
@@ -38,13 +42,14 @@ from mpunlearn.client.unlearn import Client
 from mpunlearn.errors import (
     CheckpointError,
     MessageError,
+    MPUError,
     NetworkError,
     PlanError,
     StateError,
     UnloadableError,
     UnsupportedModelError,
 )
-from mpunlearn.files import new_directory, read_json, write_json
+from mpunlearn.files import new_directory, read_json, write_bytes, write_json
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.messages import (
     HEX,
@@ -301,7 +306,15 @@ class Worker:
         try:
             client.unlearn(copy, target)
         except UnloadableError as error:
+            self._say(str(error))
             raise _RefusalError("transformers cannot load the copy") from error
+        except (MPUError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what a senseless copy or plan leads to somewhere in a training has no one type
+            self._client = None
+            write_bytes(self._folder / "error.txt", traceback.format_exc().encode(errors="replace"))
+            self._say(f"training failed: {type(error).__name__}; see {self._folder / 'error.txt'}")
+            raise _RefusalError("training on the copy failed") from error
         shutil.rmtree(copy, ignore_errors=True)
         return target
 

@@ -25,6 +25,8 @@ MARGIN = 0.999
 """What is let in must not be refused later for the rounding of its norm."""
 FACTOR_LIMIT = 1e15
 """Greatest norm of a factor: two of them stay in float32's range, in any basis."""
+CANCELLATION = 1e3
+"""How many times larger than their product factors may be: beyond it, float32 in another basis is no longer their product."""
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Published name of each tensor → published dtype and shape."""
 
@@ -64,12 +66,17 @@ def examine(
     square = sum(_square(arrival.tensors, name) for name in sorted(names))
     if not math.isfinite(square):
         raise UpdateError(f"{path}: holds NaN or infinite values; train again")
-    for name in arrival.tensors.tensors if factored else ():
-        if _norm(arrival.tensors, name) > FACTOR_LIMIT**2:
-            raise UpdateError(f"{path}: {name} has a norm beyond {FACTOR_LIMIT:g}; it would overflow in another basis")
     limit = MARGIN * NORM_LIMIT
     theta = Checkpoint(model)
     of_model = sum(_norm(theta, name) for name in theta.tensors)
+    for name in sorted(names) if factored else ():
+        a, b = (_norm(arrival.tensors, name + factor) for factor in FACTORS)
+        if max(a, b) > FACTOR_LIMIT**2:
+            raise UpdateError(
+                f"{path}: a factor of {name} is beyond {FACTOR_LIMIT:g}; it would overflow in another basis"
+            )
+        if a * b > CANCELLATION**2 * of_model:
+            raise UpdateError(f"{path}: the factors of {name} cancel; in another basis their product would be another")
     if square > limit**2 * of_model:
         raise UpdateError(
             f"{path}: the update's norm is {math.sqrt(square / of_model):.3g} times the model's, expected at most {limit:g}"

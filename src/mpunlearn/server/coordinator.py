@@ -101,6 +101,8 @@ class Coordinator:
         self._run = ""
         self._out: dict[str, _Out] = {}
         self._shown: dict[str, Any] = {}
+        self._going = False
+        self._trouble = ""
 
     # What is kept.
 
@@ -131,15 +133,30 @@ class Coordinator:
     # One step.
 
     def step(self) -> bool:
-        """Does what can be done now.
+        """Does what can be done now. If the store does not answer, that is said, and the next step tries again.
 
         Returns:
             Whether the run is complete.
 
         Raises:
-            NetworkError: a client does not answer, or refuses, and the run cannot go on without it.
+            NetworkError: a client does not answer, or refuses, and the run cannot go on without it; or the store did not answer
+                at the very first step.
             MPUError: as `preprocess` and `postprocess` do.
         """
+        try:
+            complete = self._step()
+        except NetworkError as error:
+            if isinstance(error, _LostError) or not self._going:
+                raise
+            self._open = None  # look at all that is there again
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                self._say(f"{error}; trying on")
+            return False
+        self._going, self._trouble = True, ""
+        return complete
+
+    def _step(self) -> bool:
         number = self._open
         if number is None:
             number = next((n for n in range(1, self._rounds.rounds + 1) if not self._rounds.closed(n)), None)
@@ -162,7 +179,7 @@ class Coordinator:
         if len(roster["clients"]) < self._federation.clients:
             self._show(number, "waiting for clients")
             if time.time() - self._started > self._federation.deadline:
-                raise NetworkError(f"only {len(roster['clients'])} of {self._federation.clients} clients have come")
+                raise _LostError(f"only {len(roster['clients'])} of {self._federation.clients} clients have come")
             return False
         pairs = self._pairs(roster)
         missing = [(client, copy) for client, copy in pairs if not self._update(number, client, copy).exists()]
