@@ -508,6 +508,9 @@ def test_one_copy_under_one_number_and_one_run(scene: Scene, tmp_path: Path) -> 
     swapped = unchecked(Job, **{**vars(other), "copy": 1})
     second = hand_over(net, seal(swapped, net.coordinator.identity, files))
     assert "was another copy or another plan before" in str(answer(net, second).refusal)
+    for change in ({"rounds": 2}, {"copies": 3}, {"training": {**TRAINING, "epochs": 2}}):
+        changed = hand_over(net, job_with(net, **change))
+        assert answer(net, changed).refusal == "the plan is another than in the first job of this run"
     elsewhere = hand_over(net, job_with(net, run="0" * 32))
     assert answer(net, elsewhere).refusal == (
         "this client takes part in another run; for this one it needs another --work"

@@ -5,7 +5,7 @@ this worker is a program that the data owner installed, is the only one that ope
 folder on trust. A job is done only if the server signed it for this client, and the owner's policy allows it.
 
     WORK/identity.key           the client's Ed25519 key
-    WORK/run.json               the one run that this client takes part in
+    WORK/run.json               the one run that this client takes part in, and its plan
     WORK/memory/                what the copies of round 1 said: `Client`
     WORK/copies/                the copy that is being worked on
     WORK/updates/               finished updates, until the round after the next begins
@@ -223,10 +223,13 @@ class Worker:
                 raise _RefusalError("the job is for another client")
             if objections := self._policy.objections(job):
                 raise _RefusalError("; ".join(objections))
+            agreed = {"run": job.run, "rounds": job.rounds, "copies": job.copies, "training": job.training}
             if not (self._folder / "run.json").exists():
-                write_json(self._folder / "run.json", {"run": job.run}, mode=0o600)
+                write_json(self._folder / "run.json", agreed, mode=0o600)
             if not self._is_mine(job.run):
                 raise _RefusalError("this client takes part in another run; for this one it needs another --work")
+            if read_json(self._folder / "run.json") != agreed:
+                raise _RefusalError("the plan is another than in the first job of this run")
             update = self._update(job, sealed)
         except PlanError as error:
             self._say(f"{what}: refused: {error}")
