@@ -21,7 +21,12 @@ def bar(total: int, what: str) -> "tqdm[None]":
 
 def say(line: str) -> None:
     """Prints one line for people. What the other party wrote of it cannot move the cursor or fail to be encoded."""
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), flush=True)
+    print(printable(line), flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with what is no character for people escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _style() -> dict[str, Any]:

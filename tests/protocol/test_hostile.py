@@ -238,6 +238,16 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
         lambda net, files: result(net, {**files, "update.safetensors": giant()}),
         "neither an update nor",
     ),
+    "a list without end": (
+        lambda net, files: result(
+            net, {**files, "update.safetensors": (1 << 25).to_bytes(8, "little") + bytes(1 << 25)}
+        ),
+        "headers of|announces more",
+    ),
+    "a card of many megabytes": (
+        lambda net, files: result(net, {**files, "update.json": b" " * 17_000_000}),
+        "announces more|at most",
+    ),
     "no tensors": (lambda net, files: result(net, tensors(files, dict.clear)), "holds no tensors"),
     "no card": (lambda net, files: result(net, {**files, "update.json": b"{}"}), "does not say which copy"),
     "another copy's card": (lambda net, files: result(net, card(files, copy=2)), "is of copy 2"),
@@ -625,6 +635,17 @@ def test_an_old_job_is_not_done_again(scene: Scene, tmp_path: Path) -> None:
     old = hand_over(net, job_with(net, rounds=5, nonce="again"))
     assert "round 1 is over" in str(answer(net, old).refusal)
     assert current.exists()
+
+
+def test_a_refusal_cannot_move_the_cursor(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    name = job_of(net)[0]
+    (net.coordinator.mail / "inbox" / f"1-{name}").write_bytes(result(net, {}, refusal="\x1b[2Jrun complete"))
+    from mpunlearn.errors import NetworkError
+
+    with pytest.raises(NetworkError, match=r"x1b\[2Jrun complete") as caught:
+        net.coordinator.step()
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_result_that_is_always_damaged_is_not_asked_for_for_ever(scene: Scene, tmp_path: Path) -> None:

@@ -575,6 +575,42 @@ def test_a_store_that_is_away_between_rounds_does_not_end_the_run(world, tmp_pat
     assert not list(store.rglob("*.safetensors"))
 
 
+def test_a_node_whose_first_answer_was_damaged_is_asked_again(world, tmp_path: Path, monkeypatch) -> None:
+    from mpunlearn.server import coordinator
+
+    monkeypatch.setattr(coordinator, "AGAIN", 0.0)
+    net = net_of(tmp_path / "net", world, rounds=1)
+    damaged: list[str] = []
+
+    def tamper(node: str, name: str, data: bytes) -> bytes:
+        damaged.append(name)
+        return data if len(damaged) > 1 else b"noise"
+
+    net.tamper = tamper
+    net.run()
+    assert any(line.startswith("refused") for line in net.said)
+
+
+def test_the_deadline_begins_when_all_clients_are_there_and_waits_for_the_store(
+    world, tmp_path: Path, monkeypatch
+) -> None:
+    net = net_of(tmp_path / "net", world, rounds=1, federation={"deadline": 1000.0})
+    while not net.coordinator._out:
+        net.turn()
+    roster, missing = net.coordinator._roster(), [(net.identity(0).public, 1)]
+    check = net.coordinator._check_deadline
+    check(1, missing, roster["complete"] + 999)
+    with pytest.raises(NetworkError, match="has not answered"):
+        check(1, missing, time.time() + 1001)
+    net.coordinator._keep({**roster, "complete": time.time() + 500})
+    check(1, missing, time.time() + 1001)  # the last of them came later
+    net.coordinator._keep(roster)
+    net.coordinator._unfetched.add(net.identity(0).public)
+    check(1, missing, time.time() + 1999)
+    with pytest.raises(NetworkError, match="has not answered"):
+        check(1, missing, time.time() + 2001)
+
+
 def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
     """A 16-bit copy that fits has a float32 update that does not."""
     from mpunlearn.server import coordinator

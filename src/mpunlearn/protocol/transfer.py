@@ -259,7 +259,7 @@ def _tried(what: str, once: Callable[[], T]) -> T:
                 raise
             if isinstance(error, FileNotFoundError) or _status(error) == 404:
                 raise DamagedError(f"{what}: it is not there") from None
-            if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR):
+            if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
                 raise DamagedError(f"{what}: it is no regular file") from None
             if attempt == ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
                 raise NetworkError(f"{what}: {_reason(error)}") from None

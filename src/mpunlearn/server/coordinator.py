@@ -33,6 +33,7 @@ from mpunlearn.architecture.spaces import architecture_of
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, checkpoint_files
 from mpunlearn.errors import DamagedError, MessageError, NetworkError, PlanError, UpdateError
 from mpunlearn.files import new_directory, read_json, write_bytes, write_json
+from mpunlearn.progress import printable
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.messages import (
     HEX,
@@ -59,6 +60,10 @@ ATTEMPTS = 3
 """How often a job is given to a client whose results do not pass, before it counts as not answering."""
 OVERHEAD = 200_000
 """Bytes of an update beside its tensors."""
+MOST_LISTED = 16_000_000
+"""Bytes of an update's JSON files, and of its shards' headers together."""
+AGAIN = 10.0
+"""Seconds until a node whose answer to a challenge was refused is asked again."""
 FAREWELL = 30.0
 """Seconds that the end of a run waits for the clients to hear of it."""
 
@@ -102,6 +107,8 @@ class Coordinator:
         self._out: dict[str, _Out] = {}
         self._shown: dict[str, Any] = {}
         self._going = False
+        self._unfetched: set[str] = set()
+        self._refused: dict[str, float] = {}
         self._trouble = ""
 
     # What is kept.
@@ -171,6 +178,7 @@ class Coordinator:
         if self._signatures_run_out(number):
             self._open = None
             return False
+        now = time.time()  # what arrives while the inbox is read has come in time
         for file in sorted((self.mail / "inbox").iterdir()):
             if not file.name.startswith("."):
                 self._read(number, file)
@@ -191,7 +199,7 @@ class Coordinator:
                 self._open = None
             return False
         self._show(number, "unlearning")
-        self._check_deadline(number, missing)
+        self._check_deadline(number, missing, now)
         return False
 
     def farewell(self, outcome: str) -> None:
@@ -279,7 +287,8 @@ class Coordinator:
         """Asks every node that nobody has answered for which party it carries for."""
         roster = self._roster()
         for node in sorted(file.name for file in (self.mail / "nodes").iterdir() if file.name.isdigit()):
-            if node not in roster["nodes"] and node not in roster["asked"]:
+            wait = time.monotonic() - self._refused.get(node, -AGAIN) < AGAIN
+            if node not in roster["nodes"] and node not in roster["asked"] and not wait:
                 nonce = secrets.token_hex(16)
                 message = seal(Challenge(self._run, nonce, node), self.identity)
                 shutil.rmtree(self.mail / "outbox" / node, ignore_errors=True)
@@ -300,6 +309,8 @@ class Coordinator:
             del roster["nodes"][old]
             shutil.rmtree(self.mail / "outbox" / old, ignore_errors=True)
         roster["nodes"][node] = sealed.sender
+        if len(roster["clients"]) == self._federation.clients:
+            roster.setdefault("complete", time.time())
         del roster["asked"][node]
         self._keep(roster)
         (self.mail / "outbox" / node / name).unlink(missing_ok=True)
@@ -366,9 +377,16 @@ class Coordinator:
             self._say(f"refused a message of {client[:16] if client else f'node {node}'}: {error}")
             if name in self._out and self._out[name].job.client == client:
                 self._ask_again(name)
-            elif client is None and HEX.fullmatch(name):  # a challenge that was answered badly is not put twice
+            elif client is None and HEX.fullmatch(
+                name
+            ):  # a challenge that was answered badly is put anew, a little later
                 (self.mail / "outbox" / node / name).unlink(missing_ok=True)
+                roster = self._roster()
+                if roster["asked"].pop(node, None) is not None:
+                    self._refused[node] = time.monotonic()
+                    self._keep(roster)
         except NetworkError as error:  # not the client's fault: the courier will bring the message again
+            self._unfetched |= {client} if client is not None else set()
             self._say(f"cannot take a message of {client[:16] if client else f'node {node}'} now: {error}")
         finally:
             file.unlink(missing_ok=True)
@@ -393,12 +411,13 @@ class Coordinator:
         if result.refusal is not None:
             for name in [name for name, other in self._out.items() if other.job.client == client]:
                 self._withdraw(name)  # once it is settled, the client is asked again
-            self._drop({client: f"refuses copy {job.copy} of round {job.round}: {result.refusal:.300}"})
+            self._drop({client: f"refuses copy {job.copy} of round {job.round}: {printable(result.refusal[:300])}"})
             return
         card = Card(job.run, job.round, job.copy, job.copies)
         with new_directory(self._update(number, client, job.copy), mode=0o700) as folder:
             self._fetch(job, sealed, folder)
             copy = self._exchange(number) / "copies" / f"copy-{job.copy}"
+            _check_headers(folder)
             theta, factored = self._rounds.theta(number - 1), bool(self._training["lora_rank"])
             examine(folder, copy, theta, card, factored=factored, expected=self._planned(copy))
         self._withdraw(result.job)
@@ -445,6 +464,12 @@ class Coordinator:
         most = sum(4 * info.nbytes // info.dtype.itemsize for info in copy.tensors.values()) + 10_000_000
         if sum(file.size for file in sealed.message.files) > most:
             raise MessageError(f"announces more than the {most} bytes that an update can have")
+        for file in sealed.message.files:
+            if file.size > MOST_LISTED and file.name.endswith(".json"):
+                raise MessageError(f"{file.name}: has {file.size} bytes, expected at most {MOST_LISTED}")
+        slots = [file.slot for file in sealed.message.files if file.slot is not None]
+        if len(set(slots)) != len(slots):
+            raise MessageError("two files are in the same slot")
         payloads = sealed.payloads()
         for file in sealed.message.files:
             if file.url is not None or (file.slot is None) == (self._store is not None):
@@ -465,15 +490,18 @@ class Coordinator:
 
     # Who is not there.
 
-    def _check_deadline(self, number: int, missing: list[tuple[str, int]]) -> None:
-        begun = max(self._started, float(read_json(self._exchange(number) / "files.json")["begun"]))
-        if time.time() - begun <= self._federation.deadline:
-            return
+    def _check_deadline(self, number: int, missing: list[tuple[str, int]], now: float) -> None:
+        complete = float(self._roster().get("complete", 0.0))
+        begun = max(self._started, complete, float(read_json(self._exchange(number) / "files.json")["begun"]))
         late: dict[str, str] = {}
         for client in dict.fromkeys(client for client, _ in missing):
+            # Whose answer came while the store was away has as much time again, and not for ever.
+            if now - begun <= self._federation.deadline * (2 if client in self._unfetched else 1):
+                continue
             copies = ", ".join(str(copy) for party, copy in missing if party == client)
             late[client] = f"has not answered for copy {copies} of round {number} in {self._federation.deadline:g} s"
-        self._drop(late)
+        if late:
+            self._drop(late)
 
     def _drop(self, reasons: dict[str, str]) -> None:
         """Goes on without some clients, in all copies, for the rest of the run.
@@ -559,6 +587,21 @@ class Coordinator:
         if shown != self._shown:
             self._shown = shown
             write_json(self.folder / "status.json", {**shown, "at": time.time()}, mode=0o600)
+
+
+def _check_headers(folder: Path) -> None:
+    """Refuses an update whose lists of tensors alone would fill the memory.
+
+    Raises:
+        MessageError: its safetensors headers are together larger than `MOST_LISTED`.
+    """
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            total += length if length <= path.stat().st_size else 0  # if not, it is no such file, as `examine` will say
+    if total > MOST_LISTED:
+        raise MessageError(f"headers of {total} bytes, expected at most {MOST_LISTED}")
 
 
 @dataclass(frozen=True)

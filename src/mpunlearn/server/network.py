@@ -100,6 +100,8 @@ def start(
     keys = [dataclasses.asdict(read_keys(path)) for path in trust.split(",")] if trust is not None else []
     if keys and len(keys) != federation.clients:
         raise PlanError(f"--trust: expected the files of {federation.clients} --clients, found {len(keys)}")
+    if len({key["key"] for key in keys}) != len(keys):
+        raise PlanError("--trust: names the same client twice; a client is one party")
     for model in (source, *([Path(base)] if base is not None else [])):
         opened = Checkpoint(model)
         architecture_of(opened, FAMILIES).places(opened)
