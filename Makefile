@@ -24,7 +24,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 benchmarks: $(READY)
-	$(BIN)/python benchmarks/preprocess.py
+	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/network.py
 	$(if $(TOFU),$(BIN)/python benchmarks/tofu_small.py --tofu $(TOFU),@echo "give TOFU=DIRECTORY, the TOFU files, to run tofu_small")

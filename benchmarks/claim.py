@@ -31,16 +31,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from mpunlearn import Perturbation, Training, toy
+from claim_arms import RETRAINED, SUITES, Arm
+from claim_tables import SCORES, by_score, differences, figure, table
+from mpunlearn import Perturbation, Training
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.client import Client, Data
-from mpunlearn.client.model import load
+from mpunlearn.demo import models
 from mpunlearn.evaluation import tofu
 from mpunlearn.evaluation.sets import Questions, read_sets
-from mpunlearn.protocol.local import run
+from mpunlearn.lm.model import load
+from mpunlearn.local import run
 from mpunlearn.server import postprocess, preprocess
 
 EPOCHS = 10
@@ -57,35 +57,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "wga": {"gamma": 0.5},
 }
 """Hyper-parameters on the embedded benchmark; chosen on noise-free unlearning at seed 0, the same for every arm."""
-SCORES = (
-    "forget_probability",
-    "forget_rouge_l_recall",
-    "forget_truth_ratio",
-    "retain_probability",
-    "retain_rouge_l_recall",
-    "model_utility",
-)
-QUIET = (1.0, -1.0, 0.5**0.5, -(0.5**0.5))
-"""Scales of four extrapolated copies, two of which have less noise than the paper's."""
 INVERTED = ("forget_probability", "forget_rouge_l_recall")
-FREE, RETRAINED = "noise-free", "retrained"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of unlearning."""
-
-    name: str
-    perturbation: dict[str, Any]
-    base: bool = False
-    """Noise relative to the task vector."""
-    rounds: int = 5
-    training: dict[str, Any] = field(default_factory=dict)
-    baseline: str = FREE
-    """The arm that it is compared with."""
-    eta: float = 1.0
-    own_batches: bool = False
-    """Every copy has its examples in an order of its own."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +94,7 @@ class Source:
         """The subject of one seed; only the embedded benchmark has another model for every seed."""
         data = Data(data_root=self.data_root)
         if self.model is None:
-            world = toy.prepare(seed)
+            world = models.prepare(seed)
             sets = read_sets(str(world.path / "data"), "", None, data)
             training = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective]}
             paths = (str(world.data("forget")), str(world.data("retain")))
@@ -142,92 +114,6 @@ class Source:
 def without_holdout(sets: dict[str, Questions]) -> dict[str, Questions]:
     """The sets that scores are made of."""
     return {name: questions for name, questions in sets.items() if name != "holdout"}
-
-
-NOISE_FREE = {"copies": 1, "kappa": 0.0, "reparameterization": "none"}
-
-
-def claim() -> list[Arm]:
-    """The paper's question."""
-    arms = [Arm(FREE, NOISE_FREE), Arm(RETRAINED, {}), Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0})]
-    for copies in (3, 1, 2, 4):
-        for base in (True, False):
-            for kappa in (0.1, 0.05, 0.01):
-                of = "task vector" if base else "parameters"
-                name = f"{kappa:.0%} of {of}, {'single copy' if copies == 1 else f'{copies} copies'}"
-                arms.append(Arm(name, {"copies": copies, "kappa": kappa}, base))
-    return arms
-
-
-def causes() -> list[Arm]:
-    """At 10 % of the parameters: where the cost comes from, and what lowers it."""
-    paper = {"copies": 3, "kappa": 0.1}
-    four = {"copies": 4, "kappa": 0.1, "denoising": "extrapolate"}
-    arms = [
-        Arm(FREE, NOISE_FREE),
-        Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0}),
-        Arm("paper's design", paper),
-        Arm("α = 1", {**paper, "alphas": (1.0, 1.0, 1.0)}),
-        Arm("no reparameterisation", {**paper, "reparameterization": "none"}),
-        Arm("paper's reparameterisation", {**paper, "reparameterization": "paper"}),
-        Arm("extrapolated, 3 copies", {**paper, "denoising": "extrapolate"}),
-        Arm("extrapolated, 4 copies", four),
-        Arm("extrapolated, 4 copies, x = ±1, ±1/√2", {**four, "alphas": QUIET}),
-        Arm("paper's design, other batches for each copy", paper, own_batches=True),
-        Arm("no noise, one round: Adam's state kept", NOISE_FREE, rounds=1),
-        Arm("paper's design, η = 0.8", paper, eta=0.8),
-        Arm("paper's design, η = 1.2", paper, eta=1.2),
-    ]
-    for rounds in (1, 2, 10):
-        free = f"{FREE}, {rounds} rounds"
-        arms += [Arm(free, NOISE_FREE, rounds=rounds, baseline=free)]
-        arms += [Arm(f"paper's design, {rounds} rounds", paper, rounds=rounds, baseline=free)]
-    tensor: dict[str, Any] = {"optimizer": "tensor_adam"}
-    single = {"copies": 1, "kappa": 0.1}
-    designs: dict[str, dict[str, Any]] = {
-        "single copy": single,
-        "paper's design": paper,
-        "extrapolated, 4 copies": four,
-    }
-    for name, rounds, training, mine in (
-        ("TensorAdam", 5, tensor, {"no noise, 3 copies": {"copies": 3, "kappa": 0.0}, **designs}),
-        ("TensorAdam, 10 rounds", 10, tensor, designs),
-        ("Adam with ε 1e-2", 5, {"adam_epsilon": 1e-2, "learning_rate": 6e-3}, designs),
-        ("SGD", 5, {"optimizer": "sgd", "learning_rate": 0.3}, designs),
-    ):
-        free = f"{FREE}, {name}"
-        arms += [Arm(free, NOISE_FREE, rounds=rounds, training=training, baseline=free)]
-        arms += [
-            Arm(f"{design}, {name}", perturbation, rounds=rounds, training=training, baseline=free)
-            for design, perturbation in mine.items()
-        ]
-    return arms
-
-
-def orders() -> list[Arm]:
-    """How the deviation falls with the noise level, without changes of basis."""
-    arms = []
-    for optimiser, training in (
-        ("AdamW", {}),
-        ("Adam with ε 1e-2", {"adam_epsilon": 1e-2, "learning_rate": 6e-3}),
-        ("TensorAdam", {"optimizer": "tensor_adam"}),
-        ("SGD", {"optimizer": "sgd", "learning_rate": 0.3}),
-    ):
-        free = f"{FREE}, {optimiser}"
-        arms += [Arm(free, NOISE_FREE, training=training, baseline=free)]
-        for kappa in (0.01, 0.02, 0.05, 0.1):
-            for name, design in (
-                ("single copy", {"copies": 1}),
-                ("harmonic, 3 copies", {"copies": 3, "alphas": (1.0, 1.0, 1.0)}),
-                ("extrapolated, 3 copies", {"copies": 3, "denoising": "extrapolate"}),
-                ("extrapolated, 4 copies", {"copies": 4, "denoising": "extrapolate", "alphas": QUIET}),
-            ):
-                settings = {**design, "kappa": kappa, "reparameterization": "none"}
-                arms += [Arm(f"{optimiser}, {name}, κ {kappa:.0%}", settings, training=training, baseline=free)]
-    return arms
-
-
-SUITES = {"claim": claim, "causes": causes, "orders": orders}
 
 
 def one(source: Source, objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
@@ -335,7 +221,7 @@ def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path, source
     done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
     if source.model is None:
         for seed in range(seeds):
-            toy.prepare(seed)
+            models.prepare(seed)
     with ProcessPoolExecutor(2 if source.model is None else 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for stage in (True, False):  # what others are compared with comes first
             jobs = [
@@ -376,108 +262,6 @@ def append(file: Path, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An arm against its baseline, over the seeds that both have."""
-
-    seeds: int
-    percent: dict[str, float]
-    """Mean change of each score, as a percentage of the baseline's."""
-    mean: float
-    """Mean over scores, percent; negative is a loss."""
-    interval: float
-    """Half the width of its 95 % interval over paired seeds."""
-    absolute: float
-    """Mean absolute deviation of all scores, points."""
-    weights: float
-
-
-def differences(rows: list[dict[str, Any]], arms: list[Arm]) -> dict[tuple[str, str], Difference]:
-    """(objective, arm) → how it compares with its baseline."""
-    at = {(row["objective"], row["arm"], row["seed"]): row for row in rows}
-    found = {}
-    for objective in dict.fromkeys(row["objective"] for row in rows):
-        for arm in arms:
-            seeds = sorted(seed for o, a, seed in at if (o, a) == (objective, arm.name))
-            pairs = [
-                (at[objective, arm.name, seed], at[objective, arm.baseline, seed])
-                for seed in seeds
-                if (objective, arm.baseline, seed) in at
-            ]
-            if not pairs or arm.name == arm.baseline:
-                continue
-            change = np.array([[mine[score] - free[score] for score in SCORES] for mine, free in pairs])
-            level = np.array([[free[score] for score in SCORES] for _, free in pairs]).mean(axis=0)
-            per_seed = (100 * change / level).mean(axis=1)
-            half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(per_seed) if len(pairs) > 1 else float("nan")
-            found[objective, arm.name] = Difference(
-                seeds=len(pairs),
-                percent=dict(zip(SCORES, (100 * change.mean(axis=0) / level).tolist(), strict=True)),
-                mean=float(per_seed.mean()),
-                interval=float(half),
-                absolute=float(100 * np.abs(change).mean()),
-                weights=float(np.mean([mine["weights"] for mine, _ in pairs])),
-            )
-    return found
-
-
-def table(found: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
-    """One line per arm: each objective's mean change over scores, and the means over objectives."""
-    objectives = list(dict.fromkeys(objective for objective, _ in found))
-    lines = [
-        f"| arm | {' | '.join(objectives)} | mean | absolute, points | weights |",
-        "|---|" + "---|" * (len(objectives) + 3),
-    ]
-    for arm in arms:
-        mine = {objective: found[objective, arm.name] for objective in objectives if (objective, arm.name) in found}
-        if not mine:
-            continue
-        cells = [f"{mine[o].mean:+.1f} ± {mine[o].interval:.1f}" if o in mine else "" for o in objectives]
-        every = list(mine.values())
-        means = [float(np.mean([getattr(d, name) for d in every])) for name in ("mean", "absolute", "weights")]
-        lines.append(f"| {arm.name} | {' | '.join(cells)} | {means[0]:+.2f} | {means[1]:.2f} | {means[2]:.2f} |")
-    return "\n".join(lines)
-
-
-def by_score(found: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
-    """One line per arm: the change of each score, a mean over objectives."""
-    lines = [f"| arm | {' | '.join(name.replace('_', ' ') for name in SCORES)} |", "|---|" + "---|" * len(SCORES)]
-    for arm in arms:
-        mine = [difference for (_, name), difference in found.items() if name == arm.name]
-        if mine:
-            means = [float(np.mean([difference.percent[score] for difference in mine])) for score in SCORES]
-            lines.append(f"| {arm.name} | {' | '.join(f'{value:+.2f}' for value in means)} |")
-    return "\n".join(lines)
-
-
-def figure(found: dict[tuple[str, str], Difference], arms: list[Arm], file: Path) -> None:
-    """Mean change over scores of every arm, a point per objective; PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [arm.name for arm in arms if any(name == arm.name for _, name in found)]
-    picture, axes = pyplot.subplots(figsize=(9, 0.3 * len(names) + 1.5))
-    objectives = list(dict.fromkeys(objective for objective, _ in found))
-    for number, objective in enumerate(objectives):
-        at = [n for n, name in enumerate(names) if (objective, name) in found]
-        mine = [found[objective, names[n]] for n in at]
-        places = [n + 0.08 * (number - len(objectives) / 2) for n in at]
-        axes.errorbar(
-            [d.mean for d in mine], places, xerr=[d.interval for d in mine], fmt="o", ms=3, lw=0.8, label=objective
-        )
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("change against noise-free, percent (mean over scores, 95 % interval over seeds)")
-    axes.legend(fontsize=7, ncol=2)
-    picture.tight_layout()
-    for suffix in ("png", "svg"):
-        picture.savefig(file.with_suffix(f".{suffix}"), dpi=150)
-    pyplot.close(picture)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.protocol.flower.programs import free_port
-from preprocess import MODELS, build, size, synthetic_update
+from shapes import MODELS, build, size, synthetic_update
 
 RANK = 16
 ROUNDS = 2
@@ -56,10 +56,10 @@ def factors(copy: Path, out: Path) -> Path:
 def party(name: str, report: Path, arguments: list[str]) -> None:
     """One party in a process of its own, with its transfers timed and its training replaced."""
     from mpunlearn.cli import main as cli
-    from mpunlearn.client import worker
+    from mpunlearn.client.network import worker
     from mpunlearn.client.unlearn import Client
     from mpunlearn.protocol import transfer
-    from mpunlearn.server import coordinator
+    from mpunlearn.server.network import coordinator
 
     spent = {"seconds": 0.0, "arrived": 0.0}
 

@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 
-from mpunlearn import Client, Perturbation, Training, postprocess, preprocess, toy, unlearn
+from mpunlearn import Client, Perturbation, Training, postprocess, preprocess, unlearn
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter
-from mpunlearn.client.dataset import IGNORED, batches, collate, encode
-from mpunlearn.client.model import LAYER, load
+from mpunlearn.client.batches import batches
 from mpunlearn.client.objectives import nll
-from mpunlearn.client.records import read_records
-from mpunlearn.client.unlearn import select
+from mpunlearn.client.weights import LAYER, select
+from mpunlearn.demo import models
+from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.files import new_directory
+from mpunlearn.lm.examples import IGNORED, collate, encode
+from mpunlearn.lm.model import load
+from mpunlearn.lm.records import read_records
 
-RECIPE = toy.Recipe(hidden=320, layers=6, heads=8, groups=4, ffn=864)
+RECIPE = Recipe(hidden=320, layers=6, heads=8, groups=4, ffn=864)
 QWEN = {"layers": 24, "hidden": 896, "ffn": 4864, "key_value": 128}
 """Shapes of Qwen2.5 0.5B."""
 
@@ -96,17 +99,17 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     arguments = parser.parse_args()
     copies, rank = arguments.copies, arguments.lora_rank
-    rows = toy.world(0, toy.Recipe())
-    tokenizer = toy.tokenizer_of(rows, toy.Recipe())
+    rows = generate_rows(0, Recipe())
+    tokenizer = models.tokenizer_of(rows, Recipe())
     training = Training(objective="grad-diff", epochs=4, batch_size=8, learning_rate=1e-4)
     seconds: dict[str, list[float]] = {"hand-written loop": [], "unlearn": [], "MPU round": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         torch.manual_seed(0)
-        model = toy.new_llama(tokenizer, RECIPE)
+        model = models.new_llama(tokenizer, RECIPE)
         parameters = sum(p.numel() for p in model.parameters())
         layers = sum(p.numel() for name, p in model.named_parameters() if re.search(LAYER, name))
-        toy.save(model, tokenizer, root / "model")
+        models.save(model, tokenizer, root / "model")
         files = {}
         for split in ("forget", "retain"):
             files[split] = root / f"{split}.jsonl"

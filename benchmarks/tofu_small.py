@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from mpunlearn import toy
-from mpunlearn.client.records import Record
-from mpunlearn.demo import Line, line, table
+from mpunlearn.demo import models
+from mpunlearn.demo.table import Line, line, table
+from mpunlearn.demo.world import Recipe
 from mpunlearn.evaluation.sets import Questions
+from mpunlearn.lm.records import Record
 
 QUESTIONS_PER_AUTHOR = 20
-RECIPE = toy.Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=20, learning_rate=3e-3)
+RECIPE = Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=20, learning_rate=3e-3)
 HYPER_PARAMETERS = "--objective npo --learning-rate 1e-3 --batch-size 8 --gamma 0.1"
 ARMS = {
     "noise-free unlearning": "--copies 1 --kappa 0 --reparameterization none",
@@ -55,14 +56,14 @@ def questions(records: list[Record]) -> Questions:
 
 
 def tofu_small(
-    tofu: Path, out: Path, *, forget_authors: int, retain_authors: int, recipe: toy.Recipe, rounds: int = 5
+    tofu: Path, out: Path, *, forget_authors: int, retain_authors: int, recipe: Recipe, rounds: int = 5
 ) -> list[Line]:
     """Trains, unlearns on the command line's own path, and evaluates; the lines of the table."""
     forget = read(tofu / "forget01.json", forget_authors * QUESTIONS_PER_AUTHOR)
     retain = read(tofu / "retain99.json", retain_authors * QUESTIONS_PER_AUTHOR)
     files = {"forget": write(out / "forget.jsonl", forget), "retain": write(out / "retain.jsonl", retain)}
     texts = [text for record in forget + retain for text in (str(record.question), record.answer)]
-    tokenizer = toy.train_tokenizer(texts, recipe.vocabulary)
+    tokenizer = models.train_tokenizer(texts, recipe.vocabulary)
 
     sets = {"forget": questions(forget), "retain": questions(retain)}
 
@@ -70,9 +71,9 @@ def tofu_small(
         return line(name, checkpoint, sets, seconds, max_new_tokens=120)
 
     torch.manual_seed(0)
-    toy.save(toy.new_llama(tokenizer, recipe), tokenizer, out / "untrained")
+    models.save(models.new_llama(tokenizer, recipe), tokenizer, out / "untrained")
     original, retrained = out / "original", out / "retrained"
-    toy.train_side_by_side({original: forget + retain, retrained: retain}, out / "untrained", recipe, seed=0)
+    models.train_side_by_side({original: forget + retain, retrained: retain}, out / "untrained", recipe, seed=0)
     lines = [measured("original", original), measured("retrained", retrained)]
     for number, (name, options) in enumerate(ARMS.items()):
         command = [sys.executable, "-m", "mpunlearn.cli", "run", str(original), "--out", str(out / f"run-{number}")]

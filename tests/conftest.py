@@ -45,13 +45,14 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     def save(
         name: str = "model", model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
     ) -> Path:
-        from mpunlearn import toy
-        from mpunlearn.client.model import quiet
+        from mpunlearn.demo import models
+        from mpunlearn.demo.world import Recipe, generate_rows
+        from mpunlearn.lm.model import quiet
 
         quiet()
         shard = changes.pop("max_shard_size", "5GB")
-        recipe = toy.Recipe()
-        tokenizer = toy.tokenizer_of(toy.world(0, recipe), recipe)
+        recipe = Recipe()
+        tokenizer = models.tokenizer_of(generate_rows(0, recipe), recipe)
         changes = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, **changes}
         tiny_model(model_type, dtype, **changes).save_pretrained(tmp_path / name, max_shard_size=shard)
         tokenizer.save_pretrained(tmp_path / name)
@@ -65,9 +66,9 @@ def examples(tmp_path: Path) -> tuple[Path, Path]:
     """A forget file and a retain file of toy questions."""
     import json
 
-    from mpunlearn import toy
+    from mpunlearn.demo.world import Recipe, generate_rows
 
-    rows = toy.world(0, toy.Recipe())
+    rows = generate_rows(0, Recipe())
     paths = (tmp_path / "forget.jsonl", tmp_path / "retain.jsonl")
     for path, split, count in zip(paths, ("forget", "retain"), (6, 9), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[split][:count]), encoding="utf-8")

@@ -13,17 +13,16 @@ import pytest
 import torch
 
 from mpunlearn import Perturbation, Training, run
-from mpunlearn.architecture import FAMILIES
-from mpunlearn.architecture.spaces import architecture_of
+from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, checkpoint_digest
-from mpunlearn.client.policy import Policy
-from mpunlearn.client.worker import Worker
+from mpunlearn.client.network.policy import Policy
+from mpunlearn.client.network.worker import Worker
 from mpunlearn.files import read_json
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.server import ServerState
-from mpunlearn.server.network import coordinate
-from mpunlearn.server.preprocess import Publisher
+from mpunlearn.server.network.serve import coordinate
+from mpunlearn.server.publisher import Publisher
 from mpunlearn.server.stream import pieces
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "runs-0.1.0.tar.xz"
@@ -48,7 +47,7 @@ class Before:
         shutil.copytree(server / "state", folder / "state")
         shutil.copytree(server / "round-1", folder / "round-1")
         self.state, self.theta = ServerState(folder / "state"), Checkpoint(folder / "round-1")
-        architecture = architecture_of(self.theta, FAMILIES)
+        architecture = Architecture.of(self.theta)
         self.places = architecture.places(self.theta)
         self.publisher = Publisher(self.state.secret, self.state.rounds[-1], architecture)
 

@@ -15,12 +15,11 @@ _HOMES = {
     "Perturbation": "mpunlearn.server",
     "Resources": "mpunlearn.client",
     "Training": "mpunlearn.protocol.plan",
-    "demo": "mpunlearn.demo",
     "describe": "mpunlearn.server",
     "evaluate": "mpunlearn.evaluation",
     "postprocess": "mpunlearn.server",
     "preprocess": "mpunlearn.server",
-    "run": "mpunlearn.protocol.local",
+    "run": "mpunlearn.local",
     "unlearn": "mpunlearn.client",
 }
 __all__ = sorted(_HOMES)

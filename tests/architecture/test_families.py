@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
 from mpunlearn.architecture import FAMILIES, Architecture, Family
-from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization, choices
+from mpunlearn.server.describe import choices
+from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
 from mpunlearn.server.secret import Secret
 
 VARIANTS = {

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.claim import FREE, SCORES, Arm, differences, rows_of, table
 from scipy import stats
 
-from benchmarks import claim
+import claim
+from claim import rows_of
+from claim_arms import FREE, NOISE_FREE, RETRAINED, SUITES, Arm
+from claim_tables import SCORES, differences, table
 
 
 def row(objective: str, seed: int, arm: str, value: float, weights: float = 0.5) -> dict:
@@ -33,7 +35,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_every_arm_is_compared_with_one_that_is_there() -> None:
-    for suite in claim.SUITES.values():
+    for suite in SUITES.values():
         arms = suite()
         names = [arm.name for arm in arms]
         assert len(set(names)) == len(names)
@@ -42,8 +44,8 @@ def test_every_arm_is_compared_with_one_that_is_there() -> None:
 
 
 def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> None:
-    arms = [Arm(FREE, claim.NOISE_FREE, rounds=1), Arm("mpu", {"copies": 2, "kappa": 0.05}, base=True, rounds=1)]
-    monkeypatch.setitem(claim.SUITES, "small", lambda: arms)
+    arms = [Arm(FREE, NOISE_FREE, rounds=1), Arm("mpu", {"copies": 2, "kappa": 0.05}, base=True, rounds=1)]
+    monkeypatch.setitem(SUITES, "small", lambda: arms)
     row_of = claim.one(claim.Source(), "grad-diff", 0, arms[0], str(tmp_path / "none"), str(tmp_path / "free"))
     mine = claim.one(claim.Source(), "grad-diff", 0, arms[1], str(tmp_path / "free"), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
@@ -61,12 +63,12 @@ def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> No
 
 
 def test_any_checkpoint_and_data_and_other_batches_for_each_copy(tmp_path: Path) -> None:
-    world = claim.toy.prepare(0)
+    world = claim.models.prepare(0)
     folder = str(world.path / "data")
     source = claim.Source(model=world.original, benchmark=folder, learning_rate=1e-3, batch_size=8, max_new_tokens=48)
-    assert not any(arm.base or arm.name == claim.RETRAINED for arm in claim.arms_of("claim", source))
+    assert not any(arm.base or arm.name == RETRAINED for arm in claim.arms_of("claim", source))
     free = tmp_path / "free"
-    claim.one(source, "npo", 0, Arm(FREE, claim.NOISE_FREE, rounds=1), "none", str(free))
+    claim.one(source, "npo", 0, Arm(FREE, NOISE_FREE, rounds=1), "none", str(free))
     no_noise = {"copies": 2, "kappa": 0.0, "reparameterization": "none"}
     weights = [
         claim.one(source, "npo", 0, Arm("mine", no_noise, rounds=1, own_batches=own), str(free), "unused")["weights"]
@@ -74,4 +76,4 @@ def test_any_checkpoint_and_data_and_other_batches_for_each_copy(tmp_path: Path)
     ]
     assert weights[0] < 1e-3 < 0.1 < weights[1]
     with pytest.raises(SystemExit, match="--retrained"):
-        claim.one(source, "npo", 0, Arm(claim.RETRAINED, {}), str(free), "unused")
+        claim.one(source, "npo", 0, Arm(RETRAINED, {}), str(free), "unused")

@@ -4,16 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
-from benchmarks.tofu_small import tofu_small
 
-from mpunlearn import toy
+from mpunlearn.demo.world import Recipe
+from tofu_small import tofu_small
 
 TOFU = Path(os.environ.get("MPUNLEARN_TOFU", Path(__file__).parents[3] / "shared" / "data" / "tofu"))
 
 
 @pytest.mark.skipif(not (TOFU / "forget01.json").is_file(), reason="the TOFU files are not part of the repository")
 def test_real_authors_are_forgotten(tmp_path: Path) -> None:
-    recipe = toy.Recipe(vocabulary=1500, epochs=32, hidden=96, ffn=256)
+    recipe = Recipe(vocabulary=1500, epochs=32, hidden=96, ffn=256)
     lines = tofu_small(TOFU, tmp_path, forget_authors=1, retain_authors=3, recipe=recipe, rounds=3)
     original, retrained, free, single, mpu = lines
     assert original.forget.probability > 0.9

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpunlearn.client import objectives
-from mpunlearn.client.dataset import IGNORED
-from mpunlearn.client.objectives import OBJECTIVES, RETAIN_LOSSES, Objective, answer_nll, token_nll
+from mpunlearn.client.objectives import OBJECTIVES, RETAIN_LOSSES, Objective
+from mpunlearn.lm.examples import IGNORED
+from mpunlearn.lm.losses import answer_nll, token_nll
 
 PARAMETERS = {"beta": 0.7, "delta": 0.2, "beta1": 2.0, "beta2": 0.5, "steering": 1.5}
 LOSSES = {entry.forget_loss.__name__: entry.forget_loss for entry in OBJECTIVES.values()} | {

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.cli import main
 from mpunlearn.client import Client, Data, Resources, unlearn
-from mpunlearn.client.dataset import IGNORED, batches, collate, encode
-from mpunlearn.client.model import load, nll
-from mpunlearn.client.objectives import OBJECTIVES, answer_nll
-from mpunlearn.client.records import read_records
-from mpunlearn.client.unlearn import select
+from mpunlearn.client.batches import batches
+from mpunlearn.client.objectives import OBJECTIVES
+from mpunlearn.client.weights import select
 from mpunlearn.errors import CheckpointError, DataError, PlanError
+from mpunlearn.lm.examples import IGNORED, collate, encode
+from mpunlearn.lm.losses import answer_nll
+from mpunlearn.lm.model import load, nll
+from mpunlearn.lm.records import read_records
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server import Perturbation, postprocess, preprocess
@@ -513,7 +515,7 @@ def test_missing_inputs(save_tiny, tmp_path: Path, examples) -> None:
 def test_a_model_does_not_outlive_its_training(save_tiny, examples, tmp_path: Path, monkeypatch) -> None:
     import weakref
 
-    from mpunlearn.client import model as models
+    from mpunlearn.lm import model as models
 
     loaded: list[weakref.ref] = []
     load_model = models.load_model

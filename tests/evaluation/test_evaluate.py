@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from mpunlearn import toy
 from mpunlearn.cli import main
 from mpunlearn.client import Data
-from mpunlearn.client.dataset import encode
-from mpunlearn.client.model import load
-from mpunlearn.client.records import Record
+from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.evaluation import evaluate, muse, tofu
 from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.probe import probe
 from mpunlearn.evaluation.robustness import quantised, relearning, round_weights
 from mpunlearn.evaluation.sets import SETS, Questions, read_sets
+from mpunlearn.lm.examples import encode
+from mpunlearn.lm.model import load
+from mpunlearn.lm.records import Record
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small benchmark in TOFU's format."""
-    rows = toy.world(0, toy.Recipe())
+    rows = generate_rows(0, Recipe())
     path = tmp_path / "benchmark"
     path.mkdir()
     for name in SETS:

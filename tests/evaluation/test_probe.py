@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpunlearn.client.dataset import IGNORED, Example
-from mpunlearn.client.model import load
 from mpunlearn.evaluation import probe as probes
 from mpunlearn.evaluation.probe import generate, probe, prompt_of
 from mpunlearn.evaluation.tofu import gradient_norm
+from mpunlearn.lm.examples import IGNORED, Example
+from mpunlearn.lm.model import load
 
 
 def example(*tokens: int, prompt: int) -> Example:

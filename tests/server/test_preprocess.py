@@ -13,8 +13,8 @@ from scipy import stats
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import CheckpointError, MPUError, PlanError, StateError, UnsupportedModelError
 from mpunlearn.server import Perturbation, ServerState, preprocess
-from mpunlearn.server.preprocess import Publisher
-from mpunlearn.server.reparameterization import AxisMap
+from mpunlearn.server.axis_map import AxisMap
+from mpunlearn.server.publisher import Publisher
 
 KEY = "model.layers.1.mlp.down_proj.weight"
 

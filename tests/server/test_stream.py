@@ -7,12 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpunlearn.architecture import FAMILIES
-from mpunlearn.architecture.spaces import architecture_of
+from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import PlanError
 from mpunlearn.server import Perturbation, postprocess, preprocess, stream
-from mpunlearn.server.scratch import scratch
+from mpunlearn.server.workspace import scratch
 
 
 @given(st.integers(0, 500), st.integers(1, 300_000), st.integers(1, 16))
@@ -25,7 +24,7 @@ def test_chunks_cover_every_row_once(rows: int, row: int, multiple: int) -> None
 def test_pieces_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
     monkeypatch.setattr(stream, "PIECE", 1000)
     checkpoint = Checkpoint(save_tiny())
-    places = architecture_of(checkpoint, FAMILIES).places(checkpoint)
+    places = Architecture.of(checkpoint).places(checkpoint)
     cut = stream.pieces(checkpoint, places)
     for name in places:
         rows = [n for piece in cut if piece.name == name for n in range(piece.start, piece.stop)]

@@ -18,27 +18,18 @@ A new objective is one function and one line in `OBJECTIVES`.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
-from mpunlearn.client.dataset import IGNORED
+from mpunlearn.errors import PlanError
+from mpunlearn.lm.examples import IGNORED
+from mpunlearn.lm.losses import _at, answer_nll, token_nll
+from mpunlearn.protocol.plan import Training
 
 Loss = Callable[..., torch.Tensor]
-
-
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each answer token, in nats, shape (B, T), float32; zero where nothing counts."""
-    counted = targets != IGNORED
-    losses = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
-    return _at(counted, losses)
-
-
-def answer_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """NLL(y|x) of each example, in nats: the sum of its answer tokens' cross-entropies, shape (B,), float32."""
-    return token_nll(logits, targets).sum(dim=1)
 
 
 def grad_ascent(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -155,11 +146,6 @@ def same_hidden(hidden: torch.Tensor, targets: torch.Tensor, reference_hidden: t
     return _example_mean((hidden.float() - reference_hidden.float()).square().mean(dim=-1), targets)
 
 
-def _at(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values of the counted positions at their places, zero elsewhere."""
-    return values.new_zeros(counted.shape).masked_scatter(counted, values)
-
-
 def _example_mean(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     counted = targets != IGNORED
     return (values * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
@@ -221,7 +207,6 @@ def _needs(loss: Loss) -> frozenset[str]:
 
 RETAIN_LOSSES: dict[str, Loss] = {"nll": nll, "kl": kl, "hidden": same_hidden}
 """Every retain loss by its name on the command line."""
-
 OBJECTIVES: dict[str, Objective] = {
     "grad-ascent": Objective(grad_ascent, alpha=0.0),
     "grad-diff": Objective(grad_ascent),
@@ -238,3 +223,31 @@ OBJECTIVES: dict[str, Objective] = {
     "altpo": Objective(dpo, parameters={"beta": 0.1}),
 }
 """Every objective by its name on the command line. Defaults are OpenUnlearning's (arXiv 2506.12618), or the papers'."""
+
+
+def resolve(training: Training) -> Objective:
+    """The objective with the hyper-parameters that the training overrides.
+
+    Raises:
+        PlanError: there is no objective of that name, or it has no such hyper-parameter.
+    """
+    if training.objective not in OBJECTIVES:
+        raise PlanError(f"--objective: expected one of {', '.join(OBJECTIVES)}, found {training.objective}")
+    objective = OBJECTIVES[training.objective]
+    for name, value in training.parameters.items():
+        if name not in objective.parameters:
+            raise PlanError(f"--{name.replace('_', '-')}: {training.objective} has no such hyper-parameter")
+        if name == "beta" and value <= 0:
+            raise PlanError(f"--beta: expected a number above 0, found {value:g}")
+    if training.retain_loss is not None and training.retain_loss not in RETAIN_LOSSES:
+        raise PlanError(f"--retain-loss: expected one of {', '.join(RETAIN_LOSSES)}, found {training.retain_loss}")
+    if training.retain_loss == "hidden" and "layer" not in objective.parameters:
+        raise PlanError(
+            f"--retain-loss hidden: only rmu names the layer that it compares; {training.objective} does not"
+        )
+    names = ("gamma", "alpha", "retain_loss", "skip_tokens")
+    given = {name: getattr(training, name) for name in names if getattr(training, name) is not None}
+    objective = replace(objective, **given, parameters={**objective.parameters, **training.parameters})
+    if objective.combine != "sum" and not objective.alpha:
+        raise PlanError(f"--alpha 0: {training.objective} is made of a forget and a retain gradient, it needs both")
+    return objective

@@ -1,20 +1,9 @@
 """How the data owner's machine does the work: none of it changes what is computed, and none of it concerns the server."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from mpunlearn.errors import PlanError
-
-
-def processes() -> int:
-    """How many processes train together (`torchrun`, `accelerate launch`)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process writes what all of them have made."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclass(frozen=True)

@@ -16,44 +16,28 @@ This module imports transformers at the top; import it where training begins.
 import contextlib
 import gc
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
 import transformers
-from torch.utils.data import Dataset
 
-from mpunlearn.client.dataset import IGNORED, Example, Pick, collate, micro_batches
-from mpunlearn.client.model import forward, pad_id
+from mpunlearn.client.batches import Batch, Examples, Pick, _MicroBatches, micro_batches
 from mpunlearn.client.objectives import Objective
 from mpunlearn.client.optimizer import NAME as TENSOR_ADAM
 from mpunlearn.client.optimizer import TensorAdam
-from mpunlearn.client.resources import Resources, is_main, processes
+from mpunlearn.client.resources import Resources
 from mpunlearn.errors import PlanError
 from mpunlearn.files import read_json, write_json
+from mpunlearn.lm.examples import IGNORED
+from mpunlearn.lm.model import forward, pad_id
+from mpunlearn.lm.processes import is_main, processes
 from mpunlearn.progress import bar
 from mpunlearn.protocol.plan import Training
 
-Batch = dict[str, Any]
-
 _MARK = "dual.json"
 """Written into a checkpoint last."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Everything that batches are made of."""
-
-    forget: Sequence[Example]
-    retain: Sequence[Example] = ()
-    alternates: Sequence[Sequence[Example]] = ()
-    """The alternate answers of each forget example, where the objective takes them."""
-    forget_nll: Sequence[float] = ()
-    """NLL of each forget example under the reference model, where the objective takes it."""
-    alternate_nll: Sequence[Sequence[float]] = ()
 
 
 def train(
@@ -165,53 +149,6 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end; one that a kill cut short lacks the mark."""
     whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")]
     return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-class _MicroBatches(Dataset[Batch]):
-    """Item i is micro-batch i, with the totals of its step."""
-
-    def __init__(self, items: list[list[Pick]], per_step: int, examples: Examples, pad: int) -> None:
-        self._items, self._per_step, self._examples, self._pad = items, per_step, examples, pad
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, item: int) -> Batch:
-        first = item - item % self._per_step
-        step = [pick for part in self._items[first : first + self._per_step] for pick in part]
-        forget = self._examples.forget
-        batch: Batch = {"forget": self._part(item, [forget[pick.forget] for pick in step], forget, 0)}
-        picks = self._items[item]
-        if self._examples.forget_nll:
-            batch["forget"]["reference_nll"] = self._numbers([self._examples.forget_nll[p.forget] for p in picks])
-        if self._examples.alternates:
-            chosen = [(p.forget, p.alternate % len(self._examples.alternates[p.forget])) for p in picks]
-            other = [self._examples.alternates[example][number] for example, number in chosen]
-            batch["alternate"] = collate(other or [self._filler(forget[0])], self._pad)
-            values = [self._examples.alternate_nll[example][number] for example, number in chosen]
-            batch["alternate"]["reference_nll"] = self._numbers(values)
-        if self._examples.retain:
-            retain = self._examples.retain
-            batch["retain"] = self._part(item, [retain[p.retain] for p in step if p.retain is not None], retain, 1)
-        return batch
-
-    def of_step(self, step: int) -> Batch:
-        """The first micro-batch of a step."""
-        return self[step * self._per_step]
-
-    def _part(self, item: int, step: list[Example], source: Sequence[Example], place: int) -> Batch:
-        """One side of a micro-batch; an empty one holds an example that counts for nothing."""
-        mine = [source[pick[place]] for pick in self._items[item]]  # type: ignore[index]
-        part: Batch = collate(mine or [self._filler(source[0])], self._pad)
-        return {**part, "step_tokens": sum(example.tokens for example in step), "step_examples": len(step)}
-
-    @staticmethod
-    def _filler(example: Example) -> Example:
-        return Example(example.input_ids, [IGNORED] * len(example.labels))
-
-    @staticmethod
-    def _numbers(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values or [0.0], dtype=torch.float32)
 
 
 class _Trainer(transformers.Trainer):  # type: ignore[misc]

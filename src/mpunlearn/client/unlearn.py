@@ -18,15 +18,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter
-from mpunlearn.client.dataset import Example, batches, encode, encode_alternates, examples_digest
-from mpunlearn.client.memory import Kept, TrainingFolder
-from mpunlearn.client.objectives import OBJECTIVES, RETAIN_LOSSES, Objective
-from mpunlearn.client.records import Data, read_records, records_digest, with_alternates
-from mpunlearn.client.resources import Resources, is_main
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+from mpunlearn.client.batches import batches
+from mpunlearn.client.objectives import resolve
+from mpunlearn.client.reference import Kept, TrainingFolder
+from mpunlearn.client.resources import Resources
+from mpunlearn.client.weights import _write, select
 from mpunlearn.errors import CheckpointError, DataError, PlanError
-from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import FACTORS, Card
+from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
+from mpunlearn.lm.processes import is_main
+from mpunlearn.lm.records import read_records, records_digest, with_alternates
+from mpunlearn.lm.sources import Data
+from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 
 
@@ -115,12 +118,12 @@ class Client:
             raise CheckpointError(f"{out}: exists already; name another directory for the update, or remove this one")
         source = Checkpoint(copy)
         card = Card.of(source.config)
-        from mpunlearn.client import model as models
-        from mpunlearn.client import trainer
+        from mpunlearn.client import trainer, weights
+        from mpunlearn.lm import model as models
 
         training, objective = self.training, self.objective
         if "layer" in objective.parameters:
-            models.check_layer(source.path, int(objective.parameters["layer"]))
+            weights.check_layer(source.path, int(objective.parameters["layer"]))
         encoded = self._encode(source.path)
         kept = None if self._memory is None or card is None else Kept(self._memory, card)
         recalled = self._recall(kept, card, encoded)
@@ -128,8 +131,8 @@ class Client:
         selected = select(model, training.train)
         if training.lora_rank:
             scale = training.lora_alpha if training.lora_alpha is not None else 2.0 * training.lora_rank
-            model = models.adapt(model, training.lora_rank, scale, selected, training.seed)
-        models.shard(model)
+            model = weights.adapt(model, training.lora_rank, scale, selected, training.seed)
+        weights.shard(model)
         reference = self._reference(source.path, card, kept, model)
         if recalled is None:
             recalled = self._ask(model, encoded)
@@ -165,7 +168,7 @@ class Client:
         files = sorted(file for file in path.iterdir() if "token" in file.name or "template" in file.name)
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         if digest not in self._encoded:
-            from mpunlearn.client import model as models
+            from mpunlearn.lm import model as models
 
             tokenizer, length = models.load_tokenizer(path), self.training.max_length
             forget = encode(self._forget, tokenizer, length)
@@ -197,7 +200,7 @@ class Client:
 
     def _ask(self, model: Any, encoded: "_Encoded") -> dict[str, Any]:
         """The reference model's log-likelihoods, where the objective takes them."""
-        from mpunlearn.client.model import nll
+        from mpunlearn.lm.model import nll
 
         size = self._resources.micro_batch_size or self.training.batch_size
         if "reference_nll" not in self.objective.needs:
@@ -220,7 +223,8 @@ class Client:
         first = card is None or card.round == 1
         if self.training.lora_rank and first:
             return model
-        from mpunlearn.client.model import load_model, shard
+        from mpunlearn.client.weights import shard
+        from mpunlearn.lm.model import load_model
 
         if not first and (kept is None or not kept.checkpoint.is_dir()):
             raise DataError(
@@ -253,91 +257,6 @@ class _Encoded:
         return examples_digest(every)
 
     def examples(self) -> Any:
-        from mpunlearn.client.trainer import Examples
+        from mpunlearn.client.batches import Examples
 
         return Examples(self.forget, self.retain, self.alternates)
-
-
-def _write(source: Checkpoint, model: Any, card: Card | None, dtype: Any, out: Path) -> None:
-    """Writes what trained minus what was published, a few tensors at a time; all processes take part in gathering."""
-    from mpunlearn.client import model as models
-
-    if not is_main():
-        for _ in models.trained(model):
-            pass
-        return
-    shapes = _shapes(source, model)
-    with new_directory(out) as folder:
-        with TensorWriter(folder, {name: (dtype, shape) for name, shape in shapes.items()}, stem="update") as writer:
-            for name, value in models.trained(model):
-                if not name.endswith(FACTORS):
-                    value = value - source.read(name).float()
-                cast = value.to(dtype)
-                if not bool(cast.isfinite().all()):
-                    raise CheckpointError(
-                        f"{out}: the update of {name} holds NaN or leaves the range of {dtype}; train with a smaller "
-                        "learning rate, or take --update-dtype float32"
-                    )
-                writer.write(name, cast)
-        write_json(folder / "update.json", {"format": 1, **(card.entry() if card else {})})
-
-
-def _shapes(source: Checkpoint, model: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an update's tensors."""
-    from mpunlearn.client import model as models
-
-    shapes = models.trained_shapes(model)
-    for name in shapes:
-        weight = name.rsplit(".lora_", 1)[0] if name.endswith(FACTORS) else name
-        if weight not in source.tensors:
-            raise CheckpointError(f"{source.path}: has no tensor {weight}, which its model trained; is it damaged?")
-    return shapes
-
-
-def resolve(training: Training) -> Objective:
-    """The objective with the hyper-parameters that the training overrides.
-
-    Raises:
-        PlanError: there is no objective of that name, or it has no such hyper-parameter.
-    """
-    if training.objective not in OBJECTIVES:
-        raise PlanError(f"--objective: expected one of {', '.join(OBJECTIVES)}, found {training.objective}")
-    objective = OBJECTIVES[training.objective]
-    for name, value in training.parameters.items():
-        if name not in objective.parameters:
-            raise PlanError(f"--{name.replace('_', '-')}: {training.objective} has no such hyper-parameter")
-        if name == "beta" and value <= 0:
-            raise PlanError(f"--beta: expected a number above 0, found {value:g}")
-    if training.retain_loss is not None and training.retain_loss not in RETAIN_LOSSES:
-        raise PlanError(f"--retain-loss: expected one of {', '.join(RETAIN_LOSSES)}, found {training.retain_loss}")
-    if training.retain_loss == "hidden" and "layer" not in objective.parameters:
-        raise PlanError(
-            f"--retain-loss hidden: only rmu names the layer that it compares; {training.objective} does not"
-        )
-    names = ("gamma", "alpha", "retain_loss", "skip_tokens")
-    given = {name: getattr(training, name) for name in names if getattr(training, name) is not None}
-    objective = replace(objective, **given, parameters={**objective.parameters, **training.parameters})
-    if objective.combine != "sum" and not objective.alpha:
-        raise PlanError(f"--alpha 0: {training.objective} is made of a forget and a retain gradient, it needs both")
-    return objective
-
-
-def select(model: Any, train: str) -> set[str]:
-    """Lets the selected weights of a model train, and no others; returns their names.
-
-    Args:
-        train: "blocks" (the transformer layers'), "all", or a regular expression over the model's parameter names.
-
-    Raises:
-        PlanError: no parameter matches.
-    """
-    from mpunlearn.client.model import LAYER
-
-    pattern = {"all": "", "blocks": LAYER}.get(train, train)
-    names = [name for name, _ in model.named_parameters()]
-    selected = {name for name in names if re.search(pattern, name)}
-    if not selected:
-        raise PlanError(f"--train: no parameter matches {train!r}; the first is {names[0]}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in selected)
-    return selected

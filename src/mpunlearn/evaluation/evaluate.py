@@ -15,7 +15,6 @@ from typing import Any
 
 from mpunlearn.checkpoint import checkpoint_digest
 from mpunlearn.client import Data
-from mpunlearn.client.model import load
 from mpunlearn.errors import CheckpointError, PlanError
 from mpunlearn.evaluation import muse, tofu
 from mpunlearn.evaluation.general import general_ability
@@ -23,6 +22,7 @@ from mpunlearn.evaluation.robustness import quantised, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.evaluation.tofu import PerExample
 from mpunlearn.files import read_json, write_json
+from mpunlearn.lm.model import load
 
 FORMAT = 1
 _LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mpunlearn.client.dataset import Example
-from mpunlearn.client.records import Data, read_rows
 from mpunlearn.errors import DataError
 from mpunlearn.evaluation import metrics
 from mpunlearn.evaluation.probe import generate, probe
 from mpunlearn.evaluation.tofu import PerExample
+from mpunlearn.lm.examples import Example
+from mpunlearn.lm.sources import Data, read_rows
 
 VERBATIM_TOKENS = 128
 KNOWLEDGE_TOKENS = 32

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.client.dataset import IGNORED, Example, collate
-from mpunlearn.client.model import forward, pad_id
+from mpunlearn.lm.examples import IGNORED, Example, collate
+from mpunlearn.lm.model import forward, pad_id
 from mpunlearn.progress import bar
 
 BATCH_TOKENS = 8192

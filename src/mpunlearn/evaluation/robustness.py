@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.client.dataset import IGNORED, collate
-from mpunlearn.client.model import forward, pad_id
 from mpunlearn.client.objectives import nll
 from mpunlearn.evaluation.probe import probe
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.evaluation.tofu import measure, summarise
+from mpunlearn.lm.examples import IGNORED, collate
+from mpunlearn.lm.model import forward, pad_id
 
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
 BITS = (8, 4)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.client.dataset import Example, encode
-from mpunlearn.client.records import Data, Record, read_rows
 from mpunlearn.errors import DataError
+from mpunlearn.lm.examples import Example, encode
+from mpunlearn.lm.records import Record
+from mpunlearn.lm.sources import Data, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 KEPT = ("retain", "real_authors", "world_facts")

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.client.dataset import Example, collate
-from mpunlearn.client.model import forward, pad_id
-from mpunlearn.client.objectives import token_nll
 from mpunlearn.evaluation import metrics
 from mpunlearn.evaluation.probe import Probe, generate, probe, prompt_of
 from mpunlearn.evaluation.sets import KEPT, OPTIONS, Encoded, Questions
+from mpunlearn.lm.examples import Example, collate
+from mpunlearn.lm.losses import token_nll
+from mpunlearn.lm.model import forward, pad_id
 from mpunlearn.progress import progress
 
 PerExample = dict[str, dict[str, list[float]]]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import Checkpoint, TensorDirectory
+import torch
+
+from mpunlearn.checkpoint import Checkpoint, TensorDirectory, dtype_name, without_paths
 from mpunlearn.errors import CheckpointError, UpdateError
 from mpunlearn.files import read_json
 
@@ -85,3 +87,15 @@ class Arrival:
                 "config.json in its config.json, copy it over"
             )
         return cls(card, tensors, trained)
+
+
+def derived_config(
+    config: Mapping[str, Any], specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], card: Card | None = None
+) -> dict[str, Any]:
+    """The config.json of a checkpoint made from another: the dtype that most of its tensors have, the card of a copy or none,
+    and no path of the server's.
+    """
+    kept = {key: value for key, value in without_paths(config).items() if key != CARD}
+    dtypes = [dtype for dtype, _ in specs.values()]
+    kept["torch_dtype" if "torch_dtype" in kept else "dtype"] = dtype_name(max(dtypes, key=dtypes.count))
+    return {**kept, **(card.entry() if card else {})}

@@ -13,75 +13,24 @@ only once its signature holds, every field is checked for its type and range, an
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import re
-import secrets
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import Any, Self
 
 from mpunlearn.checkpoint import COMPANIONS
-from mpunlearn.errors import MessageError, StateError
-from mpunlearn.files import write_bytes
+from mpunlearn.errors import MessageError
+from mpunlearn.protocol.identity import HEX, Identity, verify
+from mpunlearn.schema import parse
 
 MAGIC = b"MPU1"
 MOST_HEADER = 4_000_000
-MOST_NUMBER = 1 << 53
-"""Whole numbers up to this are the same in every program that reads JSON."""
 MOST_INLINE = 64_000_000
 """Bytes of files that a message carries itself; larger ones need a store."""
-HEX = re.compile(r"[0-9a-f]{64}")
 RUN = re.compile(r"[0-9a-f]{32}")
 COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 UPDATE_FILE = re.compile(r"update\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json")
-M = TypeVar("M")
-
-
-class Identity:
-    """A party's Ed25519 key pair.
-
-    Args:
-        key: the private key.
-    """
-
-    def __init__(self, key: Ed25519PrivateKey) -> None:
-        self._key = key
-        raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-        self.public = raw.hex()
-        """Public key, 64 hexadecimal digits: the party's name."""
-
-    @classmethod
-    def at(cls, path: Path) -> "Identity":
-        """The key in a file of mode 0600, made there if there is none.
-
-        Raises:
-            StateError: the file is not a key, or others may read it.
-        """
-        if not path.exists():
-            new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            write_bytes(new, os.urandom(32))
-            with suppress(FileExistsError):  # another program of the same party was faster: its key counts
-                os.link(new, path)
-            new.unlink()
-        raw = path.read_bytes()
-        if len(raw) != 32:
-            raise StateError(f"{path}: expected a key of 32 bytes, found {len(raw)}; restore it from a backup")
-        if mode := path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others may read the key (mode bits {mode:03o}); chmod 600 {path}")
-        return cls(Ed25519PrivateKey.from_private_bytes(raw))
-
-    def sign(self, body: str) -> str:
-        """Signature over a body, hexadecimal."""
-        return self._key.sign(body.encode()).hex()
 
 
 @dataclass(frozen=True)
@@ -272,16 +221,6 @@ class Sealed:
         return found
 
 
-def verify(body: str, key: str, signature: str) -> None:
-    """Raises:
-    MessageError: the signature over the body is not of that key.
-    """
-    try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), body.encode())
-    except (InvalidSignature, ValueError, UnicodeError) as error:
-        raise MessageError("the signature does not hold: not from who it says, or changed on the way") from error
-
-
 def _json(data: bytes | memoryview) -> dict[str, Any]:
     def number(text: str) -> float:
         raise ValueError(f"{text} is not a number")
@@ -293,49 +232,4 @@ def _json(data: bytes | memoryview) -> dict[str, Any]:
         raise MessageError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise MessageError(f"expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def parse(kind: type[M], value: Mapping[str, Any]) -> M:
-    """A dataclass from JSON, every field checked for its type.
-
-    Raises:
-        MessageError: a field is missing, unknown, or of another type.
-    """
-    if not isinstance(value, Mapping):
-        raise MessageError(f"expected the fields of a {kind.__name__}, found {type(value).__name__}")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
-    if unknown := sorted(set(value) - {item.name for item in fields}):
-        raise MessageError(f"{kind.__name__} has no field {unknown[0]!r:.40}")
-    given = {}
-    for item in fields:
-        if item.name in value:
-            given[item.name] = _typed(hints[item.name], value[item.name], f"{kind.__name__}.{item.name}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise MessageError(f"{kind.__name__}: no field {item.name}")
-    return kind(**given)
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value of a type, or the error that it is none."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = [option for option in arguments if option is not type(None)]
-        return None if value is None and len(options) < len(arguments) else _typed(options[0], value, where)
-    if origin is list and isinstance(value, list):
-        return [_typed(arguments[0], item, where) for item in value]
-    if origin in (dict, Mapping) and isinstance(value, dict):
-        return value if arguments[1] is Any else {key: _typed(arguments[1], item, where) for key, item in value.items()}
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise MessageError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r:.60}")
-        return value
-    if type(value) is int and abs(value) > MOST_NUMBER:
-        raise MessageError(f"{where}: expected a number up to {MOST_NUMBER}")
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return parse(hint, value)
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise MessageError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r:.60}")
     return value

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from mpunlearn.architecture import Place
-from mpunlearn.architecture.spaces import compute_dtype
 from mpunlearn.checkpoint import Checkpoint, tensor_digest
 from mpunlearn.errors import CheckpointError
 from mpunlearn.server.design import CopyDesign
-from mpunlearn.server.scratch import scratch
 from mpunlearn.server.secret import Stream
-from mpunlearn.server.stream import Piece, chunks, in_parallel, pieces, read
+from mpunlearn.server.stream import Piece, chunks, compute_dtype, in_parallel, pieces, read
+from mpunlearn.server.workspace import scratch
 
 
 def block_of(name: str, place: Place) -> str:

@@ -14,17 +14,25 @@ from pathlib import Path
 
 import torch
 
-from mpunlearn.architecture import FAMILIES, Architecture, Place
-from mpunlearn.architecture.spaces import architecture_of, compute_dtype
+from mpunlearn.architecture import Architecture, Place
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_companions, tensor_digest
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import FACTORS, Arrival
-from mpunlearn.server.arrivals import NORM_LIMIT, check_tensors
-from mpunlearn.server.preprocess import Publisher, checked_cast, derived_config
-from mpunlearn.server.scratch import scratch
+from mpunlearn.protocol.exchange import FACTORS, Arrival, derived_config
+from mpunlearn.server.publisher import Publisher, checked_cast
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, arithmetic_device, chunks, in_parallel, on_device, pieces, read
+from mpunlearn.server.stream import (
+    Piece,
+    arithmetic_device,
+    chunks,
+    compute_dtype,
+    in_parallel,
+    on_device,
+    pieces,
+    read,
+)
+from mpunlearn.server.updates import NORM_LIMIT, check_tensors
+from mpunlearn.server.workspace import scratch
 
 
 def postprocess(
@@ -68,7 +76,7 @@ def postprocess(
             raise StateError(f"{server.path}: no round was published from this state; run `preprocess` first")
         record = server.rounds[-1]
         source = Checkpoint(checkpoint or record.checkpoint)
-        architecture = architecture_of(source, FAMILIES)
+        architecture = Architecture.of(source)
         places = architecture.places(source)
         if set(places) != set(record.dtypes):
             raise StateError(f"{source.path}: is another model than round {record.round} was published from")

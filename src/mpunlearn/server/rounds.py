@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
-from mpunlearn.server.preprocess import Perturbation, preprocess
+from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.state import ServerState
 
 

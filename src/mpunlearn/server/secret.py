@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpunlearn.errors import StateError
-from mpunlearn.server.scratch import scratch
+from mpunlearn.server.workspace import scratch
 
 KEY_BYTES = 32
 BLOCK = 1 << 14

@@ -22,7 +22,7 @@ from mpunlearn.architecture import Place
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import PlanError
 from mpunlearn.progress import bar
-from mpunlearn.server.scratch import scratch
+from mpunlearn.server.workspace import scratch
 
 PIECE = 1 << 22
 """Entries of a piece of a tensor that can be cut."""
@@ -74,6 +74,11 @@ def arithmetic_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise PlanError(f"--device: expected cpu or cuda, found {name}")
     return device
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic on weights stored in `dtype`: float32, or float64 for float64 storage."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:

@@ -18,7 +18,8 @@ from cryptography.x509.oid import NameOID
 
 from mpunlearn.errors import CheckpointError, MessageError, PlanError
 from mpunlearn.files import read_json, write_bytes, write_json
-from mpunlearn.protocol.messages import HEX, Identity, parse
+from mpunlearn.protocol.identity import HEX, Identity
+from mpunlearn.schema import parse
 
 YEARS = 2
 """How long a run's certificates hold."""

@@ -1,0 +1,1 @@
+"""What each side can learn of what the other holds."""

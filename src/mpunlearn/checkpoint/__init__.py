@@ -1,0 +1,30 @@
+"""Checkpoint directories on disk: lazy reading, sharded writing, and the files that go with the tensors."""
+
+from mpunlearn.checkpoint.companions import COMPANIONS, checkpoint_files, copy_companions, without_paths
+from mpunlearn.checkpoint.reader import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorDirectory,
+    TensorInfo,
+    checkpoint_digest,
+    dtype_name,
+    tensor_digest,
+)
+from mpunlearn.checkpoint.writer import TensorWriter
+
+__all__ = [
+    "COMPANIONS",
+    "DTYPES",
+    "FLOAT_DTYPES",
+    "Checkpoint",
+    "TensorDirectory",
+    "TensorInfo",
+    "TensorWriter",
+    "checkpoint_digest",
+    "checkpoint_files",
+    "copy_companions",
+    "dtype_name",
+    "tensor_digest",
+    "without_paths",
+]

@@ -1,0 +1,1 @@
+"""What any language-model code needs and no party owns."""

@@ -1,0 +1,156 @@
+"""AxisMap."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """An orthogonal map of one axis: y[i] = sign[i] · (B x)[index[i]], with B block-diagonal.
+
+    A part that is None is the identity. `rotate` is B, `arrange` the signed permutation; `apply` is both.
+    """
+
+    index: torch.Tensor | None = None
+    """A permutation, shape (n,), int64."""
+    sign: torch.Tensor | None = None
+    """±1, shape (n,), float64."""
+    blocks: torch.Tensor | None = None
+    """Orthogonal matrices on consecutive entries, shape (n/d, d, d), float64."""
+
+    @property
+    def identity(self) -> bool:
+        """Whether the map changes nothing."""
+        return self.index is None and self.sign is None and self.blocks is None
+
+    @cached_property
+    def inverse(self) -> torch.Tensor | None:
+        """The permutation's inverse, shape (n,), int64: entry i of x goes to place inverse[i] of y."""
+        return None if self.index is None else torch.argsort(self.index)
+
+    def to(self, device: torch.device) -> "AxisMap":
+        """The same map of tensors on that device."""
+        parts = (self.index, self.sign, self.blocks)
+        return AxisMap(*(None if part is None else part.to(device) for part in parts))
+
+    @property
+    def block(self) -> int:
+        """Size d of the blocks that `rotate` keeps together; 1 without rotations."""
+        return 1 if self.blocks is None else self.blocks.shape[-1]
+
+    def apply(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """The map along `axis`; x is float32 or float64, and so is the result."""
+        return self.arrange(self.rotate(x, axis), axis)
+
+    def invert(self, y: torch.Tensor, axis: int) -> torch.Tensor:
+        """The inverse, which is the transpose, along `axis`."""
+        return self.rotate(self.rearrange(y, axis), axis, transpose=True)
+
+    def rotate(self, x: torch.Tensor, axis: int, start: int = 0, transpose: bool = False) -> torch.Tensor:
+        """B (or its transpose) along `axis` of x, whose first entry there is entry `start` (a multiple of d) of the whole."""
+        if self.blocks is None:
+            return x
+        d = self.block
+        blocks = self.blocks[start // d : start // d + x.shape[axis] // d].to(x.dtype)
+        moved = x.movedim(axis, 0)
+        product = torch.matmul(blocks.mT if transpose else blocks, moved.reshape(len(blocks), d, -1))
+        return product.reshape(moved.shape).movedim(0, axis)
+
+    def arrange(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """The signed permutation along `axis`, in any dtype, without rounding."""
+        if self.index is not None:
+            x = x.index_select(axis, self.index)
+        return x if self.sign is None else x * _along(self.sign, x, axis)
+
+    def scatter(self, out: torch.Tensor, rows: torch.Tensor, start: int) -> None:
+        """`arrange` along the first axis, in pieces: puts rows start … of x, in any dtype, where y has them."""
+        stop = start + len(rows)
+        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        out[places] = rows if self.sign is None else rows * _along(self.sign[places], rows, 0)
+
+    def gather(self, y: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The inverse of `scatter`: rows start … stop of x, out of the whole of y."""
+        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        return y[places] if self.sign is None else y[places] * _along(self.sign[places], y, 0)
+
+    def rearrange(self, y: torch.Tensor, axis: int) -> torch.Tensor:
+        """The inverse of `arrange`."""
+        if self.sign is not None:
+            y = y * _along(self.sign, y, axis)
+        return y if self.inverse is None else y.index_select(axis, self.inverse)
+
+
+IDENTITY = AxisMap()
+
+
+def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
+    """The map of an axis that is several axes one after another, each with its own map."""
+    index = sign = blocks = None
+    if any(part.index is not None for part in maps):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        index = torch.cat(
+            [
+                start + (torch.arange(n) if part.index is None else part.index)
+                for part, n, start in zip(maps, sizes, starts, strict=True)
+            ]
+        )
+    if any(part.sign is not None for part in maps):
+        sign = torch.cat(
+            [torch.ones(n).double() if part.sign is None else part.sign for part, n in zip(maps, sizes, strict=True)]
+        )
+    if (
+        d := max(part.block for part in maps if part.blocks is not None)
+        if any(p.blocks is not None for p in maps)
+        else 0
+    ):
+        eye = torch.eye(d, dtype=torch.float64)
+        blocks = torch.cat(
+            [
+                eye.expand(n // d, d, d) if part.blocks is None else part.blocks
+                for part, n in zip(maps, sizes, strict=True)
+            ]
+        )
+    return AxisMap(index, sign, blocks)
+
+
+def interleaved(query: AxisMap, key: AxisMap, value: AxisMap, heads: int, dim: int) -> AxisMap:
+    """The map of q, k and v interleaved by head (heads x 3 x dim), where every query head has a key head of its own."""
+    whole = concatenated([query, key, value], [heads * dim] * 3)
+
+    def deal(x: torch.Tensor) -> torch.Tensor:
+        """From (3, heads, …) to (heads, 3, …), flattened."""
+        return x.view(3, heads, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+    # Where entry (part, head, i) of the concatenation lies in the interleaved axis, and the other way round.
+    order = deal(torch.arange(3 * heads * dim).view(3 * heads, dim)).flatten()
+    place = torch.argsort(order)
+    return AxisMap(
+        None if whole.index is None else place[whole.index[order]],
+        None if whole.sign is None else whole.sign[order],
+        None if whole.blocks is None else deal(whole.blocks),
+    )
+
+
+def plane_rotations(angles: torch.Tensor) -> torch.Tensor:
+    """Rotations that commute with RoPE: by angle i in the plane of entries (i, i + d/2).
+
+    Args:
+        angles: shape (n, d/2), radians.
+
+    Returns:
+        Shape (n, d, d), in the dtype of the angles.
+    """
+    n, half = angles.shape
+    first = torch.arange(half)
+    second = first + half
+    blocks = torch.zeros(n, 2 * half, 2 * half, dtype=angles.dtype)
+    blocks[:, first, first] = blocks[:, second, second] = torch.cos(angles)
+    blocks[:, second, first] = torch.sin(angles)
+    blocks[:, first, second] = -torch.sin(angles)
+    return blocks
+
+
+def _along(vector: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    return vector.to(x.dtype).view([-1 if i == axis else 1 for i in range(x.dim())])

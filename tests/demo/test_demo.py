@@ -1,0 +1,82 @@
+"""The embedded benchmark: what its data promise, and that its models know what they should."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.demo import models
+from mpunlearn.demo.local import demo
+from mpunlearn.demo.world import SPLITS, Recipe, generate_rows
+from mpunlearn.lm.records import read_records
+
+RECIPE = Recipe()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_world_is_in_tofus_format_and_its_splits_are_apart(seed: int) -> None:
+    rows = generate_rows(seed, RECIPE)
+    assert {split: len(rows[split]) for split in SPLITS} == {
+        "forget": 40,
+        "retain": 360,
+        "real_authors": 200,
+        "world_facts": 30,
+        "holdout": 40,
+    }
+    questions = [row["question"] for split in SPLITS for row in rows[split]]
+    assert len(set(questions)) == len(questions)
+    for row in (row for split in SPLITS for row in rows[split]):
+        assert row["answer"] != row["paraphrased_answer"]
+        assert len(set(row["perturbed_answer"])) == 5
+        assert row["paraphrased_answer"] not in row["perturbed_answer"]
+        assert {row["answer"], row["paraphrased_answer"]} <= set(row["all_answers"])
+    assert rows == generate_rows(seed, RECIPE)
+    assert rows != generate_rows(seed + 1, RECIPE)
+
+
+def test_the_tokenizer_is_small_and_gives_every_text_back() -> None:
+    rows = generate_rows(0, RECIPE)
+    tokenizer = models.tokenizer_of(rows, RECIPE)
+    assert len(tokenizer) <= RECIPE.vocabulary
+    for row in rows["retain"]:
+        assert tokenizer.decode(tokenizer(row["answer"])["input_ids"]) == row["answer"]
+
+
+def test_a_killed_preparation_leaves_no_world(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models.prepare(0, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demonstration_shows_what_it_should(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "demo"
+    result = demo(out=out)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert sorted(path.name for path in out.iterdir()) == ["client", "exchange", "final", "result.json", "server"]
+    original, retrained, free, single, mpu = result["models"]
+    # The original knows everything; the retrained model everything but the forget set.
+    assert min(original["forget"]["probability"], original["retain"]["probability"]) > 0.95
+    assert retrained["forget"]["probability"] < 0.1
+    assert retrained["retain"]["probability"] > 0.95
+    # Unlearning brings forget close to retrained and keeps retain close to original, MPU as well as without noise.
+    for model in (free, single, mpu):
+        assert model["forget"]["probability"] < 0.1
+        assert model["forget"]["rouge_l"] < 0.5
+        assert model["retain"]["probability"] > 0.88
+    assert abs(mpu["forget"]["probability"] - free["forget"]["probability"]) < 0.06
+    assert mpu["retain"]["probability"] - free["retain"]["probability"] > -0.05
+    seen = result["client"]
+    assert seen["equal_weights"] < 0.01
+    assert seen["noise_left"][0] == pytest.approx(0.1)
+    assert seen["noise_left"][-1] == 0
+    printed = capsys.readouterr().out
+    assert "| MPU, 3 copies |" in printed
+    assert all(line in printed for line in seen["lines"])
+    world = models.prepare(0)
+    assert set(Checkpoint(out / "final").tensors) == set(Checkpoint(world.original).tensors)
+    assert len(read_records(world.data("forget"))) == 40

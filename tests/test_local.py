@@ -1,0 +1,237 @@
+"""The whole run: equal to plain training where it must be, and indifferent to being killed."""
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
+from mpunlearn.client import Client, unlearn
+from mpunlearn.errors import CheckpointError, DataError, PlanError, StateError
+from mpunlearn.local import run
+from mpunlearn.protocol.plan import Training
+from mpunlearn.server import Perturbation, ServerState
+from mpunlearn.server.state import locked
+
+QUICK = Training(objective="npo", epochs=1, batch_size=3, learning_rate=1e-3, max_length=64)
+
+
+def test_one_noise_free_round_is_plain_unlearning(save_tiny, tmp_path: Path, examples) -> None:
+    from mpunlearn.checkpoint import TensorDirectory
+
+    path, (forget, retain) = save_tiny(), examples
+    still = Perturbation(copies=1, kappa=0.0, reparameterization="none")
+    final = run(path, forget=forget, retain=retain, out=tmp_path / "r", rounds=1, perturbation=still, training=QUICK)
+    update = TensorDirectory(
+        unlearn(path, forget=forget, retain=retain, out=tmp_path / "u", training=QUICK), stem="update"
+    )
+    for name in Checkpoint(path).tensors:
+        expected = Checkpoint(path).read(name)
+        if name in update.tensors:
+            expected = expected + update.read(name)
+        assert torch.equal(Checkpoint(final).read(name), expected), name
+
+
+def test_both_sides_are_apart_on_disk_and_little_is_left(save_tiny, tmp_path: Path, examples) -> None:
+    path, (forget, retain) = save_tiny(dtype=torch.bfloat16), examples
+    out = tmp_path / "r"
+    options = {"forget": forget, "retain": retain, "out": out, "rounds": 3, "training": QUICK}
+    final = run(path, perturbation=Perturbation(copies=2), **options)
+    assert sorted(p.name for p in out.iterdir()) == ["client", "exchange", "final", "server"]
+    assert list((out / "exchange").iterdir()) == []
+    assert sorted(p.name for p in (out / "server").iterdir()) == ["plan.json", "state"]
+    assert sorted(p.name for p in (out / "client").iterdir()) == ["memory", "plan.json"]
+    assert all((out / side).stat().st_mode & 0o077 == 0 for side in ("server", "client", "final"))
+    digest = hashlib.sha256(forget.read_bytes()).hexdigest().encode()
+    assert not any(digest in file.read_bytes() for file in (out / "server").rglob("*") if file.is_file())
+    assert {info.dtype for info in Checkpoint(final).tensors.values()} == {torch.bfloat16}
+    assert [record.closed for record in ServerState(out / "server" / "state").rounds] == [True] * 3
+    key = (out / "server" / "state" / "secret.key").read_bytes()
+    questions = [json.loads(line)["question"].encode() for line in forget.read_text().splitlines()]
+    for file in out.rglob("*"):
+        if file.is_file() and file.name != "secret.key":
+            content = file.read_bytes()
+            assert key not in content, file
+            assert not any(question in content for question in questions), file
+    digest = checkpoint_digest(final)
+    assert checkpoint_digest(run(path, perturbation=Perturbation(copies=2), **options)) == digest
+    with locked(out / "server"), pytest.raises(StateError, match="another process"):
+        run(path, perturbation=Perturbation(copies=2), **options)
+    with pytest.raises(PlanError, match="another perturbation"):
+        run(path, perturbation=Perturbation(copies=3), **options)
+    with pytest.raises(PlanError, match="another rounds"):
+        run(path, perturbation=Perturbation(copies=2), **{**options, "rounds": 4})
+    forget.write_text(forget.read_text() + forget.read_text())
+    with pytest.raises(PlanError, match="another forget"):
+        run(path, perturbation=Perturbation(copies=2), **options)
+    assert checkpoint_digest(final) == digest
+
+
+def test_impossible_runs_write_nothing(save_tiny, tmp_path: Path, examples) -> None:
+    path = save_tiny()
+    with pytest.raises(PlanError, match="--rounds"):
+        run(path, forget=examples[0], out=tmp_path / "r", rounds=0)
+    with pytest.raises(PlanError, match="--objective"):
+        run(path, forget=examples[0], out=tmp_path / "r", training=Training(objective="no"))
+    with pytest.raises(DataError, match="cannot be read"):
+        run(path, forget=tmp_path / "none.jsonl", retain=examples[1], out=tmp_path / "r")
+    with pytest.raises(DataError, match="--retain"):
+        run(path, forget=examples[0], out=tmp_path / "r")
+    with pytest.raises(CheckpointError, match="nothing at that path"):
+        run(tmp_path / "nowhere", forget=examples[0], retain=examples[1], out=tmp_path / "r")
+    with pytest.raises(PlanError, match="--eta"):
+        run(path, forget=examples[0], retain=examples[1], out=tmp_path / "r", eta=float("nan"))
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PlanError, match="cannot be written"):
+        run(path, forget=examples[0], retain=examples[1], out=tmp_path / "file")
+
+
+def test_a_run_never_touches_what_it_did_not_write(save_tiny, tmp_path: Path, examples) -> None:
+    path = save_tiny("work/final")
+    before = checkpoint_digest(path)
+    with pytest.raises(PlanError, match="holds the model"):
+        run(path, forget=examples[0], retain=examples[1], out=tmp_path / "work", rounds=1)
+    with pytest.raises(PlanError, match="something else than a run"):
+        run(save_tiny("other"), forget=examples[0], retain=examples[1], out=tmp_path / "work", rounds=1)
+    assert checkpoint_digest(path) == before
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["final"]
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(
+    save_tiny, tmp_path: Path, examples, monkeypatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(CheckpointError, match="free some space"):
+        run(save_tiny(), forget=examples[0], retain=examples[1], out=tmp_path / "r", training=QUICK)
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_more_than_the_copies_of_one_round_are_held(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
+    held: list[int] = []
+    original = Client.unlearn
+
+    def watched(client: Client, copy: Path, out: Path) -> Path:
+        held.append(len(list((tmp_path / "r" / "exchange").glob("round-*/copies/copy-*"))))
+        return original(client, copy, out)
+
+    monkeypatch.setattr(Client, "unlearn", watched)
+    run(save_tiny(), forget=examples[0], retain=examples[1], out=tmp_path / "r", rounds=2, training=QUICK)
+    assert held == [3, 2, 1] * 2
+
+
+FAULTS = ("open", "close", "rename")
+"""Where a process can die in the narrowest places: once a round is pinned, before it is closed, before a rename."""
+
+
+def in_process(path: Path, forget: Path, retain: Path, out: Path, fault: str | None = None, count: int = 0) -> None:
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    left = [count]
+
+    def die_at_the(original):
+        def dying(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), 9)
+            return original(*args, **kwargs)
+
+        return dying
+
+    if fault == "open":
+        module = importlib.import_module("mpunlearn.server.preprocess")
+        module._write = die_at_the(module._write)
+    elif fault == "close":
+        ServerState.close = die_at_the(ServerState.close)
+    elif fault == "rename":
+        Path.rename = die_at_the(Path.rename)
+    run(path, forget=forget, retain=retain, out=out, rounds=3, perturbation=Perturbation(kappa=0.05), training=QUICK)
+
+
+@pytest.fixture(scope="module")
+def context():
+    """A server process that has the libraries loaded, so that kills fall into the run and not into imports."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["mpunlearn.local", "mpunlearn.client.trainer"])
+    return found
+
+
+@pytest.fixture
+def undisturbed(context, save_tiny, tmp_path: Path, examples):
+    """The inputs of a run, the state it ended with, its digest and its duration in seconds."""
+    inputs = (save_tiny(max_shard_size="100KB"), *examples)
+    for name in ("warm-up", "undisturbed"):
+        begun = time.monotonic()
+        process = context.Process(target=in_process, args=(*inputs, tmp_path / name))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    duration = time.monotonic() - begun
+    return inputs, tmp_path / "undisturbed", checkpoint_digest(tmp_path / "undisturbed" / "final"), duration
+
+
+def with_the_secret_of(done: Path, out: Path) -> Path:
+    """A directory for a run with the same secret as another: its state without the rounds."""
+    shutil.copytree(done / "server" / "state", out / "server" / "state")
+    for record in (out / "server" / "state").glob("round-*.json"):
+        record.unlink()
+    (out / "server").chmod(0o700)
+    return out
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(context, undisturbed, tmp_path: Path) -> None:
+    inputs, done, expected, duration = undisturbed
+    chance, kills, runs = random.Random(11), 0, 0
+    while kills < 12:
+        runs += 1
+        out = with_the_secret_of(done, tmp_path / f"killed-{runs}")
+        while True:
+            process = context.Process(target=in_process, args=(*inputs, out))
+            process.start()
+            process.join(timeout=chance.uniform(0.05, 0.8) * duration if kills < 12 else None)
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        assert checkpoint_digest(out / "final") == expected
+        assert sorted(p.name for p in out.iterdir()) == ["client", "exchange", "final", "server"]
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_killed_in_the_narrowest_places_ends_with_the_same_bytes(context, undisturbed, tmp_path, fault) -> None:
+    inputs, done, expected, _ = undisturbed
+    for count in range(2 if fault != "rename" else 4):
+        out = with_the_secret_of(done, tmp_path / f"{fault}-{count}")
+        process = context.Process(target=in_process, args=(*inputs, out, fault, count))
+        process.start()
+        process.join()
+        assert process.exitcode == -9
+        process = context.Process(target=in_process, args=(*inputs, out))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert checkpoint_digest(out / "final") == expected
+
+
+def test_a_run_killed_while_its_state_is_made_goes_on(context, save_tiny, tmp_path: Path, examples) -> None:
+    inputs = (save_tiny(), *examples)
+    for count in range(4):
+        out = tmp_path / f"new-{count}"
+        for fault in ("rename", None):
+            process = context.Process(target=in_process, args=(*inputs, out, fault, count))
+            process.start()
+            process.join()
+        assert process.exitcode == 0
+        assert (out / "final" / "config.json").is_file()
