@@ -8,7 +8,7 @@ with a 95 % interval over paired seeds (Student's t). Rows that exist are not co
     python benchmarks/claim.py [--suite claim|causes|orders] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
 
 `--suite claim` is the paper's question; `--suite causes` asks at 10 % of the parameters what the cost comes from, and what
-lowers it; `--suite orders` how the deviation of the weights falls with the noise level, by optimiser and copy design.
+lowers it; `--suite orders` how the deviation of the weights falls with the noise level, by optimizer and copy design.
 
 It runs on the embedded benchmark, with two processes of one thread, or on any checkpoint and data, on a GPU if there is one:
 
@@ -190,7 +190,7 @@ def evaluated(checkpoint: Path, subject: Subject) -> dict[str, float]:
     model, tokenizer = load(checkpoint)
     if torch.cuda.is_available():
         model = model.cuda()
-    found = tofu.summarise(
+    found = tofu.summarize(
         tofu.measure(model, tokenizer, subject.sets, max_new_tokens=subject.max_new_tokens, membership=False)
     )
     return {name: 1 - found[name] if name in INVERTED else found[name] for name in SCORES}

@@ -49,8 +49,8 @@ def causes() -> list[Arm]:
         Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0}),
         Arm("paper's design", paper),
         Arm("α = 1", {**paper, "alphas": (1.0, 1.0, 1.0)}),
-        Arm("no reparameterisation", {**paper, "reparameterization": "none"}),
-        Arm("paper's reparameterisation", {**paper, "reparameterization": "paper"}),
+        Arm("no reparameterization", {**paper, "reparameterization": "none"}),
+        Arm("paper's reparameterization", {**paper, "reparameterization": "paper"}),
         Arm("extrapolated, 3 copies", {**paper, "denoising": "extrapolate"}),
         Arm("extrapolated, 4 copies", four),
         Arm("extrapolated, 4 copies, x = ±1, ±1/√2", {**four, "alphas": QUIET}),
@@ -88,13 +88,13 @@ def causes() -> list[Arm]:
 def orders() -> list[Arm]:
     """How the deviation falls with the noise level, without changes of basis."""
     arms = []
-    for optimiser, training in (
+    for optimizer, training in (
         ("AdamW", {}),
         ("Adam with ε 1e-2", {"adam_epsilon": 1e-2, "learning_rate": 6e-3}),
         ("TensorAdam", {"optimizer": "tensor_adam"}),
         ("SGD", {"optimizer": "sgd", "learning_rate": 0.3}),
     ):
-        free = f"{FREE}, {optimiser}"
+        free = f"{FREE}, {optimizer}"
         arms += [Arm(free, NOISE_FREE, training=training, baseline=free)]
         for kappa in (0.01, 0.02, 0.05, 0.1):
             for name, design in (
@@ -104,7 +104,7 @@ def orders() -> list[Arm]:
                 ("extrapolated, 4 copies", {"copies": 4, "denoising": "extrapolate", "alphas": QUIET}),
             ):
                 settings = {**design, "kappa": kappa, "reparameterization": "none"}
-                arms += [Arm(f"{optimiser}, {name}, κ {kappa:.0%}", settings, training=training, baseline=free)]
+                arms += [Arm(f"{optimizer}, {name}, κ {kappa:.0%}", settings, training=training, baseline=free)]
     return arms
 
 

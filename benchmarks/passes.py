@@ -59,13 +59,13 @@ def dense(checkpoint: Path, copies: int) -> None:
             continue
         prefix = names[0].split(".self_attn")[0].split(".mlp")[0].rsplit(".input", 1)[0].rsplit(".post", 1)[0]
         for k in range(copies):
-            reparameterise(published[k], prefix, heads, groups, dim)
+            reparameterize(published[k], prefix, heads, groups, dim)
     for copy in published:
         for name in copy:
             copy[name] = copy[name].to(torch.bfloat16)
 
 
-def reparameterise(weights: dict[str, torch.Tensor], prefix: str, heads: int, groups: int, dim: int) -> None:
+def reparameterize(weights: dict[str, torch.Tensor], prefix: str, heads: int, groups: int, dim: int) -> None:
     """Rotated RoPE planes of q, k, v and o, and permuted FFN channels, in one layer."""
     angle = torch.rand(groups, dim // 2) * 6.2831853
     s = torch.zeros(groups, dim, dim)

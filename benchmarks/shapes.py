@@ -40,7 +40,7 @@ def build(out: Path, config: dict[str, Any]) -> Path:
         names |= {f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in layers for part in "qkv"}
     specs = {}
     for name in sorted(names):
-        place = architecture.place(name)
+        place = architecture.role_of(name)
         assert place is not None
         specs[name] = (torch.bfloat16, architecture.shape(place))
     with new_directory(out) as folder:

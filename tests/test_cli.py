@@ -83,7 +83,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     [
         "preprocess",
         "preprocess m --state s --out c --kappa x",
-        "run m --colour red",
+        "run m --color red",
         "preprocess m --state s --alphas a,b",
     ],
 )

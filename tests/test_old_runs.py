@@ -23,7 +23,7 @@ from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.server import ServerState
 from mpunlearn.server.network.serve import coordinate
 from mpunlearn.server.publisher import Publisher
-from mpunlearn.server.stream import pieces
+from mpunlearn.server.stream import row_slices
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "runs-0.1.0.tar.xz"
 WRITTEN_IN = "/tmp/mpunlearn-0.1.0"
@@ -48,13 +48,13 @@ class Before:
         shutil.copytree(server / "round-1", folder / "round-1")
         self.state, self.theta = ServerState(folder / "state"), Checkpoint(folder / "round-1")
         architecture = Architecture.of(self.theta)
-        self.places = architecture.places(self.theta)
+        self.places = architecture.tensor_roles(self.theta)
         self.publisher = Publisher(self.state.secret, self.state.rounds[-1], architecture)
 
     def check_copy(self, path: Path, copy: int) -> None:
         """A copy that is out is what this version would publish (up to the last bits of this processor's arithmetic)."""
         published = Checkpoint(path)
-        for piece in pieces(self.theta, self.places):
+        for piece in row_slices(self.theta, self.places):
             stored = self.theta.read_rows(piece.name, piece.start, piece.stop)
             mine = self.publisher.publish(piece, stored, [copy - 1])[0][0]
             torch.testing.assert_close(published.read(piece.name), mine, rtol=1e-5, atol=1e-6)

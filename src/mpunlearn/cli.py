@@ -22,7 +22,7 @@ from mpunlearn.errors import DisclosureWarning, MPUError
 from mpunlearn.protocol.plan import Training
 
 COMMANDS = {
-    "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterised copies of the next round"),
+    "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterized copies of the next round"),
     "unlearn": ("mpunlearn.client", "client: unlearn on one published copy and write the update"),
     "postprocess": ("mpunlearn.server", "server: aggregate the updates of all copies into a new checkpoint"),
     "run": ("mpunlearn.local", "both parties in one process: all rounds, resumable"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from mpunlearn.errors import CheckpointError
 
-MOST_JSON = 100_000_000
+MAX_JSON_BYTES = 100_000_000
 """Bytes of a JSON file that is still read: what arrives may be as large as an update."""
 
 
@@ -86,8 +86,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, not JSON, not an object, or impossibly large.
     """
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON} bytes")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written again
     except (OSError, ValueError, RecursionError) as error:

@@ -56,7 +56,7 @@ def run(
         eta: server step size η.
         keep_exchange: keep every round's copies and updates instead of deleting them when the round is closed.
         device: where the server's arithmetic runs, cpu or cuda. Training takes a GPU wherever there is one.
-        perturbation: number of copies, noise level, reparameterisation.
+        perturbation: number of copies, noise level, reparameterization.
         training: objective and hyper-parameters.
         data: columns and places of the examples.
         resources: memory, precision, checkpoints and loggers of training.
@@ -80,7 +80,7 @@ def run(
     client = Client(forget=forget, retain=retain, memory=memory, training=training, data=data, resources=resources)
     for model in (source, *([Path(base)] if base is not None else [])):
         opened = Checkpoint(model)
-        Architecture.of(opened).places(opened)
+        Architecture.of(opened).tensor_roles(opened)
         if out.resolve() in (model.resolve(), *model.resolve().parents):
             raise PlanError(f"--out {out}: holds the model {model} itself; name a directory of its own for the run")
     plans: dict[Path, dict[str, Any]] = {

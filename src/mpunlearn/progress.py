@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def progress(items: Collection[T], what: str) -> "tqdm[T]":
-    """Iterates over `items` behind a bar labelled `what`."""
+    """Iterates over `items` behind a bar labeled `what`."""
     return tqdm(items, desc=what, **_style())
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mpunlearn.errors import MessageError
 
-MOST_NUMBER = 1 << 53
+MAX_INTEGER = 1 << 53
 """Whole numbers up to this are the same in every program that reads JSON."""
 M = TypeVar("M")
 
@@ -48,8 +48,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value not in arguments:
             raise MessageError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r:.60}")
         return value
-    if type(value) is int and abs(value) > MOST_NUMBER:
-        raise MessageError(f"{where}: expected a number up to {MOST_NUMBER}")
+    if type(value) is int and abs(value) > MAX_INTEGER:
+        raise MessageError(f"{where}: expected a number up to {MAX_INTEGER}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse(hint, value)
     if hint is float and type(value) is int:

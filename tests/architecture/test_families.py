@@ -98,7 +98,7 @@ def logits(model, weights) -> torch.Tensor:
 
 def publish(architecture, maps, weights) -> dict[str, torch.Tensor]:
     """T on every tensor, under the published names."""
-    places = {name: architecture.place(name) for name in weights}
+    places = {name: architecture.role_of(name) for name in weights}
     assert None not in places.values()
     assert all(architecture.shape(places[name]) == tuple(weight.shape) for name, weight in weights.items())
     return {
@@ -122,7 +122,7 @@ def test_the_function_stays_and_the_inverse_restores(variant: str, strength: str
     assert float((after - before).abs().max()) < 1e-10 * max(1.0, float(before.abs().max()))
     changed = 0
     for name, weight in weights.items():
-        place = architecture.place(name)
+        place = architecture.role_of(name)
         arrived = published[maps.published_name(name, place)]
         restored = maps.invert(place, arrived)
         if all(axis_map.blocks is None for axis_map in maps.maps(place)):
@@ -133,7 +133,7 @@ def test_the_function_stays_and_the_inverse_restores(variant: str, strength: str
         assert changed == 0
     elif strength == "full":
         by_chance = {("vocabulary",), ("head norm",), ("query norm",), ("key norm",)}
-        assert changed >= len([name for name in weights if not set(architecture.place(name).axes) <= by_chance])
+        assert changed >= len([name for name in weights if not set(architecture.role_of(name).axes) <= by_chance])
     else:
         assert changed > 4
 
@@ -152,7 +152,7 @@ def test_leaving_one_map_out_of_one_tensor_changes_the_function(variant: str, st
     published = publish(architecture, maps, weights)
     controls = 0
     for name in weights:
-        place = architecture.place(name)
+        place = architecture.role_of(name)
         axis_maps = maps.maps(place)
         for left_out, axis_map in enumerate(axis_maps):
             if axis_map.identity or softmax_does_not_see(place):
@@ -207,7 +207,7 @@ def test_a_step_in_published_coordinates_is_the_step_in_the_original_ones(varian
     scale = max(float(update.abs().max()) for update in exact.values())
     worst = wrong = 0.0
     for name, update in exact.items():
-        place = architecture.place(name)
+        place = architecture.role_of(name)
         restored = maps.invert(place, updates[maps.published_name(name, place)])
         worst = max(worst, float((restored - update).abs().max()))
         left_out = maps.maps(place)[-1].invert(updates[maps.published_name(name, place)], len(place.axes) - 1)
@@ -219,7 +219,7 @@ def test_a_step_in_published_coordinates_is_the_step_in_the_original_ones(varian
 def test_copies_and_rounds_have_maps_of_their_own() -> None:
     _, architecture, weights = build("llama")
     name = "model.layers.1.mlp.up_proj.weight"
-    place = architecture.place(name)
+    place = architecture.role_of(name)
     secret = Secret(b"k" * 32)
     published = [
         Reparameterization(architecture, "full", secret, round_number, copy).apply(place, weights[name])

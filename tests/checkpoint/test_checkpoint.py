@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter, checkpoint_digest
 from mpunlearn.errors import CheckpointError
-from mpunlearn.files import MOST_JSON, new_directory, read_json, write_json
+from mpunlearn.files import MAX_JSON_BYTES, new_directory, read_json, write_json
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -158,8 +158,8 @@ def test_new_directories_appear_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_json_file_of_impossible_size_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(MOST_JSON + 1)
-    with pytest.raises(CheckpointError, match=f"more than {MOST_JSON} bytes"):
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(CheckpointError, match=f"more than {MAX_JSON_BYTES} bytes"):
         read_json(tmp_path / "x.json")
 
 

@@ -15,7 +15,7 @@ from mpunlearn.errors import DataError, PlanError
 from mpunlearn.evaluation import evaluate, muse, tofu
 from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.probe import probe
-from mpunlearn.evaluation.robustness import quantised, relearning, round_weights
+from mpunlearn.evaluation.robustness import quantized, relearning, round_weights
 from mpunlearn.evaluation.sets import SETS, Questions, read_sets
 from mpunlearn.lm.examples import encode
 from mpunlearn.lm.model import load
@@ -112,7 +112,7 @@ def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path,
     assert list(curve) == ["0", "4", "40"]
     assert curve["0"] < curve["4"] < curve["40"]
     assert curve["40"] > 0.5
-    rounded = quantised(model, tokenizer, {"forget": forget}, max_new_tokens=4)
+    rounded = quantized(model, tokenizer, {"forget": forget}, max_new_tokens=4)
     assert list(rounded) == ["8", "4"]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     command = ["evaluate", str(path), "--benchmark", str(folder), "--robustness", "true", "--max-new-tokens", "4"]
@@ -158,7 +158,7 @@ def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path) -> None:
     options = {"benchmark": "muse/news", "data": data, "cache": tmp_path / "cache"}
     report = evaluate(path, retain_model=path, **options)
     assert set(report.metrics) == {
-        "verbatim_memorisation",
+        "verbatim_memorization",
         "forget_knowledge_memorisation",
         "retain_knowledge_memorisation",
         "mia_min_k",
@@ -172,7 +172,7 @@ def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path) -> None:
         skip_special_tokens=True,
     )
     expected = rouge_l("in Lyon and lives there.", text)[1]
-    assert report.per_example["forget"]["verbatim_memorisation"][0] == pytest.approx(expected)
+    assert report.per_example["forget"]["verbatim_memorization"][0] == pytest.approx(expected)
     assert muse._cut("Lyon\n\nQuestion: and?") == "Lyon"
     assert muse._cut("Lyon Question: and?") == "Lyon "
 

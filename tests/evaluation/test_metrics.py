@@ -26,7 +26,7 @@ def test_probability_is_the_geometric_mean_of_token_probabilities() -> None:
 
 def test_probability_among_options() -> None:
     correct, wrong = probe_of([0.5, 0.125]), [probe_of([0.5]), probe_of([0.25, 0.25])]
-    assert metrics.normalised_probability(correct, wrong) == pytest.approx(0.25 / (0.25 + 0.5 + 0.25))
+    assert metrics.normalized_probability(correct, wrong) == pytest.approx(0.25 / (0.25 + 0.5 + 0.25))
 
 
 def test_truth_ratio_averages_losses_not_probabilities() -> None:
@@ -91,7 +91,7 @@ def test_forget_quality_is_the_kolmogorov_smirnov_test(values: list[int]) -> Non
 )
 def test_memorisation(matches: list[bool], ends: bool, exact: float, strength: float) -> None:
     answer = probe_of([0.5] * len(matches), matches, ends)
-    assert metrics.exact_memorisation(answer) == pytest.approx(exact)
+    assert metrics.exact_memorization(answer) == pytest.approx(exact)
     assert metrics.extraction_strength(answer) == pytest.approx(strength)
 
 

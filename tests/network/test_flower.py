@@ -24,7 +24,7 @@ from mpunlearn.client.network.worker import Worker
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.protocol.flower.keys import certificates, client_keys, read_invitation, read_keys
-from mpunlearn.protocol.flower.programs import environment, free_port, script, sweep
+from mpunlearn.protocol.flower.programs import environment, free_port, kill_orphans, script
 from mpunlearn.server.network.serve import coordinate
 
 pytest.importorskip("flwr")
@@ -67,7 +67,7 @@ class Stage:
             program.kill()
             program.wait()
         for home in self.folder.rglob("flower"):
-            sweep(home)
+            kill_orphans(home)
 
 
 @pytest.fixture

@@ -403,7 +403,7 @@ def test_urls_that_have_run_out_are_made_anew(world, tmp_path: Path) -> None:
 def test_a_copy_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
     from mpunlearn.server.network import coordinator
 
-    monkeypatch.setattr(coordinator, "MOST_INLINE", 1000)
+    monkeypatch.setattr(coordinator, "MAX_INLINE_BYTES", 1000)
     with pytest.raises(PlanError, match="--store: a copy or its update has"):
         net_of(tmp_path / "net", world).run()
 
@@ -463,7 +463,7 @@ def test_the_courier_takes_what_it_asked_for_and_nothing_else(tmp_path: Path, mo
     (tmp_path / "outbox" / "1").mkdir(parents=True)
     (tmp_path / "inbox").mkdir()
     (tmp_path / "outbox" / "1" / name).write_bytes(b"job")
-    monkeypatch.setattr(module, "MOST_BYTES", 10)
+    monkeypatch.setattr(module, "MAX_MESSAGE_BYTES", 10)
     for record in (
         {},
         {"names": name, "results": [b"x"], "missing": []},
@@ -580,7 +580,7 @@ def test_a_store_that_is_away_between_rounds_does_not_end_the_run(world, tmp_pat
 def test_a_node_whose_first_answer_was_damaged_is_asked_again(world, tmp_path: Path, monkeypatch) -> None:
     from mpunlearn.server.network import coordinator
 
-    monkeypatch.setattr(coordinator, "AGAIN", 0.0)
+    monkeypatch.setattr(coordinator, "RETRY_SECONDS", 0.0)
     net = net_of(tmp_path / "net", world, rounds=1)
     damaged: list[str] = []
 
@@ -619,7 +619,7 @@ def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, 
 
     perturbation = {"publish_dtype": "bfloat16"}
     size = sum(file.stat().st_size for file in world[0].glob("*.safetensors"))
-    monkeypatch.setattr(coordinator, "MOST_INLINE", int(0.75 * size) + coordinator.OVERHEAD)
+    monkeypatch.setattr(coordinator, "MAX_INLINE_BYTES", int(0.75 * size) + coordinator.UPDATE_OVERHEAD_BYTES)
     training = Training(objective="simnpo", train="all")
     with pytest.raises(PlanError, match="or its update has"):
         net_of(tmp_path / "net", world, training=training, perturbation=perturbation).run()

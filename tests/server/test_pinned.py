@@ -78,7 +78,7 @@ def digest(path, stem="model"):
 
 
 architecture = Architecture(FAMILIES[config["model_type"]], config)
-specs = {name: (torch.float32, architecture.shape(architecture.place(name))) for name in sorted(architecture.required())}
+specs = {name: (torch.float32, architecture.shape(architecture.role_of(name))) for name in sorted(architecture.required())}
 (folder / "model").mkdir()
 (folder / "model" / "config.json").write_text(json.dumps(config))
 with TensorWriter(folder / "model", specs) as writer:

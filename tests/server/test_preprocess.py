@@ -67,7 +67,7 @@ def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, stre
         for k in range(3):
             noise = alpha[k] * (1.5**0.5) * torch.tensordot(basis[k], z, dims=1) * sigma[block]
             expected = weight + noise if in_layer or scope == "all" else weight
-            place = architecture.place(name)
+            place = architecture.role_of(name)
             matrices = [
                 dense_matrix(axis_map, size)
                 for axis_map, size in zip(publisher.maps[k].maps(place), weight.shape, strict=True)
@@ -270,9 +270,9 @@ def bad_model(save_tiny, how: str) -> tuple[Path, type[MPUError], str]:
     if how == "no model_type":
         (path / "config.json").write_text("{}")
         return path, UnsupportedModelError, "known families"
-    if how == "quantised":
+    if how == "quantized":
         (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-        return path, UnsupportedModelError, "quantised"
+        return path, UnsupportedModelError, "quantized"
     if how == "size missing":
         (path / "config.json").write_text(json.dumps({**config, "hidden_size": None}))
         return path, UnsupportedModelError, "hidden_size"
@@ -299,7 +299,7 @@ def bad_model(save_tiny, how: str) -> tuple[Path, type[MPUError], str]:
 
 @pytest.mark.parametrize(
     "how",
-    ["unknown family", "no model_type", "quantised", "size missing", "unknown tensor", "layer beyond the config",
+    ["unknown family", "no model_type", "quantized", "size missing", "unknown tensor", "layer beyond the config",
      "missing tensor", "wrong shape", "integers", "nan", "infinity"],
 )  # fmt: skip
 def test_models_that_cannot_be_handled_exactly_are_refused_before_anything_is_written(save_tiny, tmp_path, how) -> None:

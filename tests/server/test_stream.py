@@ -24,8 +24,8 @@ def test_chunks_cover_every_row_once(rows: int, row: int, multiple: int) -> None
 def test_pieces_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
     monkeypatch.setattr(stream, "PIECE", 1000)
     checkpoint = Checkpoint(save_tiny())
-    places = Architecture.of(checkpoint).places(checkpoint)
-    cut = stream.pieces(checkpoint, places)
+    places = Architecture.of(checkpoint).tensor_roles(checkpoint)
+    cut = stream.row_slices(checkpoint, places)
     for name in places:
         rows = [n for piece in cut if piece.name == name for n in range(piece.start, piece.stop)]
         assert rows == list(range(checkpoint.tensors[name].shape[0]))

@@ -29,7 +29,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRole:
     """Where a tensor stands in the network."""
 
     template: str
@@ -48,13 +48,13 @@ class Architecture:
         config: the content of config.json.
 
     Raises:
-        UnsupportedModelError: the config is quantised or lacks a size.
+        UnsupportedModelError: the config is quantized or lacks a size.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         if config.get("quantization_config"):
             raise UnsupportedModelError(
-                "the checkpoint is quantised (config.json has a quantization_config): noise and exact maps need the "
+                "the checkpoint is quantized (config.json has a quantization_config): noise and exact maps need the "
                 "original weights; use the checkpoint in bfloat16, float16 or float32"
             )
         self.family = family
@@ -103,7 +103,7 @@ class Architecture:
 
     def _heads(self) -> Heads:
         count = self._size("num_attention_heads")
-        grouped = "num_key_value_heads" in self.config and "qkv" not in self.roles
+        grouped = "num_key_value_heads" in self.config and "qkv" not in self.axis_roles
         groups = self._size("num_key_value_heads") if grouped else count
         dim = self._size("head_dim") if "head_dim" in self.config else self.residual // count
         share = 1.0
@@ -125,20 +125,20 @@ class Architecture:
         return [(_pattern(template), template, _axes(text)) for template, text in self.family.tensors.items()]
 
     @cached_property
-    def roles(self) -> set[str]:
+    def axis_roles(self) -> set[str]:
         """Every role that occurs in the family."""
         return {role for _, _, axes in self._patterns for axis in axes for role in axis}
 
-    def place(self, name: str) -> Place | None:
+    def role_of(self, name: str) -> TensorRole | None:
         """Where the tensor of that name stands; None if a model of this config has no such tensor."""
         for pattern, template, axes in self._patterns:
             if match := pattern.fullmatch(name):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
-                place = Place(template, axes, numbers.get("layer"), numbers.get("expert"))
+                place = TensorRole(template, axes, numbers.get("layer"), numbers.get("expert"))
                 return place if self._exists(place) else None
         return None
 
-    def _exists(self, place: Place) -> bool:
+    def _exists(self, place: TensorRole) -> bool:
         if place.layer is None:
             return True
         if place.layer >= self.layers or (place.expert is not None and place.expert >= self.experts):
@@ -163,7 +163,7 @@ class Architecture:
         """Length of an axis."""
         return sum(self.ffn(expert) if role in ("gate", "ffn") else self._sizes[role] for role in axis)
 
-    def shape(self, place: Place) -> tuple[int, ...]:
+    def shape(self, place: TensorRole) -> tuple[int, ...]:
         """The shape that config.json implies for a tensor."""
         return tuple(self.size(axis, place.expert is not None) for axis in place.axes)
 
@@ -175,11 +175,11 @@ class Architecture:
                 continue
             for layer in range(self.layers) if "{layer}" in template else [None]:
                 for expert in range(self.experts) if "{expert}" in template else [None]:
-                    if self._exists(Place(template, axes, layer, expert)):
+                    if self._exists(TensorRole(template, axes, layer, expert)):
                         names.add(template.format(layer=layer, expert=expert))
         return names
 
-    def places(self, checkpoint: Checkpoint) -> dict[str, Place]:
+    def tensor_roles(self, checkpoint: Checkpoint) -> dict[str, TensorRole]:
         """The place of every parameter of a checkpoint, sorted by name.
 
         Constants, and an LM head that only repeats a tied embedding, are left out: they are not parameters.
@@ -189,10 +189,10 @@ class Architecture:
             CheckpointError: a tensor is missing, or a tied LM head differs from the embedding.
         """
         constants = [_pattern(template) for template in self.family.constants]
-        places: dict[str, Place] = {}
+        places: dict[str, TensorRole] = {}
         unknown: list[str] = []
         for name, info in sorted(checkpoint.tensors.items()):
-            place = self.place(name)
+            place = self.role_of(name)
             if place is not None:
                 self._check(checkpoint, name, info, self.shape(place))
                 places[name] = place
@@ -202,7 +202,7 @@ class Architecture:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: tensors that the table of {self.config.get('model_type')} does not know: "
                 f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; nothing is published without its "
-                "reparameterisation, so add them to the family's table (architecture/families.py) or remove them"
+                "reparameterization, so add them to the family's table (architecture/families.py) or remove them"
             )
         if missing := sorted(self.required() - places.keys()):
             raise CheckpointError(
@@ -226,7 +226,7 @@ class Architecture:
             )
         if not info.dtype.is_floating_point:
             raise UnsupportedModelError(
-                f"{checkpoint.path}: {name} has dtype {info.dtype}, expected floating point; a quantised checkpoint is "
+                f"{checkpoint.path}: {name} has dtype {info.dtype}, expected floating point; a quantized checkpoint is "
                 "not supported, use the original in bfloat16, float16 or float32"
             )
 

@@ -1,7 +1,7 @@
 """Spaces: the vector spaces inside a network whose basis can change without changing its function.
 
 The idea: every axis of every weight lives in one such space or in none, so a family of models is a table from parameter
-names to the roles of their axes, and everything else (reparameterising a weight, inverting an update, checking shapes,
+names to the roles of their axes, and everything else (reparameterizing a weight, inverting an update, checking shapes,
 attacking) is one small generic function over that table. Git Re-Basin's permutation specifications (arXiv 2209.04836) are
 the same idea for permutations alone.
 

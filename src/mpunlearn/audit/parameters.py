@@ -38,7 +38,7 @@ def copy_distance(model: str | Path, copy: str | Path, state: str | Path) -> Cop
     maps = Publisher(server.secret, server.rounds[0], architecture).maps[0]
     equal = count = 0
     difference = norm = 0.0
-    for name, place in architecture.places(source).items():
+    for name, place in architecture.tensor_roles(source).items():
         mine = source.read(name)
         theirs = maps.invert(place, published.read(maps.published_name(name, place)))
         equal += int((mine == theirs).sum())

@@ -22,7 +22,7 @@ COMPANIONS = (
     "chat_template.json",
 )
 """Files carried from a checkpoint to what is made of it. A list of names, not "everything else": a training folder may
-also hold optimiser states or logs, which must not be published."""
+also hold optimizer states or logs, which must not be published."""
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ is also the only format ever opened (a pickle can run code).
 Writing needs every name, shape and dtype beforehand: the shards' headers are laid out first, so tensors may then arrive in
 any order. The directories themselves appear whole or not at all (`files`).
 
-Not covered: quantised number formats, and files other than safetensors.
+Not covered: quantized number formats, and files other than safetensors.
 """
 
 import hashlib
@@ -215,7 +215,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
     if unknown:
         raise CheckpointError(
-            f"{path}: holds tensors of dtype {', '.join(unknown)}, expected one of {', '.join(DTYPES)}; quantised "
+            f"{path}: holds tensors of dtype {', '.join(unknown)}, expected one of {', '.join(DTYPES)}; quantized "
             "checkpoints are not supported, use the original in bfloat16, float16 or float32"
         )
     return {

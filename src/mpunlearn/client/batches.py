@@ -25,7 +25,7 @@ class Pick(NamedTuple):
 def batches(
     forget: int, retain: int, *, batch_size: int, epochs: int, seed: int, round_number: int
 ) -> list[list[Pick]]:
-    """The optimiser steps of a round: every forget example once an epoch, each with one random retain example.
+    """The optimizer steps of a round: every forget example once an epoch, each with one random retain example.
 
     Args:
         forget, retain: sizes of the sets; retain may be 0, and the picks then hold None.

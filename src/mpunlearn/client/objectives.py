@@ -11,7 +11,7 @@ and the one training loop (`trainer`) provides exactly that:
 
 Keyword-only parameters are hyper-parameters. A loss returns either one number per token, shape (B, T), zero where nothing
 counts, or one per example, shape (B,): the objective is their mean over the answer tokens, or over the examples, of an
-optimiser step, however that step is spread over micro-batches and processes. Masked positions never count.
+optimizer step, however that step is spread over micro-batches and processes. Masked positions never count.
 
 A new objective is one function and one line in `OBJECTIVES`.
 """
@@ -119,7 +119,7 @@ def pdu(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def rmu(hidden: torch.Tensor, targets: torch.Tensor, control: torch.Tensor, *, steering: float) -> torch.Tensor:
     """Mean squared distance of the hidden states to steering · control (Li et al., arXiv 2403.03218, equation 1).
 
-    A mean over the tokens of each example. The control vector lives in the residual space: with a reparameterisation that
+    A mean over the tokens of each example. The control vector lives in the residual space: with a reparameterization that
     turns that space (`full`), every copy is steered elsewhere in the server's own coordinates.
     """
     return _example_mean((hidden.float() - steering * control).square().mean(dim=-1), targets)
@@ -163,7 +163,7 @@ class Objective:
     """One of `RETAIN_LOSSES`."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Hyper-parameters by name. The forget loss takes those that it names; the loop takes `layer`, and those of `combine`."""
-    combine: Literal["sum", "normalised", "dual"] = "sum"
+    combine: Literal["sum", "normalized", "dual"] = "sum"
     """How the two gradients become one: see `trainer`."""
     skip_tokens: int = 0
     """First answer tokens of each forget example that carry no loss."""
@@ -216,7 +216,7 @@ OBJECTIVES: dict[str, Objective] = {
     "undial": Objective(undial, alpha=0.0, parameters={"beta": 10.0}),
     "satimp": Objective(satimp, gamma=0.1, parameters={"beta1": 5.0, "beta2": 1.0}),
     "wga": Objective(wga, parameters={"beta": 1.0}),
-    "ngdiff": Objective(grad_ascent, combine="normalised", parameters={"adapt_every": 10}),
+    "ngdiff": Objective(grad_ascent, combine="normalized", parameters={"adapt_every": 10}),
     "rmu": Objective(rmu, retain_loss="hidden", parameters={"steering": 2.0, "layer": 7}),
     "ce-u": Objective(ce_u, alpha=0.0, skip_tokens=1),
     "pdu": Objective(pdu, combine="dual", parameters={"retain_target": 0.3, "dual_step": 1.0, "dual_warmup": 5}),

@@ -1,4 +1,4 @@
-"""An optimiser for which the copies' changes of basis cancel exactly, and whose steps are smooth in the weights.
+"""An optimizer for which the copies' changes of basis cancel exactly, and whose steps are smooth in the weights.
 
 Adam divides every entry of a gradient by a running size of that entry. That is nearly the entry's sign in the first steps,
 which is not differentiable in the weights, and harmonic or extrapolated denoising cancels only what is; and it depends on the
@@ -22,7 +22,7 @@ class TensorAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) with decoupled weight decay and one second moment per tensor.
 
     Args:
-        params: as for every torch optimiser.
+        params: as for every torch optimizer.
         lr: learning rate.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.

@@ -18,7 +18,7 @@ from mpunlearn.lm.processes import is_main
 from mpunlearn.protocol.exchange import Card
 
 
-class Kept:
+class ReferenceCache:
     """What the client keeps of its copy of round 1: MEMORY/copy-K.json, and MEMORY/copy-K where the copy itself is needed."""
 
     def __init__(self, memory: Path, card: Card) -> None:
@@ -86,7 +86,7 @@ class TrainingFolder:
     It holds the fingerprint of the training: one that a different training left behind is cleared first.
     """
 
-    def __init__(self, fingerprint: str, kept: Kept | None, out: Path) -> None:
+    def __init__(self, fingerprint: str, kept: ReferenceCache | None, out: Path) -> None:
         self._fingerprint = {"fingerprint": fingerprint}
         self._path = kept.training_folder if kept is not None else out.parent / f".{out.name}.training"
 

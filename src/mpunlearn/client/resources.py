@@ -18,11 +18,11 @@ class Resources:
     """forget examples per forward pass and process (default: the whole batch); a batch takes as many passes as it needs, and
     the update stays the same"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """arithmetic of the forward and backward passes; weights and optimiser stay in float32"""
+    """arithmetic of the forward and backward passes; weights and optimizer stay in float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     save_every: int = 0
-    """optimiser steps between checkpoints from which an interrupted training goes on; 0 for none"""
+    """optimizer steps between checkpoints from which an interrupted training goes on; 0 for none"""
     report_to: str = "none"
     """where losses are logged, by the names of transformers: tensorboard, wandb, trackio, …"""
     log_dir: str | None = None

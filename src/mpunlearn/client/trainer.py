@@ -1,10 +1,10 @@
-"""The one training loop: `transformers.Trainer` over optimiser steps that are decided beforehand.
+"""The one training loop: `transformers.Trainer` over optimizer steps that are decided beforehand.
 
 An item of its data set is one micro-batch, so the Trainer neither shuffles nor batches. Since the steps are known, every
 micro-batch carries how many tokens and examples its whole step has, and divides by that: a step is the same mean however
 many passes and processes it is spread over. (Averages of averages, the usual way, depend on both.)
 
-Two gradients become one in three ways (`Objective.combine`). *sum*: γ · forget + α · retain. *normalised* (NGDiff, Bu et
+Two gradients become one in three ways (`Objective.combine`). *sum*: γ · forget + α · retain. *normalized* (NGDiff, Bu et
 al., arXiv 2410.22086): each gradient of a step is divided by its norm first, and now and then the learning rate moves to the
 minimum of a parabola through the retain loss before, after and opposite the step (their section 4, after GeN). *dual* (PDU,
 arXiv 2506.05314): α follows the retain loss, α ← max(0, α + dual_step · (L_retain - retain_target)), from epoch `dual_warmup`
@@ -57,7 +57,7 @@ def train(
 
     Args:
         model: sharded where there are several processes.
-        plan: the optimiser steps.
+        plan: the optimizer steps.
         reference: the reference model, where the objective takes its logits or hidden states; with LoRA it may be the model
             itself, whose adapters are then switched off.
         first_epoch: how many epochs of the run lie behind.
@@ -68,7 +68,7 @@ def train(
     """
     if resources.save_every and processes() > 1:
         raise PlanError("--save-every: a training on several processes is not saved on its way; leave it out")
-    if objective.combine == "normalised" and resources.precision == "float16":
+    if objective.combine == "normalized" and resources.precision == "float16":
         raise PlanError(
             f"--precision float16: {training.objective} divides by gradient norms; take bfloat16 or float32"
         )
@@ -166,7 +166,7 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
         self._control: torch.Tensor | None = None
         if reference is not None and reference is not self.model:
             reference.to(self.args.device).eval().requires_grad_(False)
-        if objective.combine == "normalised":
+        if objective.combine == "normalized":
             self.add_callback(_AdaptiveRate(self, int(objective.parameters["adapt_every"])))
         self.add_callback(_Dual(self))
 
@@ -181,15 +181,15 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
         forget = self._backward(model, inputs, "forget", self.objective.gamma)
         retain = forget.new_zeros(())
         if self.objective.alpha:
-            normalised = self.objective.combine == "normalised"
-            if normalised:
+            normalized = self.objective.combine == "normalized"
+            if normalized:
                 self._swap()
             alpha = self.dual if self.objective.combine == "dual" else self.objective.alpha
             retain = self._backward(model, inputs, "retain", alpha)
-            if normalised:
+            if normalized:
                 self._swap()
                 if self.accelerator.sync_gradients:
-                    self._combine_normalised()
+                    self._combine_normalized()
         self._losses["forget_loss"] += float(forget)
         self._losses["retain_loss"] += float(retain)
         self._step_retain_loss += float(retain)
@@ -258,7 +258,7 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
             parameter.grad, other = self._retain_gradients.pop(parameter, None), parameter.grad
             self._retain_gradients[parameter] = other
 
-    def _combine_normalised(self) -> None:
+    def _combine_normalized(self) -> None:
         """γ · g_forget / ‖g_forget‖ + α · g_retain / ‖g_retain‖; γ and α are in the gradients' losses, so they are put back."""
         forget = [parameter.grad for parameter in self.trained() if parameter.grad is not None]
         retain = [gradient for gradient in self._retain_gradients.values() if gradient is not None]
@@ -335,7 +335,7 @@ class _Dual(transformers.TrainerCallback):  # type: ignore[misc]
 class _AdaptiveRate(transformers.TrainerCallback):  # type: ignore[misc]
     """NGDiff's learning rate: every few steps it is multiplied so that a step ends at the minimum of a parabola.
 
-    The parabola goes through the retain loss of a micro-batch at w + d, w and w - d, where w - d is what the optimiser made of
+    The parabola goes through the retain loss of a micro-batch at w + d, w and w - d, where w - d is what the optimizer made of
     w. The factor is kept within [1/2, 2], and is 1 where the parabola has no minimum.
     """
 
@@ -389,7 +389,7 @@ class _Bar(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def _own_optimizer(training: Training) -> tuple[type[TensorAdam], dict[str, Any]] | None:
-    """The optimiser that transformers does not have, where it is asked for."""
+    """The optimizer that transformers does not have, where it is asked for."""
     if training.optimizer != TENSOR_ADAM:
         return None
     return TensorAdam, {"lr": training.learning_rate, "eps": training.adam_epsilon}

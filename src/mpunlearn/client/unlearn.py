@@ -7,7 +7,7 @@ the published copy of round 1 with the same number, never the server's model: it
 in round 1 and kept in the client's own memory folder, and the copy itself only where an objective takes its logits. So later
 rounds need no second model for NPO, DPO and AltPO.
 
-A `Client` reads and tokenises its examples once for all copies and rounds. An ordinary checkpoint works as well and gives a
+A `Client` reads and tokenizes its examples once for all copies and rounds. An ordinary checkpoint works as well and gives a
 plain, noise-free update; no server will take that for one of its copies.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 from mpunlearn.client.batches import batches
 from mpunlearn.client.objectives import resolve
-from mpunlearn.client.reference import Kept, TrainingFolder
+from mpunlearn.client.reference import ReferenceCache, TrainingFolder
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.weights import _write, select
 from mpunlearn.errors import CheckpointError, DataError, PlanError
@@ -125,7 +125,7 @@ class Client:
         if "layer" in objective.parameters:
             weights.check_layer(source.path, int(objective.parameters["layer"]))
         encoded = self._encode(source.path)
-        kept = None if self._memory is None or card is None else Kept(self._memory, card)
+        kept = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         recalled = self._recall(kept, card, encoded)
         model = models.load_model(source.path)
         selected = select(model, training.train)
@@ -181,7 +181,7 @@ class Client:
             self._encoded[digest] = _Encoded(tokenizer, forget, retain, alternates)
         return self._encoded[digest]
 
-    def _recall(self, kept: Kept | None, card: Card | None, encoded: "_Encoded") -> dict[str, Any] | None:
+    def _recall(self, kept: ReferenceCache | None, card: Card | None, encoded: "_Encoded") -> dict[str, Any] | None:
         """What the reference model said, if it is known; None in round 1.
 
         Raises:
@@ -216,7 +216,7 @@ class Client:
             ],
         }
 
-    def _reference(self, path: Path, card: Card | None, kept: Kept | None, model: Any) -> Any | None:
+    def _reference(self, path: Path, card: Card | None, kept: ReferenceCache | None, model: Any) -> Any | None:
         """The reference model, where the objective takes more than its log-likelihoods."""
         if not self.objective.reference_model:
             return None

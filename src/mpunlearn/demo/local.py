@@ -90,7 +90,7 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def what_the_client_saw(world: models.Toy, run_folder: Path) -> dict[str, Any]:
+def what_the_client_saw(world: models.TrainedWorld, run_folder: Path) -> dict[str, Any]:
     """How far a published copy is from the server's model, and what noise is left to one who pools copies.
 
     Args:

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Toy:
+class TrainedWorld:
     """A trained world on disk."""
 
     path: Path
@@ -54,7 +54,7 @@ class Toy:
         return self.path / "data" / f"{split}.jsonl"
 
 
-def prepare(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = None) -> Toy:
+def prepare(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = None) -> TrainedWorld:
     """The trained world of a seed, from the cache or trained now.
 
     Args:
@@ -67,7 +67,7 @@ def prepare(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = No
     sources = (__file__, world.__file__, examples.__file__)
     made_by = f"{recipe} {seed} {torch.__version__} {transformers.__version__}".encode()
     digest = hashlib.sha256(b"".join(Path(str(module)).read_bytes() for module in sources) + made_by)
-    toy = Toy((cache or root) / f"toy-{digest.hexdigest()[:16]}")
+    toy = TrainedWorld((cache or root) / f"toy-{digest.hexdigest()[:16]}")
     if not toy.path.is_dir():
         with new_directory(toy.path) as folder:
             _build(folder, seed, recipe)
@@ -79,7 +79,9 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
     (folder / "data").mkdir()
     for split in SPLITS:
         public_rows = [{key: value for key, value in row.items() if key != "all_answers"} for row in rows[split]]
-        Toy(folder).data(split).write_text("".join(json.dumps(row) + "\n" for row in public_rows), encoding="utf-8")
+        TrainedWorld(folder).data(split).write_text(
+            "".join(json.dumps(row) + "\n" for row in public_rows), encoding="utf-8"
+        )
     tokenizer = tokenizer_of(rows, recipe)
     taught = [row for split in ("real_authors", "world_facts") for row in rows[split]]
     shared = [Record(row["question"], answer) for row in taught for answer in row["all_answers"]]

@@ -30,7 +30,7 @@ class Line:
     """Of the unlearning; None for the two models that were trained."""
 
 
-def measure(name: str, checkpoint: Path, world: models.Toy, seconds: float | None = None) -> Line:
+def measure(name: str, checkpoint: Path, world: models.TrainedWorld, seconds: float | None = None) -> Line:
     """Evaluates a model on the forget and the retain set."""
     sets = read_sets(str(world.path / "data"), "", None, Data())
     return line(name, checkpoint, {split: sets[split] for split in ("forget", "retain")}, seconds, max_new_tokens=48)
@@ -41,7 +41,7 @@ def line(
 ) -> Line:
     """Evaluates a model on a forget and a retain set."""
     model, tokenizer = load(checkpoint)
-    found = tofu.summarise(tofu.measure(model, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False))
+    found = tofu.summarize(tofu.measure(model, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False))
     forget, retain = (
         Answers(found[f"{split}_probability"], found[f"{split}_rouge_l_recall"]) for split in ("forget", "retain")
     )

@@ -18,7 +18,7 @@ from mpunlearn.client import Data
 from mpunlearn.errors import CheckpointError, PlanError
 from mpunlearn.evaluation import muse, tofu
 from mpunlearn.evaluation.general import general_ability
-from mpunlearn.evaluation.robustness import quantised, relearning
+from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.evaluation.tofu import PerExample
 from mpunlearn.files import read_json, write_json
@@ -80,7 +80,7 @@ def evaluate(
         retain_model: the checkpoint that never saw the forget set; forget quality and PrivLeak compare with it.
         holdout: questions that no model was trained on, for membership inference (default: the benchmark's own).
         out: a file for the whole result as JSON.
-        robustness: also draw the curves under relearning and quantisation.
+        robustness: also draw the curves under relearning and quantization.
         relearn_rate: learning rate of relearning.
         tasks: tasks of lm-eval for general ability, separated by commas.
         tasks_folder: folder with lm-eval task files of one's own.
@@ -120,16 +120,16 @@ def evaluate(
 
     own = one(checkpoint, reference)
     retrained = one(retain_model, None) if retain_model is not None else None
-    summarise = muse.summarise if is_muse else tofu.summarise
+    summarize = muse.summarize if is_muse else tofu.summarize
     models = {"model": own, **({"retrained": retrained} if retrained is not None else {})}
     report = Report(
         metrics={
-            **summarise(own["per_example"], None if retrained is None else retrained["per_example"]),
+            **summarize(own["per_example"], None if retrained is None else retrained["per_example"]),
             **own["general"],
         },
         retrained=None
         if retrained is None
-        else {**summarise(retrained["per_example"], retrained["per_example"]), **retrained["general"]},
+        else {**summarize(retrained["per_example"], retrained["per_example"]), **retrained["general"]},
         robustness={
             curve: {name: found["robustness"][curve] for name, found in models.items()} for curve in own["robustness"]
         },
@@ -181,8 +181,8 @@ def _one(
             model, tokenizer, sets["forget"], learning_rate=rate
         )
         kept = {name: questions for name, questions in sets.items() if name != "holdout"}
-        rounded = quantised(model, tokenizer, kept, max_new_tokens=length)
-        whole = tofu.summarise(found)
+        rounded = quantized(model, tokenizer, kept, max_new_tokens=length)
+        whole = tofu.summarize(found)
         for metric in ("forget_probability", "model_utility"):
             if metric in whole:
                 curves[f"{metric} at bits"] = {

@@ -17,7 +17,7 @@ from mpunlearn.evaluation.probe import Probe
 Scores = np.ndarray
 
 
-def normalised_probability(correct: Probe, wrong: Sequence[Probe]) -> float:
+def normalized_probability(correct: Probe, wrong: Sequence[Probe]) -> float:
     """Probability among options: p_c / (p_c + Σ p_w) (TOFU, arXiv 2401.06121, section 2.2)."""
     others = sum(option.probability for option in wrong)
     return correct.probability / (correct.probability + others)
@@ -48,8 +48,8 @@ def model_utility(values: Sequence[float]) -> float:
     return 0.0 if min(values) <= 0 else float(stats.hmean(values))
 
 
-def exact_memorisation(answer: Probe) -> float:
-    """Exact memorisation: share of tokens that are the most likely ones, without the final end token (arXiv 2205.10770)."""
+def exact_memorization(answer: Probe) -> float:
+    """Exact memorization: share of tokens that are the most likely ones, without the final end token (arXiv 2205.10770)."""
     return float(_without_end(answer).mean())
 
 

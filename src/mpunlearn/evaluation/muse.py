@@ -1,4 +1,4 @@
-"""MUSE (Shi et al., arXiv 2407.06460): verbatim memorisation, knowledge memorisation, privacy leakage; on news or books.
+"""MUSE (Shi et al., arXiv 2407.06460): verbatim memorization, knowledge memorization, privacy leakage; on news or books.
 
 Verbatim: a prefix of a forget text is continued greedily by 128 tokens and compared with how it went on. Knowledge: questions
 are answered within 32 tokens after a few examples of answering. Both by ROUGE-L F1. Privacy: min-k scores of forget and holdout
@@ -27,14 +27,14 @@ def measure(model: Any, tokenizer: Any, benchmark: str, data: Data) -> PerExampl
     """Everything that one model says about every example of "muse/news" or "muse/books"."""
     prompts, expected = _columns(f"{benchmark}/verbmem/forget", data, "prompt", "gt")
     said = generate(model, tokenizer, [tokenizer(prompt)["input_ids"] for prompt in prompts], VERBATIM_TOKENS)
-    found: PerExample = {"forget": {"verbatim_memorisation": _f1(expected, said)}}
+    found: PerExample = {"forget": {"verbatim_memorization": _f1(expected, said)}}
     for name in ("forget", "retain"):
         questions, answers = _columns(f"{benchmark}/knowmem/{name}_qa", data, "question", "answer")
         shown = zip(*_columns(f"{benchmark}/knowmem/{name}_qa_icl", data, "question", "answer"), strict=True)
         before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shown)
         asked = [tokenizer(f"{before}Question: {question}\nAnswer:")["input_ids"] for question in questions]
         said = [_cut(text) for text in generate(model, tokenizer, asked, KNOWLEDGE_TOKENS)]
-        found.setdefault(name, {})["knowledge_memorisation"] = _f1(answers, said)
+        found.setdefault(name, {})["knowledge_memorization"] = _f1(answers, said)
     for name in ("forget", "holdout"):
         [texts] = _columns(f"{benchmark}/privleak/{name}", data, "text")
         encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
@@ -43,12 +43,12 @@ def measure(model: Any, tokenizer: Any, benchmark: str, data: Data) -> PerExampl
     return found
 
 
-def summarise(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
     """MUSE's metrics by name."""
     result = {
-        "verbatim_memorisation": float(np.mean(found["forget"]["verbatim_memorisation"])),
-        "forget_knowledge_memorisation": float(np.mean(found["forget"]["knowledge_memorisation"])),
-        "retain_knowledge_memorisation": float(np.mean(found["retain"]["knowledge_memorisation"])),
+        "verbatim_memorization": float(np.mean(found["forget"]["verbatim_memorization"])),
+        "forget_knowledge_memorisation": float(np.mean(found["forget"]["knowledge_memorization"])),
+        "retain_knowledge_memorisation": float(np.mean(found["retain"]["knowledge_memorization"])),
         "mia_min_k": _auc(found),
     }
     if retrained is not None:

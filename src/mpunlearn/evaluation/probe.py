@@ -48,7 +48,7 @@ class Probe:
 
 @torch.no_grad()
 def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe]:
-    """Likelihoods of the examples' labelled tokens, in the examples' order."""
+    """Likelihoods of the examples' labeled tokens, in the examples' order."""
     model.eval()
     found: list[Probe | None] = [None] * len(examples)
     progress = bar(len(examples), "likelihoods")

@@ -1,4 +1,4 @@
-"""Does the forgetting last? Curves under relearning and under quantisation, to be read against a retrained model's.
+"""Does the forgetting last? Curves under relearning and under quantization, to be read against a retrained model's.
 
 *Relearning*: the model is fine-tuned on a few forget examples, and what it says of the *other* forget examples is measured on
 the way. A model that has forgotten regains no more than one that never knew. *Quantisation*: every weight matrix is rounded
@@ -15,7 +15,7 @@ import torch
 from mpunlearn.client.objectives import nll
 from mpunlearn.evaluation.probe import probe
 from mpunlearn.evaluation.sets import Questions
-from mpunlearn.evaluation.tofu import measure, summarise
+from mpunlearn.evaluation.tofu import measure, summarize
 from mpunlearn.lm.examples import IGNORED, collate
 from mpunlearn.lm.model import forward, pad_id
 
@@ -57,7 +57,7 @@ def relearning(
     return curve
 
 
-def quantised(
+def quantized(
     model: Any, tokenizer: Any, sets: Mapping[str, Questions], *, max_new_tokens: int = 200, bits: Sequence[int] = BITS
 ) -> dict[str, dict[str, float]]:
     """The benchmark's metrics with weights rounded to so many bits. The model is left as it was."""
@@ -66,7 +66,7 @@ def quantised(
         rounded = copy.deepcopy(model)
         round_weights(rounded, width)
         found = measure(rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False)
-        curve[str(width)] = summarise(found)
+        curve[str(width)] = summarize(found)
     return curve
 
 

@@ -1,4 +1,4 @@
-"""The sets of a benchmark, tokenised once: questions with a right answer, a paraphrase of it, and wrong ones.
+"""The sets of a benchmark, tokenized once: questions with a right answer, a paraphrase of it, and wrong ones.
 
 TOFU is read by name (arXiv 2401.06121). Any folder whose files forget.jsonl, retain.jsonl, real_authors.jsonl,
 world_facts.jsonl and holdout.jsonl are in its format, some of them missing, is a benchmark too: the embedded one is such a
@@ -18,7 +18,7 @@ SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 KEPT = ("retain", "real_authors", "world_facts")
 """The sets of model utility."""
 OPTIONS = ("real_authors", "world_facts")
-"""Sets whose probability is normalised over the options, and whose right answer is the answer itself."""
+"""Sets whose probability is normalized over the options, and whose right answer is the answer itself."""
 
 
 @dataclass(frozen=True)

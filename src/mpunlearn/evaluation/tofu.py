@@ -1,7 +1,7 @@
-"""TOFU's metrics, memorisation and membership inference on a benchmark's sets.
+"""TOFU's metrics, memorization and membership inference on a benchmark's sets.
 
 Nine numbers make model utility, the truth ratios against a retrained model's make forget quality (arXiv 2401.06121, section
-2.2); memorisation and membership are OpenUnlearning's (arXiv 2506.12618).
+2.2); memorization and membership are OpenUnlearning's (arXiv 2506.12618).
 """
 
 from collections.abc import Callable, Mapping
@@ -55,11 +55,11 @@ def measure(
             values["truth_ratio"] = [metrics.truth_ratio(*pair) for pair in zip(correct, wrong, strict=True)]
         if name in OPTIONS:
             pairs = zip(answers[name], wrong, strict=True)
-            values["probability"] = [metrics.normalised_probability(*pair) for pair in pairs]
+            values["probability"] = [metrics.normalized_probability(*pair) for pair in pairs]
         else:
             values["probability"] = [answer.probability for answer in answers[name]]
         if name == "forget":
-            values["exact_memorisation"] = [metrics.exact_memorisation(answer) for answer in answers[name]]
+            values["exact_memorization"] = [metrics.exact_memorization(answer) for answer in answers[name]]
             values["extraction_strength"] = [metrics.extraction_strength(answer) for answer in answers[name]]
         found[name] = values
     if texts:
@@ -119,7 +119,7 @@ def gradient_norm(model: Any, tokenizer: Any, example: Example) -> float:
     return sum(norms) / len(norms)
 
 
-def summarise(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
     """The benchmark's metrics by name.
 
     Args:
@@ -146,7 +146,7 @@ def summarise(found: PerExample, retrained: PerExample | None = None) -> dict[st
             utility += [result[f"{name}_{part}"] for part in parts if f"{name}_{part}" in result]
     if utility:
         result["model_utility"] = metrics.model_utility(utility)
-    for metric in ("exact_memorisation", "extraction_strength"):
+    for metric in ("exact_memorization", "extraction_strength"):
         result[metric] = float(np.mean(found["forget"][metric]))
     if retrained is not None and "truth_ratio" in found["forget"]:
         own, other = (np.array(values["forget"]["truth_ratio"]) for values in (found, retrained))

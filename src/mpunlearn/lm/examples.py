@@ -1,7 +1,7 @@
 """Examples as tokens, and batches that are the same for every copy.
 
 A question-answer example carries loss on its answer only; a plain text carries loss on every token. Which examples make up
-which optimiser step is a function of seed, round and epoch, never of the copy and never of the hardware: the updates of a
+which optimizer step is a function of seed, round and epoch, never of the copy and never of the hardware: the updates of a
 round then differ by the noise alone, and a step means the same on one processor and on eight.
 """
 
@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised example; `labels` repeats `input_ids` where there is loss and is `IGNORED` elsewhere."""
+    """A tokenized example; `labels` repeats `input_ids` where there is loss and is `IGNORED` elsewhere."""
 
     input_ids: list[int]
     labels: list[int]
@@ -41,7 +41,7 @@ class Example:
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of tokenised examples and their order."""
+    """SHA-256 (hex) of tokenized examples and their order."""
     return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()
 
 
@@ -62,7 +62,7 @@ def prompt_and_answer(
 
 
 def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Example]:
-    """Tokenises records, at most `max_length` tokens an example: a long answer is cut, a long plain text becomes several
+    """Tokenizes records, at most `max_length` tokens an example: a long answer is cut, a long plain text becomes several
     examples.
 
     Raises:
@@ -95,7 +95,7 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
 
 
 def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) -> list[list[Example]]:
-    """The alternate answers of each record, tokenised with its question."""
+    """The alternate answers of each record, tokenized with its question."""
     return [
         encode([replace(record, answer=answer) for answer in record.alternates], tokenizer, max_length)
         for record in records

@@ -20,7 +20,7 @@ from mpunlearn.errors import DataError
 from mpunlearn.lm.sources import Data, _text, read_rows
 
 FORMS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
-"""The columns that are recognised, in this order."""
+"""The columns that are recognized, in this order."""
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",

@@ -56,7 +56,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ReceivedUpdate:
     """One thing the client sent back, not yet trusted beyond its card and its file format."""
 
     card: Card
@@ -65,7 +65,7 @@ class Arrival:
     """The checkpoint, where a trained checkpoint came instead of an update: its difference is the server's to take."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "Arrival":
+    def open(cls, path: str | Path) -> "ReceivedUpdate":
         """Opens an update directory, or a checkpoint that was trained from a published copy.
 
         Raises:

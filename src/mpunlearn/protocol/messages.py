@@ -25,8 +25,8 @@ from mpunlearn.protocol.identity import HEX, Identity, verify
 from mpunlearn.schema import parse
 
 MAGIC = b"MPU1"
-MOST_HEADER = 4_000_000
-MOST_INLINE = 64_000_000
+MAX_HEADER_BYTES = 4_000_000
+MAX_INLINE_BYTES = 64_000_000
 """Bytes of files that a message carries itself; larger ones need a store."""
 RUN = re.compile(r"[0-9a-f]{32}")
 COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -187,7 +187,7 @@ class Sealed:
         if data[:4] != MAGIC:
             raise MessageError(f"not a sealed message: expected it to begin with {MAGIC!r}, found {data[:4]!r}")
         length = int.from_bytes(data[4:8], "little")
-        if length > MOST_HEADER or len(data) < 8 + length:
+        if length > MAX_HEADER_BYTES or len(data) < 8 + length:
             raise MessageError(f"a header of {length} bytes in a message of {len(data)}: damaged")
         header = _json(data[8 : 8 + length])
         if set(header) != {"body", "key", "signature"} or not all(isinstance(value, str) for value in header.values()):
@@ -207,8 +207,8 @@ class Sealed:
         payload = memoryview(data)[8 + length :]
         files: list[File] = getattr(message, "files", [])
         inline = sum(file.size for file in files if file.url is None and file.slot is None)
-        if inline != len(payload) or inline > MOST_INLINE:
-            raise MessageError(f"carries {len(payload)} bytes, expected {inline} and at most {MOST_INLINE}")
+        if inline != len(payload) or inline > MAX_INLINE_BYTES:
+            raise MessageError(f"carries {len(payload)} bytes, expected {inline} and at most {MAX_INLINE_BYTES}")
         return cls(hashlib.sha256(data).hexdigest(), header["key"], message, payload)
 
     def payloads(self) -> dict[str, memoryview]:

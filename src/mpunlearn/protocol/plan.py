@@ -26,9 +26,9 @@ class Training:
     epochs: int = 2
     """passes over the forget set in one round"""
     learning_rate: float = 1e-5
-    """of the optimiser"""
+    """of the optimizer"""
     batch_size: int = 32
-    """forget examples per optimiser step, over all processes"""
+    """forget examples per optimizer step, over all processes"""
     gamma: float | None = None
     """weight of the forget loss (default: the objective's)"""
     alpha: float | None = None
@@ -41,18 +41,18 @@ class Training:
     parameters: Mapping[str, float] = field(default_factory=dict)
     """the objective's own hyper-parameters by name, such as beta (default: the objective's)"""
     optimizer: str = "adamw_torch"
-    """optimiser, by its name in transformers, or tensor_adam, for which a change of basis makes no difference; it starts afresh
+    """optimizer, by its name in transformers, or tensor_adam, for which a change of basis makes no difference; it starts afresh
     for every copy and round"""
     adam_epsilon: float = 1e-8
     """ε of Adam; a larger one makes its first steps smoother in the weights"""
     weight_decay: float = 0.0
-    """of the optimiser"""
+    """of the optimizer"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     scheduler: str = "constant"
     """learning-rate schedule within a round, by its name in transformers"""
     warmup_steps: int = 0
-    """optimiser steps over which the learning rate rises from 0"""
+    """optimizer steps over which the learning rate rises from 0"""
     train: str = "blocks"
     """which weights train: blocks (transformer layers only), all, or a regular expression over tensor names. An update of the
     embeddings or the LM head shows the server which tokens the forget set holds"""

@@ -30,9 +30,9 @@ from mpunlearn.progress import bar
 from mpunlearn.protocol.messages import File
 
 CHUNK = 1 << 20
-ATTEMPTS = 3
+MAX_ATTEMPTS = 3
 """How often a transfer is tried before it has failed."""
-LONGEST_SIGNATURE = 7 * 86400.0
+MAX_SIGNATURE_SECONDS = 7 * 86400.0
 """Seconds that S3 lets a signed URL hold."""
 SCHEMES = ("file", "s3", "https", "http")
 SILENCE = 120.0
@@ -53,9 +53,9 @@ class Store:
         PlanError: no store of that kind is known, or its library is not installed.
     """
 
-    def __init__(self, url: str, lasts: float = LONGEST_SIGNATURE) -> None:
+    def __init__(self, url: str, lasts: float = MAX_SIGNATURE_SECONDS) -> None:
         self._url = url if "://" in url else f"file://{Path(url).resolve()}"
-        self.lasts = int(min(lasts, LONGEST_SIGNATURE))
+        self.lasts = int(min(lasts, MAX_SIGNATURE_SECONDS))
         """Seconds that its signed URLs hold."""
         scheme = urlsplit(self._url).scheme
         if scheme not in ("file", "s3"):
@@ -236,7 +236,7 @@ def _put(path: Path, url: str) -> None:
         _filesystem(scheme).put_file(str(path), url)
 
 
-def described(path: Path) -> File:
+def file_of(path: Path) -> File:
     """A file as the message that carries it names it."""
     return File(path.name, path.stat().st_size, file_digest(path))
 
@@ -249,7 +249,7 @@ def _tried(what: str, once: Callable[[], T]) -> T:
         NetworkError: it cannot be done.
         OSError: this machine's own disk is full or broken.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return once()
         except NetworkError:
@@ -261,7 +261,7 @@ def _tried(what: str, once: Callable[[], T]) -> T:
                 raise DamagedError(f"{what}: it is not there") from None
             if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
                 raise DamagedError(f"{what}: it is no regular file") from None
-            if attempt == ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
+            if attempt == MAX_ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
                 raise NetworkError(f"{what}: {_reason(error)}") from None
         time.sleep(attempt)
     raise AssertionError("unreachable")

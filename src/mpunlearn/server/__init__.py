@@ -1,4 +1,4 @@
-"""Runs only at the model owner: the secret, the noise, the reparameterisations, and both passes over the model."""
+"""Runs only at the model owner: the secret, the noise, the reparameterizations, and both passes over the model."""
 
 from mpunlearn.server.describe import describe
 from mpunlearn.server.perturbation import Perturbation

@@ -8,7 +8,7 @@ import torch
 from mpunlearn.checkpoint import TensorWriter
 from mpunlearn.errors import UpdateError
 from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import FACTORS, Arrival
+from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate
 
 
 def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Path:
@@ -22,7 +22,7 @@ def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Pat
     Raises:
         UpdateError: they do not update the same tensors.
     """
-    arrivals = [Arrival.open(path) for path in updates]
+    arrivals = [ReceivedUpdate.open(path) for path in updates]
     shares = [weight / sum(weights) for weight in weights]
     first = arrivals[0].tensors.tensors
     for arrival in arrivals[1:]:

@@ -42,7 +42,7 @@ def choices(architecture: Architecture, strength: str) -> list[Choice]:
     ):
         if count:
             size = architecture.ffn(expert)
-            signs = size if full and "ffn" in architecture.roles else 0
+            signs = size if full and "ffn" in architecture.axis_roles else 0
             maps = "permutation and signs" if signs else "permutation"
             found.append(Choice(space, maps, count, count * (_log2_factorial(size) + signs), 0))
     groups, rest = layers * heads.groups, heads.dim - heads.rotary
@@ -88,7 +88,7 @@ def describe(checkpoint: str | Path, *, reparameterization: str = "full") -> str
         raise PlanError(f"--reparameterization: expected one of {', '.join(STRENGTHS)}, found {reparameterization}")
     source = Checkpoint(checkpoint)
     architecture = Architecture.of(source)
-    places = architecture.places(source)
+    places = architecture.tensor_roles(source)
     entries = sum(info.nbytes // info.dtype.itemsize for name, info in source.tensors.items() if name in places)
     rows = [("space", "spaces", "maps", "bits", "angles")]
     found = choices(architecture, reparameterization)

@@ -16,22 +16,22 @@ from functools import cache
 import numpy as np
 import torch
 
-from mpunlearn.architecture import Place
+from mpunlearn.architecture import TensorRole
 from mpunlearn.checkpoint import Checkpoint, tensor_digest
 from mpunlearn.errors import CheckpointError
 from mpunlearn.server.design import CopyDesign
 from mpunlearn.server.secret import Stream
-from mpunlearn.server.stream import Piece, chunks, compute_dtype, in_parallel, pieces, read
+from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, in_parallel, read, row_slices
 from mpunlearn.server.workspace import scratch
 
 
-def block_of(name: str, place: Place) -> str:
+def block_of(name: str, place: TensorRole) -> str:
     """The block whose noise level a tensor shares."""
     return name if place.layer is None else f"layer {place.layer}"
 
 
 def measure(
-    checkpoint: Checkpoint, base: Checkpoint | None, places: Mapping[str, Place]
+    checkpoint: Checkpoint, base: Checkpoint | None, places: Mapping[str, TensorRole]
 ) -> tuple[dict[str, float], dict[str, list[str]], str | None]:
     """One pass over θ (and θ_base).
 
@@ -45,7 +45,7 @@ def measure(
         for name in places:
             _check_base(base, checkpoint, name)
 
-    def work(piece: Piece) -> tuple[float, int, str, str]:
+    def work(piece: RowSlice) -> tuple[float, int, str, str]:
         stored = read(checkpoint, piece.name, piece, "stored")
         other = read(base, piece.name, piece, "stored base") if base is not None else None
         square = 0.0
@@ -61,7 +61,7 @@ def measure(
             )
         return square, stored.numel(), tensor_digest(stored), "" if other is None else tensor_digest(other)
 
-    cut = pieces(checkpoint, places)
+    cut = row_slices(checkpoint, places)
     results = in_parallel(cut, work, "measuring the model", lambda piece: piece.stop - piece.start)
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -125,7 +125,7 @@ def noisy(
 
 
 def spacing(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbours in `dtype` at each entry's magnitude, in the entry's own dtype (float32 or float64).
+    """Distance between neighbors in `dtype` at each entry's magnitude, in the entry's own dtype (float32 or float64).
 
     It is eps · 2^exponent for normal numbers; numbers below the smallest normal one have that one's spacing.
     """

@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 
-from mpunlearn.architecture import Architecture, Place
+from mpunlearn.architecture import Architecture, TensorRole
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorWriter, copy_companions, tensor_digest
 from mpunlearn.errors import CheckpointError, PlanError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import FACTORS, Arrival, derived_config
+from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, derived_config
 from mpunlearn.server.publisher import Publisher, checked_cast
 from mpunlearn.server.state import RoundRecord, ServerState, locked
 from mpunlearn.server.stream import (
-    Piece,
+    RowSlice,
     arithmetic_device,
     chunks,
     compute_dtype,
     in_parallel,
     on_device,
-    pieces,
     read,
+    row_slices,
 )
 from mpunlearn.server.updates import NORM_LIMIT, check_tensors
 from mpunlearn.server.workspace import scratch
@@ -77,7 +77,7 @@ def postprocess(
         record = server.rounds[-1]
         source = Checkpoint(checkpoint or record.checkpoint)
         architecture = Architecture.of(source)
-        places = architecture.places(source)
+        places = architecture.tensor_roles(source)
         if set(places) != set(record.dtypes):
             raise StateError(f"{source.path}: is another model than round {record.round} was published from")
         publisher = Publisher(server.secret, record, architecture, arithmetic)
@@ -89,9 +89,9 @@ def postprocess(
             copy_companions(source.path, folder)
             write_json(folder / "config.json", derived_config(source.config, specs))
             with TensorWriter(folder, specs) as writer:
-                cut = _numbered(pieces(source, places))
+                cut = _numbered(row_slices(source, places))
 
-                def work(item: tuple[int, Piece]) -> tuple[float, list[float]]:
+                def work(item: tuple[int, RowSlice]) -> tuple[float, list[float]]:
                     value, square, squares = round_.aggregate(*item)
                     name, start = item[1].name, item[1].start
                     cast = scratch("final", tuple(value.shape), specs[name][0], arithmetic)
@@ -112,7 +112,7 @@ def postprocess(
     return Path(out)
 
 
-def _numbered(cut: list[Piece]) -> list[tuple[int, Piece]]:
+def _numbered(cut: list[RowSlice]) -> list[tuple[int, RowSlice]]:
     """Pieces with their number within their tensor."""
     seen: dict[str, int] = {}
     numbered = []
@@ -129,12 +129,12 @@ class _Round:
     source: Checkpoint
     record: RoundRecord
     publisher: Publisher
-    arrivals: list[Arrival]
+    arrivals: list[ReceivedUpdate]
     trained: set[str]
     """Names of the tensors that the updates hold."""
     eta: float
 
-    def aggregate(self, number: int, piece: Piece) -> tuple[torch.Tensor, float, list[float]]:
+    def aggregate(self, number: int, piece: RowSlice) -> tuple[torch.Tensor, float, list[float]]:
         """θ + η Δ̄ of a piece, in arithmetic dtype and scratch memory, and the squared norms of θ and of each update there.
 
         Raises:
@@ -155,7 +155,9 @@ class _Round:
                 squares[copy] = self._add(value, copy, arrival, piece, stored)
         return value, square, squares
 
-    def _add(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, stored: torch.Tensor) -> float:
+    def _add(
+        self, value: torch.Tensor, copy: int, arrival: ReceivedUpdate, piece: RowSlice, stored: torch.Tensor
+    ) -> float:
         """Adds η w_k T_k⁻¹(Δ'_k) to `value`; returns the squared norm of Δ'_k."""
         name = self.publisher.maps[copy].published_name(piece.name, piece.place)
         if name + FACTORS[0] in arrival.tensors.tensors:
@@ -179,7 +181,9 @@ class _Round:
             value[start:stop].add_(delta, alpha=weight)
         return _checked(square, arrival, name, copy)
 
-    def _add_product(self, value: torch.Tensor, copy: int, arrival: Arrival, piece: Piece, name: str) -> float:
+    def _add_product(
+        self, value: torch.Tensor, copy: int, arrival: ReceivedUpdate, piece: RowSlice, name: str
+    ) -> float:
         """`_add` for an update that came as factors: T⁻¹(B A) = (L_out⁻¹ B)(A L_in), multiplied out a chunk at a time."""
         a, b = (arrival.tensors.read(name + factor).to(value.device, value.dtype) for factor in FACTORS)
         outputs, inputs = self.publisher.maps[copy].maps(piece.place)
@@ -194,7 +198,7 @@ class _Round:
         return _checked(square, arrival, name, copy)
 
 
-def _checked(square: float, arrival: Arrival, name: str, copy: int) -> float:
+def _checked(square: float, arrival: ReceivedUpdate, name: str, copy: int) -> float:
     """The squared norm, once it is known to be a number."""
     if not math.isfinite(square):
         raise UpdateError(f"{arrival.tensors.path}: {name} holds NaN or infinite values; train copy {copy + 1} again")
@@ -206,12 +210,12 @@ def _square(value: torch.Tensor) -> float:
     return sum(float(torch.dot(flat[a:b], flat[a:b])) for a, b in chunks(flat.numel(), 1, 1, value.device))
 
 
-def _match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[Arrival]:
+def _match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[ReceivedUpdate]:
     """The arrivals in the order of their copies, exactly one for each copy of the round."""
     copies = record.settings["copies"]
-    found: dict[int, Arrival] = {}
+    found: dict[int, ReceivedUpdate] = {}
     for path in updates:
-        arrival = Arrival.open(path)
+        arrival = ReceivedUpdate.open(path)
         card = arrival.card
         if card.run != run or card.round != record.round or card.copies != copies or card.copy > copies:
             raise UpdateError(f"{path}: is of {card}; expected a copy of {copies}, round {record.round}, run {run[:8]}")
@@ -229,10 +233,10 @@ def _match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list
 
 
 def _check_tensors(
-    arrivals: list[Arrival],
+    arrivals: list[ReceivedUpdate],
     source: Checkpoint,
     architecture: Architecture,
-    places: dict[str, Place],
+    places: dict[str, TensorRole],
     publisher: Publisher,
 ) -> set[str]:
     """Names, shapes and dtypes of all arrivals; returns θ's names of what they update, which must be the same in all."""
@@ -243,7 +247,7 @@ def _check_tensors(
         mine = None
         if arrival.trained is not None:
             try:
-                mine = set(architecture.places(arrival.trained))
+                mine = set(architecture.tensor_roles(arrival.trained))
             except (UnsupportedModelError, CheckpointError) as error:
                 raise UpdateError(f"not a model trained from a published copy: {error}") from error
         names.append({originals[name] for name in check_tensors(arrival, specs, mine)})

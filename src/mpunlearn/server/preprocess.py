@@ -27,11 +27,11 @@ from mpunlearn.server.noise import measure
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.publisher import Publisher
 from mpunlearn.server.state import RoundRecord, ServerState, locked
-from mpunlearn.server.stream import Piece, arithmetic_device, in_parallel, pieces, read
+from mpunlearn.server.stream import RowSlice, arithmetic_device, in_parallel, read, row_slices
 
 
 @dataclass(frozen=True)
-class Honesty:
+class RoundingLeakage:
     """What the cast to the storage dtype left of one tensor's noise."""
 
     equal: float
@@ -47,7 +47,7 @@ class Published:
     round: int
     copies: list[Path]
     """Their directories, in order."""
-    honesty: dict[str, Honesty]
+    honesty: dict[str, RoundingLeakage]
     """Per tensor; empty without noise."""
 
     def summary(self) -> str:
@@ -82,7 +82,7 @@ def preprocess(
             checkpoint's own, without paths.
         base: the public checkpoint that the model was trained from; the noise is then relative to the task vector.
         device: where the arithmetic runs, cpu or cuda; both agree to float32 rounding.
-        perturbation: number of copies, noise level, reparameterisation.
+        perturbation: number of copies, noise level, reparameterization.
 
     Returns:
         The copies, and what rounding left of their noise.
@@ -95,7 +95,7 @@ def preprocess(
     perturbation, arithmetic = perturbation or Perturbation(), arithmetic_device(device)
     source, out = Checkpoint(checkpoint), Path(out)
     architecture = Architecture.of(source)
-    places = architecture.places(source)
+    places = architecture.tensor_roles(source)
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory for the copies, or remove this one")
     with locked(Path(state)):
@@ -140,10 +140,10 @@ def _write(
     record: RoundRecord,
     folder: Path,
     device: torch.device,
-) -> dict[str, Honesty]:
+) -> dict[str, RoundingLeakage]:
     """Streams the copies into a folder."""
     publisher = Publisher(server.secret, record, architecture, device)
-    places = architecture.places(source)
+    places = architecture.tensor_roles(source)
     copies = publisher.design.copies
     specs = {name: (publisher.dtype(name), source.tensors[name].shape) for name in places}
     with ExitStack() as stack:
@@ -158,14 +158,14 @@ def _write(
             )
             writers.append(stack.enter_context(TensorWriter(target, specs)))
 
-        def work(piece: Piece) -> tuple[list[int], int, float]:
+        def work(piece: RowSlice) -> tuple[list[int], int, float]:
             stored = read(source, piece.name, piece, "stored")
             published, equal = publisher.publish(piece, stored)
             for writer, maps, rows in zip(writers, publisher.maps, published, strict=True):
                 writer.write_rows(maps.published_name(piece.name, piece.place), piece.start, rows)
             return equal, stored.numel(), publisher.bits(piece, stored) if publisher.sigma(piece) else math.inf
 
-        cut = pieces(source, places)
+        cut = row_slices(source, places)
         what = f"round {record.round}: publishing {copies} copies"
         results = in_parallel(cut, work, what, lambda piece: piece.stop - piece.start)
     if not publisher.design.draws:
@@ -175,7 +175,7 @@ def _write(
         if math.isfinite(result[2]):
             found.setdefault(piece.name, []).append(result)
     return {
-        name: Honesty(
+        name: RoundingLeakage(
             max(sum(equal[copy] for equal, _, _ in parts) for copy in range(copies))
             / sum(count for _, count, _ in parts),
             sum(bits * count for _, count, bits in parts) / sum(count for _, count, _ in parts),

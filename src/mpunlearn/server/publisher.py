@@ -11,7 +11,7 @@ from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.reparameterization import Reparameterization
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.state import RoundRecord
-from mpunlearn.server.stream import Piece, chunks, compute_dtype, on_device
+from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, on_device
 from mpunlearn.server.workspace import scratch
 
 SAMPLE = 4096
@@ -47,14 +47,14 @@ class Publisher:
         """The storage dtype of a tensor in the copies."""
         return FLOAT_DTYPES[self.perturbation.publish_dtype or self._record.dtypes[name]]
 
-    def sigma(self, piece: Piece) -> float:
+    def sigma(self, piece: RowSlice) -> float:
         """The noise level of a piece's block, in units of the weights; 0 where there is no noise."""
         if piece.place.layer is None and self.perturbation.noise_scope == "layers":
             return 0.0
         return self._record.sigma[block_of(piece.name, piece.place)] if self.design.draws else 0.0
 
     def publish(
-        self, piece: Piece, stored: torch.Tensor, copies: list[int] | None = None
+        self, piece: RowSlice, stored: torch.Tensor, copies: list[int] | None = None
     ) -> tuple[list[torch.Tensor], list[int]]:
         """T_k(θ + ε_k) of a piece.
 
@@ -104,7 +104,7 @@ class Publisher:
         coarser = max(stored, dtype, key=lambda kind: torch.finfo(kind).eps)
         return floored(sigma, value, coarser)
 
-    def bits(self, piece: Piece, stored: torch.Tensor) -> float:
+    def bits(self, piece: RowSlice, stored: torch.Tensor) -> float:
         """Mean bits of doubt about an entry of a piece, from a sample of its entries."""
         flat = stored.flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)].to(compute_dtype(stored.dtype))

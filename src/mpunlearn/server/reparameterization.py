@@ -1,12 +1,12 @@
 """Secret function-preserving changes of basis: drawn per space, applied to a weight, inverted on an update.
 
-The idea: a copy's reparameterisation T is one orthogonal map per hidden space (`architecture.spaces`). A weight is changed
+The idea: a copy's reparameterization T is one orthogonal map per hidden space (`architecture.spaces`). A weight is changed
 along each of its axes by the map of that axis; since all maps are linear and orthogonal, an update transforms as the weight
 does and the inverse is the transpose, so one small `AxisMap` serves both directions. A map is rotations of consecutive
 entries followed by a signed permutation: the second part moves numbers without arithmetic, so it commutes with the cast to
 the storage dtype and is undone exactly.
 
-Strengths: `none`; `paper`, what arXiv 2602.23798 (section on reparameterisation) lists: per KV group one map of queries and
+Strengths: `none`; `paper`, what arXiv 2602.23798 (section on reparameterization) lists: per KV group one map of queries and
 keys that commutes with RoPE, a rotation of the RoPE planes of the values, and one permutation of the FFN's hidden channels
 (of each expert's); `full`, every map of the table in `architecture.spaces`.
 
@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from mpunlearn.architecture import Architecture, Place
+from mpunlearn.architecture import Architecture, TensorRole
 from mpunlearn.architecture.spaces import Axis
 from mpunlearn.server.axis_map import IDENTITY, AxisMap, concatenated, interleaved, plane_rotations
 from mpunlearn.server.secret import Secret, Stream
@@ -55,23 +55,23 @@ class Reparameterization:
         # A layer asks for each of its maps several times; a few layers' worth is kept.
         self._cached = lru_cache(maxsize=32)(self._draw_axis)
 
-    def apply(self, place: Place, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, place: TensorRole, weight: torch.Tensor) -> torch.Tensor:
         """T on a weight, of float32 or float64, in its shape and dtype."""
         for axis, axis_map in enumerate(self.maps(place)):
             weight = axis_map.apply(weight, axis)
         return weight
 
-    def invert(self, place: Place, update: torch.Tensor) -> torch.Tensor:
+    def invert(self, place: TensorRole, update: torch.Tensor) -> torch.Tensor:
         """T⁻¹ on an update (or a weight), of float32 or float64, in its shape and dtype."""
         for axis, axis_map in enumerate(self.maps(place)):
             update = axis_map.invert(update, axis)
         return update
 
-    def maps(self, place: Place) -> list[AxisMap]:
+    def maps(self, place: TensorRole) -> list[AxisMap]:
         """The map of each axis of a tensor."""
         return [self._cached(axis, place.layer, place.expert) for axis in place.axes]
 
-    def published_name(self, name: str, place: Place) -> str:
+    def published_name(self, name: str, place: TensorRole) -> str:
         """The name under which a tensor is published: experts change places with one another, all others keep theirs."""
         if place.expert is None:
             return name

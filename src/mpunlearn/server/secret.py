@@ -1,6 +1,6 @@
 """One 256-bit secret, and every random quantity of a run as a stream with a name.
 
-The idea: noise and reparameterisations must be unpredictable to the client yet reproducible by the server after a restart,
+The idea: noise and reparameterizations must be unpredictable to the client yet reproducible by the server after a restart,
 in any order and from any position. So the operating system's entropy gives one key, and each quantity is a stream named by
 its labels (round, copy, tensor, purpose ...): HKDF-SHA256 (RFC 5869) of the key with the labels as `info` gives an AES-256
 key, and AES in counter mode (NIST SP 800-38A) gives the bytes. Counter mode is seekable, so a tensor's noise can be drawn

@@ -52,7 +52,7 @@ class RoundRecord:
     sigma: dict[str, float]
     """Noise level per block, in units of the weights."""
     honesty: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """Per tensor what rounding left of the noise: `preprocess.Honesty`."""
+    """Per tensor what rounding left of the noise: `preprocess.RoundingLeakage`."""
     closed: bool = False
     """Whether the round's updates have been aggregated."""
 

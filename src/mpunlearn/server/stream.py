@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from mpunlearn.architecture import Place
+from mpunlearn.architecture import TensorRole
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import PlanError
 from mpunlearn.progress import bar
@@ -37,16 +37,16 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSlice:
     """Rows `start` … `stop` of one tensor; of a vector, entries."""
 
     name: str
-    place: Place
+    place: TensorRole
     start: int
     stop: int
 
 
-def read(source: TensorDirectory, name: str, piece: Piece, purpose: str) -> torch.Tensor:
+def read(source: TensorDirectory, name: str, piece: RowSlice, purpose: str) -> torch.Tensor:
     """The rows of a piece, out of the tensor that `source` calls `name`, in the calling thread's scratch memory."""
     info = source.tensors[name]
     shape = (piece.stop - piece.start, *info.shape[1:])
@@ -81,9 +81,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
+def row_slices(checkpoint: Checkpoint, places: Mapping[str, TensorRole]) -> list[RowSlice]:
     """A model in pieces, in the order of its tensors' names."""
-    cut: list[Piece] = []
+    cut: list[RowSlice] = []
     for name, place in places.items():
         shape = checkpoint.tensors[name].shape
         rows, row = (
@@ -91,7 +91,7 @@ def pieces(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[Piece]:
             max(1, checkpoint.tensors[name].nbytes // checkpoint.tensors[name].dtype.itemsize // shape[0]),
         )
         step = max(1, PIECE // row) if place.axes[0] == ("vocabulary",) else rows
-        cut += [Piece(name, place, start, min(start + step, rows)) for start in range(0, rows, step)]
+        cut += [RowSlice(name, place, start, min(start + step, rows)) for start in range(0, rows, step)]
     return cut
 
 

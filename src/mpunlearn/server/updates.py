@@ -16,7 +16,7 @@ import torch
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import UpdateError
-from mpunlearn.protocol.exchange import FACTORS, Arrival, Card
+from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
@@ -49,7 +49,7 @@ def examine(
     Raises:
         UpdateError: it is not an update of that copy, holds NaN or infinite values, or its norm is impossible.
     """
-    arrival, published = Arrival.open(path), Checkpoint(copy)
+    arrival, published = ReceivedUpdate.open(path), Checkpoint(copy)
     if arrival.card != card:
         raise UpdateError(f"{path}: is of {arrival.card}; expected {card}")
     if arrival.trained is not None:
@@ -103,10 +103,13 @@ def _norm(tensors: TensorDirectory, name: str) -> float:
 
 def updated(path: Path) -> set[str]:
     """The names of the tensors that an update is of."""
-    return {name[: -len(FACTORS[0])] if name.endswith(FACTORS) else name for name in Arrival.open(path).tensors.tensors}
+    return {
+        name[: -len(FACTORS[0])] if name.endswith(FACTORS) else name
+        for name in ReceivedUpdate.open(path).tensors.tensors
+    }
 
 
-def check_tensors(arrival: Arrival, specs: Specs, names: Collection[str] | None = None) -> set[str]:
+def check_tensors(arrival: ReceivedUpdate, specs: Specs, names: Collection[str] | None = None) -> set[str]:
     """Names, shapes and dtypes of one arrival against the published copy's tensors.
 
     Args:
@@ -144,7 +147,7 @@ def check_tensors(arrival: Arrival, specs: Specs, names: Collection[str] | None 
     return weights | factored
 
 
-def _check_factor(arrival: Arrival, name: str, specs: Specs) -> None:
+def _check_factor(arrival: ReceivedUpdate, name: str, specs: Specs) -> None:
     """One factor of a weight's update: its partner, its shape and its dtype."""
     path, tensors = arrival.tensors.path, arrival.tensors.tensors
     weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])

@@ -13,7 +13,7 @@ _kept = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An uninitialised tensor that shares its memory with the calling thread's earlier ones of that name."""
+    """An uninitialized tensor that shares its memory with the calling thread's earlier ones of that name."""
     buffers: dict[tuple[str, torch.dtype, str], torch.Tensor] = _kept.__dict__.setdefault("buffers", {})
     count, key = math.prod(shape), (name, dtype, str(device))
     buffer = buffers.get(key)

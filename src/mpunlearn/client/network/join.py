@@ -16,14 +16,14 @@ from pathlib import Path
 
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.supernode import SuperNode
-from mpunlearn.client.network.worker import POLL, Worker
+from mpunlearn.client.network.worker import POLL_SECONDS, Worker
 from mpunlearn.client.resources import Resources
 from mpunlearn.errors import PlanError, StateError
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say
 from mpunlearn.protocol.flower.keys import client_keys, read_invitation
 
-LINGER = 3.0
+LINGER_SECONDS = 3.0
 """Seconds in which a node carries the last answer after the end of a run."""
 PATIENCE = 3
 """Starts of the node after which a person is told."""
@@ -143,7 +143,7 @@ def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> st
     starts = 0
     try:
         while True:
-            if node is not None and node.tend():
+            if node is not None and node.ensure_running():
                 starts += 1
                 if starts == PATIENCE:
                     say(
@@ -151,8 +151,8 @@ def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> st
                     )
             outcome = step()
             if outcome is not None:
-                time.sleep(LINGER if node is not None else 0)
+                time.sleep(LINGER_SECONDS if node is not None else 0)
                 return outcome
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         raise StateError("stopped; go on with the same command") from None

@@ -60,7 +60,7 @@ class Policy:
         except (OSError, ValueError, MessageError) as error:
             raise PlanError(f"--policy {path}: cannot be read: {error}") from error
 
-    def objections(self, job: Job) -> list[str]:
+    def violations(self, job: Job) -> list[str]:
         """Why a job is not done; nothing: it may be."""
         found = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"

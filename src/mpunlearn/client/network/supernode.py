@@ -28,13 +28,13 @@ class SuperNode:
             command += ["--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(key)]
         self._program = Program(command, self.log, folder)
 
-    def tend(self) -> bool:
+    def ensure_running(self) -> bool:
         """Starts it, or again when it has died; whether it had to.
 
         Raises:
             NetworkError: Flower is not installed.
         """
-        return self._program.tend()
+        return self._program.ensure_running()
 
     def stop(self) -> None:
         """Ends it."""

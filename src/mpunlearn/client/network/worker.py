@@ -51,13 +51,23 @@ from mpunlearn.files import new_directory, read_json, write_bytes, write_json
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.identity import HEX, Identity
-from mpunlearn.protocol.messages import MOST_HEADER, MOST_INLINE, Challenge, Finished, Hello, Job, Result, Sealed, seal
+from mpunlearn.protocol.messages import (
+    MAX_HEADER_BYTES,
+    MAX_INLINE_BYTES,
+    Challenge,
+    Finished,
+    Hello,
+    Job,
+    Result,
+    Sealed,
+    seal,
+)
 from mpunlearn.protocol.plan import Training
-from mpunlearn.protocol.transfer import described, put, receive
+from mpunlearn.protocol.transfer import file_of, put, receive
 from mpunlearn.schema import parse
 
-POLL = 0.3
-AGAIN = 10.0
+POLL_SECONDS = 0.3
+RETRY_SECONDS = 10.0
 """Seconds after which a transfer that failed is tried again."""
 
 
@@ -106,7 +116,7 @@ class Worker:
         while True:
             if (outcome := self.step()) is not None:
                 return outcome
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
 
     def step(self) -> str | None:
         """Answers every message in the spool that has no answer yet; how the run ended, if it did.
@@ -163,7 +173,7 @@ class Worker:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(descriptor, "rb") as source:
                 status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_HEADER + MOST_INLINE + 8:
+                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES + MAX_INLINE_BYTES + 8:
                     raise MessageError("not a file of a message's size")
                 sealed = Sealed.open(source.read(), self._policy.server_key)
             if sealed.name != file.name:
@@ -209,8 +219,8 @@ class Worker:
         try:
             if job.client != self.identity.public:
                 raise _RefusalError("the job is for another client")
-            if objections := self._policy.objections(job):
-                raise _RefusalError("; ".join(objections))
+            if violations := self._policy.violations(job):
+                raise _RefusalError("; ".join(violations))
             agreed = {"run": job.run, "rounds": job.rounds, "copies": job.copies, "training": job.training}
             if not (self._folder / "run.json").exists():
                 write_json(self._folder / "run.json", agreed, mode=0o600)
@@ -231,11 +241,11 @@ class Worker:
         except (NetworkError, MessageError) as error:
             # Signed, yet not what it says: on the way, or by the server. It may be there later.
             self._say(f"{what}: {error}")
-            self._later[name] = time.monotonic() + AGAIN
+            self._later[name] = time.monotonic() + RETRY_SECONDS
             return
         files = sorted(update.iterdir())
         size = sum(file.stat().st_size for file in files)
-        if len(files) > len(job.slots) if job.slots else size > MOST_INLINE:
+        if len(files) > len(job.slots) if job.slots else size > MAX_INLINE_BYTES:
             reason = f"an update of {len(files)} files and {size / 1e6:.0f} MB does not fit where the job puts it; use a store"
             self._say(f"{what}: {reason}")
             self._answer(name, seal(Result(job.run, name, refusal=reason), self.identity))
@@ -244,10 +254,10 @@ class Worker:
             if job.slots:
                 sent = [replace(put(file, job.slots[slot]), slot=slot) for slot, file in enumerate(files)]
             else:
-                sent = [described(file) for file in files]
+                sent = [file_of(file) for file in files]
         except NetworkError as error:
             self._say(f"{what}: {error}")
-            self._later[name] = time.monotonic() + AGAIN
+            self._later[name] = time.monotonic() + RETRY_SECONDS
             return
         self._answer(name, seal(Result(job.run, name, sent), self.identity, [] if job.slots else files))
         self._say(f"{what}: done")
@@ -288,7 +298,7 @@ class Worker:
                 receive(file, payloads.get(file.name), folder / file.name)
         try:
             opened = Checkpoint(copy)
-            Architecture.of(opened).places(opened)  # what it says of itself and what it holds are one
+            Architecture.of(opened).tensor_roles(opened)  # what it says of itself and what it holds are one
         except (CheckpointError, UnsupportedModelError) as error:
             raise _RefusalError(f"the copy is no checkpoint of a known family: {error}") from error
         if (card := Card.of(opened.config)) != Card(job.run, job.round, job.copy, job.copies):

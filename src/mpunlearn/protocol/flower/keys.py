@@ -21,7 +21,7 @@ from mpunlearn.files import read_json, write_bytes, write_json
 from mpunlearn.protocol.identity import HEX, Identity
 from mpunlearn.schema import parse
 
-YEARS = 2
+CERTIFICATE_YEARS = 2
 """How long a run's certificates hold."""
 _NODE_KEY = re.compile(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+")
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
@@ -115,7 +115,7 @@ def certificates(folder: Path, host: str) -> tuple[Path, Path, Path]:
             .public_key(public)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+            .not_valid_after(now + datetime.timedelta(days=365 * CERTIFICATE_YEARS))
         )
 
     usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)

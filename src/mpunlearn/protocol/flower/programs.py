@@ -21,7 +21,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """No telemetry, no update checks, no packages installed at run time."""
-RESTART = 3.0
+RESTART_SECONDS = 3.0
 """Seconds between two starts of a program."""
 
 
@@ -39,14 +39,14 @@ class Program:
         self._child: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
 
-    def tend(self) -> bool:
+    def ensure_running(self) -> bool:
         """Starts it if it does not run; whether it had to be started."""
         if self._child is not None and self._child.poll() is None:
             return False
-        if time.monotonic() - self._begun < RESTART:
+        if time.monotonic() - self._begun < RESTART_SECONDS:
             return False
         self._begun = time.monotonic()
-        sweep(self._home)
+        kill_orphans(self._home)
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(
                 [script(self.command[0]), *self.command[1:]],
@@ -63,10 +63,10 @@ class Program:
             self._child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(5)
-        sweep(self._home)
+        kill_orphans(self._home)
 
 
-def sweep(home: Path) -> None:
+def kill_orphans(home: Path) -> None:
     """Kills every program that runs with that FLWR_HOME."""
     import psutil
 

@@ -35,9 +35,9 @@ from mpunlearn.files import new_directory, read_json, write_bytes, write_json
 from mpunlearn.progress import printable
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.identity import HEX, Identity
-from mpunlearn.protocol.messages import MOST_INLINE, Challenge, File, Finished, Hello, Job, Result, Sealed, seal
+from mpunlearn.protocol.messages import MAX_INLINE_BYTES, Challenge, File, Finished, Hello, Job, Result, Sealed, seal
 from mpunlearn.protocol.plan import Training
-from mpunlearn.protocol.transfer import Store, described, receive
+from mpunlearn.protocol.transfer import Store, file_of, receive
 from mpunlearn.schema import parse
 from mpunlearn.server.average import average
 from mpunlearn.server.federation import Federation
@@ -45,15 +45,15 @@ from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import ServerState
 from mpunlearn.server.updates import examine, updated
 
-ATTEMPTS = 3
+MAX_ATTEMPTS = 3
 """How often a job is given to a client whose results do not pass, before it counts as not answering."""
-OVERHEAD = 200_000
+UPDATE_OVERHEAD_BYTES = 200_000
 """Bytes of an update beside its tensors."""
-MOST_LISTED = 16_000_000
+MAX_LISTING_BYTES = 16_000_000
 """Bytes of an update's JSON files, and of its shards' headers together."""
-AGAIN = 10.0
+RETRY_SECONDS = 10.0
 """Seconds until a node whose answer to a challenge was refused is asked again."""
-FAREWELL = 30.0
+FAREWELL_SECONDS = 30.0
 """Seconds that the end of a run waits for the clients to hear of it."""
 
 
@@ -198,7 +198,7 @@ class Coordinator:
         name = Sealed.open(message).name
         for node in nodes:
             write_bytes(self.mail / "outbox" / node / name, message)
-        end = time.monotonic() + FAREWELL
+        end = time.monotonic() + FAREWELL_SECONDS
         while time.monotonic() < end and not all((self.mail / "inbox" / f"{node}-{name}").exists() for node in nodes):
             time.sleep(0.2)
         write_bytes(self.mail / "done", b"")
@@ -222,13 +222,13 @@ class Coordinator:
             for copy in sorted((folder / "copies").iterdir()):
                 paths = checkpoint_files(copy)
                 size = max(sum(path.stat().st_size for path in paths), self._update_size(number, copy))
-                if self._store is None and size > MOST_INLINE:
+                if self._store is None and size > MAX_INLINE_BYTES:
                     raise PlanError(
-                        f"--store: a copy or its update has {size / 1e6:.0f} MB and a message carries {MOST_INLINE / 1e6:.0f} "
-                        "MB at most; name a folder or bucket that both sides reach"
+                        f"--store: a copy or its update has {size / 1e6:.0f} MB and a message carries at most "
+                        f"{MAX_INLINE_BYTES / 1e6:.0f} MB; name a folder or bucket that both sides reach"
                     )
                 files = [
-                    self._store.put(path, self._key(number, copy.name, path.name)) if self._store else described(path)
+                    self._store.put(path, self._key(number, copy.name, path.name)) if self._store else file_of(path)
                     for path in paths
                 ]
                 copies[copy.name] = [dataclasses.asdict(file) for file in files]
@@ -261,7 +261,7 @@ class Coordinator:
         names = self._planned(copy) or set(tensors)
         entries = sum(tensors[name].nbytes // tensors[name].dtype.itemsize for name in names)
         itemsize = FLOAT_DTYPES[self._training["update_dtype"]].itemsize
-        return 0 if self._training["lora_rank"] else entries * itemsize + OVERHEAD
+        return 0 if self._training["lora_rank"] else entries * itemsize + UPDATE_OVERHEAD_BYTES
 
     def _key(self, number: int, *parts: str) -> str:
         """Where something lies in the store."""
@@ -276,7 +276,7 @@ class Coordinator:
         """Asks every node that nobody has answered for which party it carries for."""
         roster = self._roster()
         for node in sorted(file.name for file in (self.mail / "nodes").iterdir() if file.name.isdigit()):
-            wait = time.monotonic() - self._refused.get(node, -AGAIN) < AGAIN
+            wait = time.monotonic() - self._refused.get(node, -RETRY_SECONDS) < RETRY_SECONDS
             if node not in roster["nodes"] and node not in roster["asked"] and not wait:
                 nonce = secrets.token_hex(16)
                 message = seal(Challenge(self._run, nonce, node), self.identity)
@@ -416,10 +416,10 @@ class Coordinator:
         """Gives a job anew whose result did not pass; not for ever."""
         job = self._out[name].job
         self._withdraw(name)
-        if job.attempt < ATTEMPTS:
+        if job.attempt < MAX_ATTEMPTS:
             self._seal(job.round, job.client, job.copy, job.attempt + 1)
         else:
-            reason = f"sent {ATTEMPTS} results for copy {job.copy} of round {job.round} that do not pass"
+            reason = f"sent {MAX_ATTEMPTS} results for copy {job.copy} of round {job.round} that do not pass"
             self._drop({job.client: reason})
 
     def _planned(self, copy: Path) -> set[str] | None:
@@ -427,7 +427,7 @@ class Coordinator:
         if self._training["lora_rank"] or self._training["train"] not in ("blocks", "all"):
             return None
         checkpoint = Checkpoint(copy)
-        places = Architecture.of(checkpoint).places(checkpoint)
+        places = Architecture.of(checkpoint).tensor_roles(checkpoint)
         return {name for name, place in places.items() if place.layer is not None or self._training["train"] == "all"}
 
     def _agree(self, number: int, pairs: list[tuple[str, int]]) -> bool:
@@ -454,8 +454,8 @@ class Coordinator:
         if sum(file.size for file in sealed.message.files) > most:
             raise MessageError(f"announces more than the {most} bytes that an update can have")
         for file in sealed.message.files:
-            if file.size > MOST_LISTED and file.name.endswith(".json"):
-                raise MessageError(f"{file.name}: has {file.size} bytes, expected at most {MOST_LISTED}")
+            if file.size > MAX_LISTING_BYTES and file.name.endswith(".json"):
+                raise MessageError(f"{file.name}: has {file.size} bytes, expected at most {MAX_LISTING_BYTES}")
         slots = [file.slot for file in sealed.message.files if file.slot is not None]
         if len(set(slots)) != len(slots):
             raise MessageError("two files are in the same slot")
@@ -582,15 +582,15 @@ def _check_headers(folder: Path) -> None:
     """Refuses an update whose lists of tensors alone would fill the memory.
 
     Raises:
-        MessageError: its safetensors headers are together larger than `MOST_LISTED`.
+        MessageError: its safetensors headers are together larger than `MAX_LISTING_BYTES`.
     """
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             total += length if length <= path.stat().st_size else 0  # if not, it is no such file, as `examine` will say
-    if total > MOST_LISTED:
-        raise MessageError(f"headers of {total} bytes, expected at most {MOST_LISTED}")
+    if total > MAX_LISTING_BYTES:
+        raise MessageError(f"headers of {total} bytes, expected at most {MAX_LISTING_BYTES}")
 
 
 @dataclass(frozen=True)

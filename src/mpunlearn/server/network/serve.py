@@ -28,7 +28,7 @@ from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.state import locked
 
-POLL = 0.2
+POLL_SECONDS = 0.2
 
 
 def start(
@@ -64,7 +64,7 @@ def start(
         rounds: number R of rounds.
         eta: server step size η.
         device: where the server's arithmetic runs, cpu or cuda.
-        perturbation: number of copies, noise level, reparameterisation.
+        perturbation: number of copies, noise level, reparameterization.
         training: objective and hyper-parameters, which the clients follow as far as their policies allow.
         federation: who takes part, and what happens when one does not answer.
 
@@ -103,7 +103,7 @@ def start(
         raise PlanError("--trust: names the same client twice; a client is one party")
     for model in (source, *([Path(base)] if base is not None else [])):
         opened = Checkpoint(model)
-        Architecture.of(opened).places(opened)
+        Architecture.of(opened).tensor_roles(opened)
     if (
         not (run / "plan.json").exists()
         and run.exists()
@@ -162,10 +162,10 @@ def resume(run: str | Path) -> Path:
             say(f"clients join with {run / 'invitation.json'}")
             while not coordinator.step():
                 try:
-                    link.tend()
+                    link.ensure_running()
                 except NetworkError as error:  # Flower's trouble is not the run's
                     say(str(error))
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
             coordinator.farewell("complete")
         except KeyboardInterrupt:
             raise StateError(f"stopped; go on with `mpunlearn server resume {run}`") from None

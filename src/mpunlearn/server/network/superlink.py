@@ -18,10 +18,10 @@ from mpunlearn.server.network.gateway import Gateway
 
 APP = Path(flower.__file__).parent
 """The Flower app: this folder's pyproject.toml and `courier`."""
-SILENT = 20.0
+HEARTBEAT_TIMEOUT_SECONDS = 20.0
 """Seconds without a sign of life after which the courier is started again."""
-STARTING = 60.0
-AGAIN = 5.0
+START_TIMEOUT_SECONDS = 60.0
+RETRY_SECONDS = 5.0
 """Seconds between two attempts to start something."""
 
 
@@ -79,29 +79,29 @@ class SuperLink:
         """Raises:
         NetworkError: Flower is not installed, or does not start.
         """
-        self.tend()
+        self.ensure_running()
         if self._gateway is not None:
             self._gateway.start()
 
-    def tend(self) -> None:
+    def ensure_running(self) -> None:
         """Starts again whatever has died.
 
         Raises:
             NetworkError: that failed; it is tried again some seconds later.
         """
-        if self._program is not None and self._program.tend():
+        if self._program is not None and self._program.ensure_running():
             self._ready = False
         if time.monotonic() < self._again:
             return
-        self._again = time.monotonic() + AGAIN  # unless all goes well
+        self._again = time.monotonic() + RETRY_SECONDS  # unless all goes well
         if not self._ready:
-            wait_for_port(self._port, STARTING, f"Flower's SuperLink ({self._folder / 'superlink.log'})")
+            wait_for_port(self._port, START_TIMEOUT_SECONDS, f"Flower's SuperLink ({self._folder / 'superlink.log'})")
             for client in self._clients or []:
                 self._register(client)
             self._launched, self._ready = 0.0, True
         alive = self._mail / "alive"
         seen = max(self._launched, alive.stat().st_mtime if alive.exists() and self._launched else 0.0)
-        if time.time() - seen > SILENT:
+        if time.time() - seen > HEARTBEAT_TIMEOUT_SECONDS:
             self._launch()
         self._again = 0.0
 
@@ -135,10 +135,15 @@ class SuperLink:
         command = [script("flwr"), *arguments]
         try:
             done = subprocess.run(
-                command, env=environment(self._folder), capture_output=True, text=True, check=False, timeout=STARTING
+                command,
+                env=environment(self._folder),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=START_TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            raise NetworkError(f"`flwr {arguments[0]}` has not answered in {STARTING:g} s") from None
+            raise NetworkError(f"`flwr {arguments[0]}` has not answered in {START_TIMEOUT_SECONDS:g} s") from None
         with (self._folder / "flwr.log").open("a") as log:
             log.write(f"flwr {arguments[0]}: {done.returncode}\n{done.stdout}{done.stderr}\n")
         if done.returncode:

@@ -10,7 +10,7 @@ What is in the messages is between their two ends; names that are no digests are
 
 from pathlib import Path
 
-from .spool import MOST_BYTES, NAME, put
+from .spool import MAX_MESSAGE_BYTES, NAME, put
 
 WAIT = 20.0
 """Seconds that a node may wait for results before it answers with those it has."""
@@ -41,7 +41,7 @@ class Mail:
                 job = (self._mail / "outbox" / node / name).read_bytes()
             except FileNotFoundError:  # accepted meanwhile
                 continue
-            if jobs and sum(map(len, jobs)) + len(job) > MOST_BYTES:
+            if jobs and sum(map(len, jobs)) + len(job) > MAX_MESSAGE_BYTES:
                 break
             names.append(name)
             jobs.append(job)
@@ -57,5 +57,5 @@ class Mail:
             return
         self._delivered -= {(node, name) for name in missing}
         for name, data in zip(names, results, strict=False):
-            if name in wanted and isinstance(data, bytes) and len(data) <= MOST_BYTES:
+            if name in wanted and isinstance(data, bytes) and len(data) <= MAX_MESSAGE_BYTES:
                 put(self._mail / "inbox" / f"{node}-{name}", data)

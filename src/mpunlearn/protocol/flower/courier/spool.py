@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 NAME = re.compile(r"[0-9a-f]{64}")
-MOST_BYTES = 80_000_000
+MAX_MESSAGE_BYTES = 80_000_000
 """What one Flower message carries at most, beyond its first job or result."""
 
 
@@ -45,7 +45,7 @@ def exchange(
     found: dict[str, bytes] = {}
     size = 0
     for name in names:
-        if (results / name).exists() and (not found or size + (results / name).stat().st_size <= MOST_BYTES):
+        if (results / name).exists() and (not found or size + (results / name).stat().st_size <= MAX_MESSAGE_BYTES):
             found[name] = (results / name).read_bytes()
             size += len(found[name])
     return found, [name for name in names if not (results / name).exists() and not (jobs / name).exists()]
