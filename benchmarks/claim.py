@@ -1,22 +1,23 @@
-"""Does MPU cost anything against noise-free unlearning, and does the harmonic average earn its keep?
+"""What MPU costs compared with noise-free unlearning, and how much of it the harmonic average saves.
 
-Every run is one row of a CSV: an objective, a seed, and an arm, which is a copy design at a noise level. Within an objective
-and a seed all arms have the same model, batches, budget and hyper-parameters; *noise-free* is the same training by one party
-that holds everything. The table gives each arm's mean difference from noise-free over seeds, as a percentage of noise-free,
-with a 95 % interval over paired seeds (Student's t). Rows that exist are not computed again, so an interrupted run goes on.
+Every run is one row of a CSV file: an objective, a seed, and an arm, which is a copy design at a noise level. For each
+objective and seed, all arms share the model, the batches, the budget and the hyper-parameters; *noise-free* is the same
+training by one party that holds everything. The table gives each arm's mean difference from noise-free over seeds, as a
+percentage of noise-free, with a 95 % confidence interval over paired seeds (Student's t). Existing rows are not computed
+again, so an interrupted run can be resumed.
 
     python benchmarks/claim.py [--suite claim|causes|orders] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
 
-`--suite claim` is the paper's question; `--suite causes` asks at 10 % of the parameters what the cost comes from, and what
-lowers it; `--suite orders` how the deviation of the weights falls with the noise level, by optimizer and copy design.
+`--suite claim` is the paper's question. `--suite causes` asks, at 10 % of the parameters, where the cost comes from and what
+lowers it; `--suite orders`, how the deviation of the weights falls with the noise level, by optimizer and copy design.
 
-It runs on the embedded benchmark, with two processes of one thread, or on any checkpoint and data, on a GPU if there is one:
+Runs on the embedded benchmark, with two single-threaded processes, or on any checkpoint and data, on a GPU if there is one:
 
     python benchmarks/claim.py --model DIR --benchmark tofu --data-root DIR --base DIR --retrained DIR --learning-rate 1e-5
 
-All metrics are scores, higher is better: retain probability, retain ROUGE-L recall, model utility, forget truth ratio, and
-one minus forget probability and forget ROUGE-L recall. `weights` is the distance of the final weights from noise-free's,
-relative to how far those moved.
+All metrics are scores, higher is better, with OpenUnlearning's names: retain probability (retain_Q_A_Prob), retain ROUGE-L
+recall (retain_Q_A_ROUGE), model utility, forget truth ratio, and one minus forget probability and forget ROUGE-L recall.
+`weights` is the distance of the final weights from the noise-free ones, relative to how far those moved.
 """
 
 import argparse
@@ -35,18 +36,21 @@ from claim_arms import RETRAINED, SUITES, Arm
 from claim_tables import SCORES, by_score, differences, figure, table
 from mpunlearn import Perturbation, Training
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.client import Client, Data
+from mpunlearn.client.client import Client
 from mpunlearn.demo import models
 from mpunlearn.evaluation import tofu
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.lm.model import load
+from mpunlearn.lm.sources import Data
 from mpunlearn.local import run
-from mpunlearn.server import postprocess, preprocess
+from mpunlearn.protocol.objectives import ObjectiveName
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
 
 EPOCHS = 10
-PAPER = ("grad-ascent", "grad-diff", "npo", "dpo", "simnpo", "undial", "satimp")
+PAPER: tuple[ObjectiveName, ...] = ("grad-ascent", "grad-diff", "npo", "dpo", "simnpo", "undial", "satimp")
 """The paper's seven objectives."""
-OBJECTIVES: dict[str, dict[str, Any]] = {
+OBJECTIVES: dict[ObjectiveName, dict[str, Any]] = {
     "grad-ascent": {"learning_rate": 2e-4},
     "grad-diff": {"gamma": 0.1},
     "npo": {"gamma": 0.3},
@@ -57,7 +61,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "wga": {"gamma": 0.5},
 }
 """Hyper-parameters on the embedded benchmark; chosen on noise-free unlearning at seed 0, the same for every arm."""
-INVERTED = ("forget_probability", "forget_rouge_l_recall")
+INVERTED = ("forget_Q_A_Prob", "forget_Q_A_ROUGE")
+"""Metrics that are high where nothing was forgotten; the score is one minus the metric."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,11 @@ class Source:
     batch_size: int = 32
     max_new_tokens: int = 200
 
-    def subject(self, seed: int, objective: str) -> Subject:
+    def subject(self, seed: int, objective: ObjectiveName) -> Subject:
         """The subject of one seed; only the embedded benchmark has another model for every seed."""
         data = Data(data_root=self.data_root)
         if self.model is None:
-            world = models.prepare(seed)
+            world = models.trained_world(seed)
             sets = read_sets(str(world.path / "data"), "", None, data)
             training = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective]}
             paths = (str(world.data("forget")), str(world.data("retain")))
@@ -116,7 +121,7 @@ def without_holdout(sets: dict[str, Questions]) -> dict[str, Questions]:
     return {name: questions for name, questions in sets.items() if name != "holdout"}
 
 
-def one(source: Source, objective: str, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
+def one(source: Source, objective: ObjectiveName, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
     """Unlearns and evaluates; the row of the CSV.
 
     Args:
@@ -190,10 +195,10 @@ def evaluated(checkpoint: Path, subject: Subject) -> dict[str, float]:
     model, tokenizer = load(checkpoint)
     if torch.cuda.is_available():
         model = model.cuda()
-    found = tofu.summarize(
+    values = tofu.summarize(
         tofu.measure(model, tokenizer, subject.sets, max_new_tokens=subject.max_new_tokens, membership=False)
     )
-    return {name: 1 - found[name] if name in INVERTED else found[name] for name in SCORES}
+    return {name: 1 - values[name] if name in INVERTED else values[name] for name in SCORES}
 
 
 def distance(final: Path, free: Path, original: Path) -> float:
@@ -215,13 +220,13 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
         ]
 
 
-def compute(suite: str, objectives: Iterable[str], seeds: int, out: Path, source: Source) -> None:
+def compute(suite: str, objectives: Iterable[ObjectiveName], seeds: int, out: Path, source: Source) -> None:
     """Computes what is missing of a suite, arm by arm, and appends each row as it comes."""
     file, arms = out / f"{suite}.csv", arms_of(suite, source)
     done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
     if source.model is None:
         for seed in range(seeds):
-            models.prepare(seed)
+            models.trained_world(seed)
     with ProcessPoolExecutor(2 if source.model is None else 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for stage in (True, False):  # what others are compared with comes first
             jobs = [
@@ -287,10 +292,10 @@ def main() -> None:
     if not arguments.table:
         compute(arguments.suite, arguments.objectives.split(","), arguments.seeds, arguments.out, source)
     arms = arms_of(arguments.suite, source)
-    found = differences(rows_of(arguments.out / f"{arguments.suite}.csv"), arms)
-    text = f"{table(found, arms)}\n\n{by_score(found, arms)}\n"
-    (arguments.out / f"{arguments.suite}.md").write_text(text, encoding="utf-8")
-    figure(found, arms, arguments.out / arguments.suite)
+    compared = differences(rows_of(arguments.out / f"{arguments.suite}.csv"), arms)
+    text = f"{table(compared, arms)}\n\n{by_score(compared, arms)}\n"
+    (arguments.out / f"{arguments.suite}-tables.md").write_text(text, encoding="utf-8")
+    figure(compared, arms, arguments.out / arguments.suite)
     print(text)
 
 

@@ -1,9 +1,9 @@
-"""What a round over the network costs beside training: bytes, seconds and peak memory of every process.
+"""The cost of a round over the network without its training: bytes, seconds, and peak memory of every process.
 
-Server, client and Flower run as they do in earnest, on the loopback address, with one exception: instead of training, the
-client writes an update of the right shapes. Cases: the weights inside the messages or in a store that both sides reach (a
-folder); dense updates or LoRA factors of rank 16. *Transfer* is all time spent putting and fetching files, digests and syncs
-included. How that compares with copying a file is measured by itself, in alternate trials.
+Server, client and Flower run as in production, on the loopback address, except that the client writes an update of the right
+shapes instead of training. Cases: weights inside the messages, or in a store that both sides reach (a folder); dense updates,
+or LoRA factors of rank 16. *Transfer* is the time spent uploading and downloading files, including digests and syncs. How that
+compares with copying a file is measured separately, in alternate trials.
 
     python benchmarks/network.py [--models tiny,qwen2.5-0.5b] [--copies 3] [--out DIR]
 """
@@ -30,6 +30,7 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.protocol.flower.programs import free_port
+from mpunlearn.tables import markdown
 from shapes import MODELS, build, size, synthetic_update
 
 RANK = 16
@@ -54,12 +55,12 @@ def factors(copy: Path, out: Path) -> Path:
 
 
 def party(name: str, report: Path, arguments: list[str]) -> None:
-    """One party in a process of its own, with its transfers timed and its training replaced."""
+    """One party in its own process, with its transfers timed and its training replaced."""
     from mpunlearn.cli import main as cli
+    from mpunlearn.client.client import Client
     from mpunlearn.client.network import worker
-    from mpunlearn.client.unlearn import Client
     from mpunlearn.protocol import transfer
-    from mpunlearn.server.network import coordinator
+    from mpunlearn.server.network import publication, results
 
     spent = {"seconds": 0.0, "arrived": 0.0}
 
@@ -73,12 +74,13 @@ def party(name: str, report: Path, arguments: list[str]) -> None:
 
         return call
 
-    transfer.Store.put = timed(transfer.Store.put)  # type: ignore[method-assign]
-    transfer.Store.fetch = timed(transfer.Store.fetch, lambda _, key, file, target: file.size)  # type: ignore[method-assign]
-    worker.put = timed(transfer.put)  # type: ignore[attr-defined]
-    for module in (worker, coordinator):
-        module.described = timed(transfer.described)  # type: ignore[attr-defined]
-        module.receive = timed(transfer.receive, lambda file, payload, target: file.size)  # type: ignore[attr-defined]
+    Store = transfer.Store
+    Store.put = timed(Store.put)  # type: ignore[method-assign]
+    Store.fetch = timed(Store.fetch, lambda _, key, file, target: file.size)  # type: ignore[method-assign]
+    put, file_entry = timed(transfer.put), timed(transfer.file_entry)
+    receive = timed(transfer.receive, lambda file, payload, target: file.size)
+    worker.put, worker.file_entry, worker.receive = put, file_entry, receive  # type: ignore[attr-defined]
+    publication.file_entry, results.receive = file_entry, receive  # type: ignore[attr-defined]
     training: list[int] = []
 
     def unlearn(client: Client, copy: Path, out: Path) -> Path:
@@ -137,7 +139,7 @@ def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dic
     """One run of two rounds; what it took per round."""
     folder.mkdir()
     (folder / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
-    server = ["server", "start", str(model), "--run", "run", "--insecure", "true", "--port", str(free_port())]
+    server = ["server", "start", str(model), "--run", "run", "--insecure", "--port", str(free_port())]
     server += ["--rounds", str(ROUNDS), "--copies", str(copies), "--objective", "grad-ascent"]
     server += ["--lora-rank", str(RANK)] if lora else ["--train", "all"]
     server += ["--store", "store"] if store else []
@@ -176,7 +178,19 @@ def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dic
     }
 
 
+def cells(result: dict[str, Any]) -> list[str]:
+    """The numbers of a case for the table."""
+    largest = max(result["peaks"], key=lambda name: result["peaks"][name])
+    return [
+        f"{result['crossed_mb']:.1f}",
+        f"{result['seconds']:.1f}",
+        f"{result['transfer_seconds']:.2f} s",
+        f"{largest} {result['peaks'][largest]:.2f} GB",
+    ]
+
+
 def main() -> None:
+    """Runs every case, then the comparison with copying, and prints JSON and a table."""
     if len(sys.argv) > 3 and sys.argv[1] == "--party":
         return party(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,26 +198,29 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to put models, about 12 x the largest (default: temporary)")
     arguments = parser.parse_args()
-    print("| shapes | weights | update | MB per round | seconds per round | transfer | largest process |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    rows = []
     for name in arguments.models.split(",") if arguments.models else []:
         with tempfile.TemporaryDirectory(dir=arguments.out) as temporary:
             root = Path(temporary)
             model = build(root / "model", MODELS[name])
             inline = size(model) < 60_000_000
             for store, lora in [(False, False), (False, True), (True, False), (True, True)][0 if inline else 2 :]:
-                found = case(root / f"{store}-{lora}", model, arguments.copies, store, lora)
+                result = case(root / f"{store}-{lora}", model, arguments.copies, store, lora)
                 shutil.rmtree(root / f"{store}-{lora}")
-                largest = max(found["peaks"], key=lambda key: found["peaks"][key])
-                print(
-                    f"| {name} | {'by reference' if store else 'in the message'} | {'LoRA' if lora else 'dense'} "
-                    f"| {found['crossed_mb']:.1f} | {found['seconds']:.1f} | {found['transfer_seconds']:.2f} s "
-                    f"| {largest} {found['peaks'][largest]:.2f} GB |",
-                    flush=True,
+                print(json.dumps({"shapes": name, "store": store, "lora": lora, **result}), flush=True)
+                rows.append(
+                    [name, "by reference" if store else "in the message", "LoRA" if lora else "dense", *cells(result)]
                 )
-                print(json.dumps(found["peaks"]), file=sys.stderr, flush=True)
+    print(
+        "\n"
+        + markdown(
+            ["shapes", "weights", "update", "MB per round", "seconds per round", "transfer", "largest process"], rows
+        )
+    )
     with tempfile.TemporaryDirectory(dir=arguments.out) as temporary:
-        print(f"\nputting and fetching takes {against_copying(Path(temporary)):.1f} times as long as copying twice")
+        print(
+            f"\nuploading and downloading takes {against_copying(Path(temporary)):.1f} times as long as copying twice"
+        )
 
 
 if __name__ == "__main__":

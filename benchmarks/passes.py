@@ -1,12 +1,13 @@
-"""Both of the server's passes at the shapes of real models: seconds, GB/s, peak memory, and how far from the floor.
+"""The server's two passes at the shapes of real models: seconds, GB/s, peak memory, and the distance from a lower bound.
 
-Builds a random checkpoint with the shapes of a real model (streaming, so any size fits), then runs, each in a process of its
-own so that peak memory is its own: Pre-Process (m copies, every tensor noised, `paper`), Post-Process on m synthetic updates,
-and, for shapes that fit in memory, a straightforward implementation of the paper's formulas with `torch.randn` that writes
-nothing. The floor of Pre-Process is the bytes read and written at the disk's rate plus the normals at the keystream's, both
-measured here in the same run with the same number of threads; that of Post-Process is copying the same bytes.
+Builds a random checkpoint with the shapes of a real model, streaming, so that any size fits. Then runs, each in its own process
+so that peak memory can be told apart: Pre-Process (m copies, every tensor with noise, `paper` reparameterization), Post-Process
+on m synthetic updates, and, for models that fit in memory, the paper's formulas written plainly with `torch.randn`, without
+writing the result. The lower bound ("floor") of Pre-Process is the time to read and write its bytes at the disk's rate plus the
+time to draw its normals, both measured in the same run with the same number of threads; that of Post-Process is the time to
+copy the same bytes.
 
-    python benchmarks/passes.py [--model qwen2.5-0.5b] [--copies 3] [--layers N] [--out DIR] [--dense false]
+    python benchmarks/passes.py [--model qwen2.5-0.5b] [--copies 3] [--layers N] [--out DIR] [--no-dense]
 """
 
 import argparse
@@ -26,9 +27,12 @@ from typing import Any
 import torch
 
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.server import Perturbation, postprocess, preprocess
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.stream import THREADS
+from mpunlearn.tables import markdown
 from shapes import MODELS, build, synthetic_update
 
 KAPPA = 0.01
@@ -125,8 +129,8 @@ def measured(what: str, arguments: list[str]) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, __file__, "--step", what, *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measurement: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measurement
 
 
 def step(what: str, arguments: list[str]) -> None:
@@ -204,22 +208,22 @@ def benchmark(model: str, copies: int, layers: int | None, out: Path, with_dense
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    rows = ["| pass | seconds | GB/s | peak memory, GB | compared |", "|---|---|---|---|---|"]
+    rows = []
     for name, key, ratio, what in (
         ("Pre-Process", "preprocess", "ratio_to_floor", "the floor"),
         ("Post-Process", "postprocess", "ratio_to_copying", "copying"),
         ("in memory, writing nothing", "dense", "ratio_to_preprocess", "Pre-Process"),
     ):
-        if found := result.get(key):
-            speed = f"{found['gb_per_s']:.2f}" if "gb_per_s" in found else ""
-            compared = f"{found[ratio]:.2f} x {what}"
-            rows.append(f"| {name} | {found['seconds']:.1f} | {speed} | {found['peak_gb']:.2f} | {compared} |")
-    rows.append(
-        f"\n{result['model']}, {result['layers']} layers, {result['parameters'] / 1e9:.2f} G parameters, "
+        if measurement := result.get(key):
+            speed = f"{measurement['gb_per_s']:.2f}" if "gb_per_s" in measurement else ""
+            peak, compared = f"{measurement['peak_gb']:.2f}", f"{measurement[ratio]:.2f} x {what}"
+            rows.append([name, f"{measurement['seconds']:.1f}", speed, peak, compared])
+    circumstances = (
+        f"{result['model']}, {result['layers']} layers, {result['parameters'] / 1e9:.2f} G parameters, "
         f"{result['copies']} copies, {result['threads']} threads; disk {result['disk_write_gb_per_s']:.2f} GB/s written, "
         f"{result['disk_read_gb_per_s']:.2f} read; {result['normals_m_per_s']:.0f} M normals/s"
     )
-    return "\n".join(rows)
+    return f"{markdown(['pass', 'seconds', 'GB/s', 'peak memory, GB', 'compared with'], rows)}\n\n{circumstances}"
 
 
 def main() -> None:
@@ -230,10 +234,10 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--out", type=Path, help="where to put models, about 6 x the model's size (default: temporary)")
-    parser.add_argument("--dense", choices=("true", "false"), default="true")
+    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="also in memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
-        wanted = arguments.dense == "true" and arguments.model in ("tiny", "qwen2.5-0.5b")
+        wanted = arguments.dense and arguments.model in ("tiny", "qwen2.5-0.5b")
         result = benchmark(arguments.model, arguments.copies, arguments.layers, Path(folder), wanted)
     print(json.dumps(result, indent=2))
     print(table(result))

@@ -1,4 +1,4 @@
-"""Shapes."""
+"""Random checkpoints with the shapes of real models, and updates that fit them, for the other benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ROWS = 4096
+"""How many rows are made at a time."""
 
 
 def build(out: Path, config: dict[str, Any]) -> Path:
-    """A random bfloat16 checkpoint with those shapes, written in pieces."""
+    """A random bfloat16 checkpoint with those shapes, written a few rows at a time."""
     architecture = Architecture(FAMILIES[config["model_type"]], config)
     names = architecture.required()
     if config["model_type"] == "qwen2":
@@ -40,9 +41,9 @@ def build(out: Path, config: dict[str, Any]) -> Path:
         names |= {f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in layers for part in "qkv"}
     specs = {}
     for name in sorted(names):
-        place = architecture.role_of(name)
-        assert place is not None
-        specs[name] = (torch.bfloat16, architecture.shape(place))
+        role = architecture.role_of(name)
+        assert role is not None
+        specs[name] = (torch.bfloat16, architecture.shape(role))
     with new_directory(out) as folder:
         write_json(folder / "config.json", {**config, "dtype": "bfloat16"})
         with TensorWriter(folder, specs) as writer:
@@ -54,7 +55,7 @@ def build(out: Path, config: dict[str, Any]) -> Path:
 
 
 def synthetic_update(copy: Path, out: Path) -> Path:
-    """A bfloat16 update of every tensor of a copy, a thousandth of it, written in pieces."""
+    """A bfloat16 update of every tensor of a copy, a thousandth of it, written a few rows at a time."""
     source = Checkpoint(copy)
     specs = {name: (torch.bfloat16, info.shape) for name, info in source.tensors.items()}
     with new_directory(out) as folder:
@@ -68,4 +69,5 @@ def synthetic_update(copy: Path, out: Path) -> Path:
 
 
 def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,8 +1,8 @@
-"""Real text: a small Llama learns real TOFU authors, then forgets two of them through the command line.
+"""A small Llama learns real TOFU authors and then forgets two of them, through the command line.
 
-Trains from scratch on forget01 (2 authors, 40 questions) and on the first authors of retain99 until the model knows them, and
-a second model on the retain authors alone; then runs `mpunlearn run` with NPO and three copies, and the noise-free and the
-single-copy baselines with the same budget. Prints the table of `mpunlearn demo` and writes result.json.
+One model is trained from scratch on forget01 (2 authors, 40 questions) and the first authors of retain99, until it knows them;
+a second one on the retain authors alone. `mpunlearn run` then unlearns forget01 with NPO and three copies, and, with the same
+budget, without noise and with a single copy. Prints the table of `mpunlearn demo` and writes result.json.
 
     python benchmarks/tofu_small.py --tofu DIRECTORY_WITH_TOFU_JSON_FILES [--out DIR]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mpunlearn.demo import models
-from mpunlearn.demo.table import Line, line, table
+from mpunlearn.demo.table import Line, measure, table
 from mpunlearn.demo.world import Recipe
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.lm.records import Record
@@ -68,7 +68,7 @@ def tofu_small(
     sets = {"forget": questions(forget), "retain": questions(retain)}
 
     def measured(name: str, checkpoint: Path, seconds: float | None = None) -> Line:
-        return line(name, checkpoint, sets, seconds, max_new_tokens=120)
+        return measure(name, checkpoint, sets, seconds, max_new_tokens=120)
 
     torch.manual_seed(0)
     models.save(models.new_llama(tokenizer, recipe), tokenizer, out / "untrained")

@@ -49,12 +49,12 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         from mpunlearn.demo.world import Recipe, generate_rows
         from mpunlearn.lm.model import quiet
 
-        quiet()
         shard = changes.pop("max_shard_size", "5GB")
         recipe = Recipe()
         tokenizer = models.tokenizer_of(generate_rows(0, recipe), recipe)
         changes = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, **changes}
-        tiny_model(model_type, dtype, **changes).save_pretrained(tmp_path / name, max_shard_size=shard)
+        with quiet():
+            tiny_model(model_type, dtype, **changes).save_pretrained(tmp_path / name, max_shard_size=shard)
         tokenizer.save_pretrained(tmp_path / name)
         return tmp_path / name
 

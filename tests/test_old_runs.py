@@ -17,13 +17,14 @@ from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, checkpoint_digest
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.worker import Worker
-from mpunlearn.files import read_json
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
-from mpunlearn.server import ServerState
-from mpunlearn.server.network.serve import coordinate
+from mpunlearn.server.network.coordinator import Coordinator
+from mpunlearn.server.plan import RunPlan
 from mpunlearn.server.publisher import Publisher
+from mpunlearn.server.state import ServerState
 from mpunlearn.server.stream import row_slices
+from mpunlearn.server.workspace import Workspace
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "runs-0.1.0.tar.xz"
 WRITTEN_IN = "/tmp/mpunlearn-0.1.0"
@@ -48,26 +49,26 @@ class Before:
         shutil.copytree(server / "round-1", folder / "round-1")
         self.state, self.theta = ServerState(folder / "state"), Checkpoint(folder / "round-1")
         architecture = Architecture.of(self.theta)
-        self.places = architecture.tensor_roles(self.theta)
+        self.roles = architecture.tensor_roles(self.theta)
         self.publisher = Publisher(self.state.secret, self.state.rounds[-1], architecture)
 
     def check_copy(self, path: Path, copy: int) -> None:
         """A copy that is out is what this version would publish (up to the last bits of this processor's arithmetic)."""
         published = Checkpoint(path)
-        for piece in row_slices(self.theta, self.places):
-            stored = self.theta.read_rows(piece.name, piece.start, piece.stop)
-            mine = self.publisher.publish(piece, stored, [copy - 1])[0][0]
-            torch.testing.assert_close(published.read(piece.name), mine, rtol=1e-5, atol=1e-6)
+        for rows in row_slices(self.theta, self.roles):
+            stored = self.theta.read_rows(rows.name, rows.start, rows.stop)
+            mine = self.publisher.publish(rows, stored, Workspace(), [copy - 1]).rows[0]
+            torch.testing.assert_close(published.read(rows.name), mine, rtol=1e-5, atol=1e-6)
 
     def check_final(self, final: Path, updates: list[TensorDirectory]) -> None:
         """θ of round 1 plus the weighted sum of the inverted updates, by the formula."""
-        found = Checkpoint(final)
-        for name, place in self.places.items():
+        new = Checkpoint(final)
+        for name, role in self.roles.items():
             result = self.theta.read(name).double()
             for maps, weight, update in zip(self.publisher.maps, self.publisher.design.weights, updates, strict=True):
                 if name in update.tensors:
-                    result += weight * maps.invert(place, update.read(name).double())
-            torch.testing.assert_close(found.read(name).double(), result, rtol=1e-6, atol=1e-6)
+                    result += weight * maps.invert(role, update.read(name).double())
+            torch.testing.assert_close(new.read(name).double(), result, rtol=1e-6, atol=1e-6)
         assert checkpoint_digest(final) != checkpoint_digest(self.theta.path)
 
 
@@ -101,7 +102,7 @@ def test_a_run_over_a_network(old: Path, tmp_path: Path) -> None:
     before.check_copy(server / "exchange" / "round-2" / "copies" / "copy-2", 2)
     done = (work / "updates" / "round-2-copy-1" / "update.safetensors").read_bytes()
     files = {"forget": old / "forget.jsonl", "retain": old / "retain.jsonl"}
-    coordinator, mail = coordinate(server, read_json(server / "plan.json")), Mail(server / "mail")
+    coordinator, mail = Coordinator(RunPlan.read(server / "plan.json"), server), Mail(server / "mail")
     worker = Worker(spool, work, Policy.read(old / "policy.toml"), **files)
     for _ in range(30):
         if coordinator.step():

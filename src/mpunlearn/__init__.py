@@ -1,31 +1,65 @@
 """Unlearning between a model owner and a data owner, neither of whom shows the other what it holds.
 
-The verbs are `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the client's), `run` (both, in one process),
-`evaluate` and `demo`. Names are imported when they are first used, so that `mpunlearn.server` and `mpunlearn.client` load
-nothing of each other.
+The functions are the verbs of the command line: `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the
+client's), `run` (both, in one process) and `evaluate`. Their options are `Perturbation`, `Training`, `Data` and `Resources`.
+Names are imported when they are first used, so importing the server's side loads nothing of the client's.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Client": "mpunlearn.client",
-    "Data": "mpunlearn.client",
-    "MPUError": "mpunlearn.errors",
-    "Perturbation": "mpunlearn.server",
-    "Resources": "mpunlearn.client",
-    "Training": "mpunlearn.protocol.plan",
-    "describe": "mpunlearn.server",
-    "evaluate": "mpunlearn.evaluation",
-    "postprocess": "mpunlearn.server",
-    "preprocess": "mpunlearn.server",
-    "run": "mpunlearn.local",
-    "unlearn": "mpunlearn.client",
-}
-__all__ = sorted(_HOMES)
+__version__ = "0.2.0"
+__all__ = [
+    "Client",
+    "Data",
+    "DisclosureWarning",
+    "MPUError",
+    "Perturbation",
+    "Resources",
+    "Training",
+    "describe",
+    "evaluate",
+    "postprocess",
+    "preprocess",
+    "run",
+    "unlearn",
+]
 
+if TYPE_CHECKING:
+    from mpunlearn.client.client import Client
+    from mpunlearn.client.resources import Resources
+    from mpunlearn.client.unlearn import unlearn
+    from mpunlearn.errors import DisclosureWarning, MPUError
+    from mpunlearn.evaluation.evaluate import evaluate
+    from mpunlearn.lm.sources import Data
+    from mpunlearn.local import run
+    from mpunlearn.protocol.plan import Training
+    from mpunlearn.server.describe import describe
+    from mpunlearn.server.perturbation import Perturbation
+    from mpunlearn.server.postprocess import postprocess
+    from mpunlearn.server.preprocess import preprocess
+else:
+    _HOMES = {
+        "Client": "client.client",
+        "Data": "lm.sources",
+        "DisclosureWarning": "errors",
+        "MPUError": "errors",
+        "Perturbation": "server.perturbation",
+        "Resources": "client.resources",
+        "Training": "protocol.plan",
+        "describe": "server.describe",
+        "evaluate": "evaluation.evaluate",
+        "postprocess": "server.postprocess",
+        "preprocess": "server.preprocess",
+        "run": "local",
+        "unlearn": "client.unlearn",
+    }
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mpunlearn' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name):
+        from importlib import import_module
+
+        if name not in _HOMES:
+            raise AttributeError(f"module 'mpunlearn' has no attribute {name!r}")
+        return getattr(import_module(f"mpunlearn.{_HOMES[name]}"), name)
+
+    def __dir__():
+        return sorted([*globals(), *__all__])

@@ -1,162 +1,199 @@
-"""The command line: one verb per library function; parses, validates, calls.
+"""The command line: one verb per library function. It parses, calls, prints, and turns errors into one line.
 
-Arguments, types and help come from the functions' signatures and docstrings, so there is one text for both interfaces. The
-options of `Perturbation`, `Training`, `Data` and `Resources` stand beside a function's own, and so do the objectives'
-hyper-parameters. `--config FILE.yaml` gives any of them from a file. Bad input is one sentence on standard error and exit
-code 2; a traceback is a bug.
+Options, types and help come from the functions' signatures and docstrings (`options`), so there is one text for both
+interfaces. The modules of the verbs import nothing heavy at the top, so `--help` does not load PyTorch.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
 """
 
-import dataclasses
+import difflib
 import importlib
-import inspect
+import json
+import logging
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse._core import ArgumentGroup
+from mpunlearn import __version__
+from mpunlearn.errors import DisclosureWarning, MPUError, NothingUnlearnedWarning
+from mpunlearn.options import ParseError, parse
+from mpunlearn.progress import logger, say
 
-from mpunlearn.errors import DisclosureWarning, MPUError
-from mpunlearn.protocol.plan import Training
 
-COMMANDS = {
-    "preprocess": ("mpunlearn.server", "server: publish the noisy, reparameterized copies of the next round"),
-    "unlearn": ("mpunlearn.client", "client: unlearn on one published copy and write the update"),
-    "postprocess": ("mpunlearn.server", "server: aggregate the updates of all copies into a new checkpoint"),
-    "run": ("mpunlearn.local", "both parties in one process: all rounds, resumable"),
-    "server start": ("mpunlearn.server.network.serve", "server: a run with clients on other machines"),
-    "server resume": ("mpunlearn.server.network.serve", "server: go on with an interrupted run"),
-    "server status": ("mpunlearn.server.network.status", "server: how far a run is"),
-    "client key": ("mpunlearn.client.network.join", "client: make keys, once"),
-    "client join": ("mpunlearn.client.network.join", "client: connect to a run, and do its jobs"),
-    "client work": ("mpunlearn.client.network.join", "client: do the jobs that another program fetches"),
-    "describe": (
-        "mpunlearn.server",
-        "server: what a change of basis would do to a checkpoint, and how much choice it has",
+@dataclass(frozen=True)
+class Verb:
+    """A command."""
+
+    module: str
+    """The module whose function of that name (its last word) does it."""
+    group: str
+    what: str
+    """A line for the overview."""
+    resume: str = ""
+    """What to do after an interruption; {NAME} stands for an option."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The library function."""
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"mpunlearn.{self.module}"), name.split()[-1].replace("-", "_")
+        )
+        return function
+
+
+SERVER, CLIENT, BOTH, TRY = "The model owner", "The data owner", "Both, or anyone", "To try things out"
+AGAIN = "go on with the same command"
+VERBS = {
+    "preprocess": Verb("server.preprocess", SERVER, "publish the perturbed copies of the next round"),
+    "postprocess": Verb("server.postprocess", SERVER, "aggregate the updates of all copies into a new checkpoint"),
+    "describe": Verb("server.describe", SERVER, "list the secret choices in a reparameterization of a model"),
+    "server start": Verb(
+        "server.network.serve",
+        SERVER,
+        "serve a run to clients over a network",
+        "go on with `mpunlearn server resume {run}`",
     ),
-    "evaluate": ("mpunlearn.evaluation", "what a model still knows, and what it can still do"),
-    "demo": ("mpunlearn.demo.local", "unlearn four fictitious authors and compare with retraining"),
-    "network-demo": ("mpunlearn.demo.network", "the same between two processes over a network"),
-    "example": ("mpunlearn.demo.example", "write a small model and text to try things with"),
+    "server resume": Verb("server.network.serve", SERVER, "go on with an interrupted run", AGAIN),
+    "server status": Verb("server.network.status", SERVER, "show how far a run is"),
+    "unlearn": Verb("client.unlearn", CLIENT, "unlearn on one published copy and write the update"),
+    "client key": Verb("client.network.join", CLIENT, "generate keys, once"),
+    "client join": Verb("client.network.join", CLIENT, "connect to a run, and do its jobs", AGAIN),
+    "client work": Verb("client.network.join", CLIENT, "do the jobs that another program fetches", AGAIN),
+    "run": Verb("local", BOTH, "all rounds with both parties in one process", AGAIN),
+    "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows, and what it can still do"),
+    "demo": Verb("demo.local", TRY, "unlearn four fictitious authors, and compare with retraining"),
+    "network-demo": Verb("demo.network", TRY, "the same between two processes over a network"),
+    "example": Verb("demo.example", TRY, "write a small model and data to try things with"),
 }
-"""Verb → the module whose function of that name (its last word) does it, and a line for the overview."""
-
-
-class _Dashes:
-    """Options are written with dashes, `--learning-rate`, whatever the parameter is called."""
-
-    def add_argument(self, *args: str, **kwargs: Any) -> Any:
-        dashed = [arg.replace("_", "-") if arg.startswith("--") else arg for arg in args]
-        return super().add_argument(*dashed, **kwargs)  # type: ignore[misc]
-
-
-class _Group(_Dashes, ArgumentGroup):
-    pass
-
-
-class _Parser(_Dashes, ArgumentParser):
-    _group_class = _Group
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 2 bad input)."""
+    """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
-    words = 2 if arguments[0] in ("server", "client") else 1
-    verb = " ".join(arguments[:words])
-    if verb == "--version":
-        from importlib.metadata import version
-
-        print(f"mpunlearn {version('mpunlearn')}")
+    if arguments[0] == "--version":
+        print(f"mpunlearn {__version__}")
         return 0
-    if verb not in COMMANDS:
-        print(f"mpunlearn: no command {verb!r}\n\n{overview()}", file=sys.stderr)
+    if arguments[0] in ("server", "client") and (len(arguments) < 2 or arguments[1] in ("-h", "--help")):
+        print(overview(arguments[0]))
+        return 0
+    words = 2 if arguments[0] in ("server", "client") else 1
+    name = " ".join(arguments[:words])
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean `mpunlearn {near[0]}`?" if near else "see `mpunlearn --help`"
+        print(f"mpunlearn: no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    function = getattr(importlib.import_module(COMMANDS[verb][0]), verb.split()[-1].replace("-", "_"))
+    return _call(name, arguments[words:])
+
+
+def overview(first: str = "") -> str:
+    """What `mpunlearn --help` prints, or `mpunlearn server --help`."""
+    lines = [f"usage: mpunlearn {first + ' ' if first else ''}COMMAND [--help] ..."]
+    for group in (SERVER, CLIENT, BOTH, TRY):
+        verbs = {
+            name: verb
+            for name, verb in VERBS.items()
+            if verb.group == group and (not first or name.startswith(first + " "))
+        }
+        if verbs:
+            lines += ["", f"{group}:", *(f"  {name:14s} {verb.what}" for name, verb in verbs.items())]
+    return "\n".join([*lines, "", "Every command explains its options with --help."])
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    """Parses the options of a verb, calls its function, and prints the result."""
+    verb, prog = VERBS[name], f"mpunlearn {name}"
+    function = verb.function(name)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DisclosureWarning)
-            result = function(**parse(verb, function, arguments[words:]))
-    except MPUError as error:
-        print(f"mpunlearn {verb}: {error}", file=sys.stderr)
+        parsed = parse(prog, function, arguments)
+    except (ParseError, MPUError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    for warning in caught:
-        if issubclass(warning.category, DisclosureWarning):
-            print(f"mpunlearn {verb}: warning: {warning.message}", file=sys.stderr)
-    if isinstance(result, str | Path):
-        print(result)
-    elif verb == "evaluate":
-        print(result.table())
-    elif verb == "preprocess":
-        print(result.summary(), file=sys.stderr)
-        print(*result.copies, sep="\n")
+    if parsed is None:
+        return 0
+    values, general = parsed
+    terminated: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with _output(prog, general.quiet):
+            _print(function(**values), general.json)
+    except MPUError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = verb.resume.format_map({key: str(value) for key, value in values.items()})
+        print(f"{prog}: interrupted" + (f"; {hint}" if hint else ""), file=sys.stderr)
+        return 143 if terminated else 130
+    except BrokenPipeError:  # whoever read the output has closed it
+        sys.stderr.close()
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def overview() -> str:
-    """What `mpunlearn --help` prints."""
-    lines = [f"  {verb:14s} {what}" for verb, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: mpunlearn COMMAND [--help] …", "", *lines])
+def _print(result: Any, as_json: bool) -> None:
+    """Prints what a verb returned, for people or as JSON."""
+    if as_json:
+        value = result.to_json() if hasattr(result, "to_json") else {"result": str(result)}
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    elif isinstance(result, str | Path):
+        print(result)
+    elif hasattr(result, "copies"):
+        say(result.summary())
+        print(*result.copies, sep="\n")
+    elif hasattr(result, "table"):
+        print(result.table())
+    else:
+        print(result.text())
 
 
-def parse(verb: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
-    """The keyword arguments of a verb's function from its command line."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=f"mpunlearn {verb}", description=(inspect.getdoc(function) or "").split("\n")[0])
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    parameters = inspect.signature(function, eval_str=True).parameters
-    option_groups = {name: group for name in parameters if (group := _dataclass_of(parameters[name].annotation))}
-    lists = {name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)}
-    for name in lists:
-        parser.add_argument(name, nargs="+", help=f"the {name}, one directory per copy, in any order")
-    parser.add_function_arguments(function, as_positional=True, skip={*option_groups, *lists})
-    for group in option_groups.values():
-        parser.add_class_arguments(group, None, skip={"alphas", "weights", "parameters"})
-        names = {field.name for field in dataclasses.fields(group)}
-        if "alphas" in names:
-            parser.add_argument("--alphas", type=_numbers, help="secret scales of the copies' noise, such as 1,1.5,2")
-        if "weights" in names:
-            parser.add_argument("--weights", type=_numbers, help="weights of the clients' updates, such as 1,2")
-    hyper = _hyper_parameters() if any(issubclass(group, Training) for group in option_groups.values()) else {}
-    for name, users in hyper.items():
-        what = ", ".join(f"{objective} {value:g}" for objective, value in users.items())
-        parser.add_argument(f"--{name}", type=float, help=f"hyper-parameter, by default: {what}")
-    given = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    result: dict[str, Any] = {name: given[name] for name in parameters if name not in option_groups}
-    for name, group in option_groups.items():
-        values = {field.name: given[field.name] for field in dataclasses.fields(group) if field.name in given}
-        if issubclass(group, Training):
-            values["parameters"] = {name: given[name] for name in hyper if given[name] is not None}
-        result[name] = group(**values)
-    return result
+class _Lines(logging.Handler):
+    """Prints log lines on standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _hyper_parameters() -> dict[str, dict[str, float]]:
-    """Every hyper-parameter of an objective, with its default for each objective that has it."""
-    from mpunlearn.client.objectives import OBJECTIVES
+@contextmanager
+def _output(prog: str, quiet: bool) -> Iterator[None]:
+    """While a verb runs, its log lines and warnings appear at once on standard error."""
 
-    found: dict[str, dict[str, float]] = {}
-    for objective, entry in OBJECTIVES.items():
-        for name, value in entry.parameters.items():
-            found.setdefault(name, {})[objective] = value
-    return found
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if issubclass(category, DisclosureWarning | NothingUnlearnedWarning):
+            print(f"{prog}: warning: {message}", file=sys.stderr, flush=True)
+        else:
+            print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
-
-def _dataclass_of(annotation: Any) -> type[Any] | None:
-    """The dataclass in an annotation `Options | None`."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
-            return candidate
-    return None
-
-
-def _numbers(value: str | Sequence[float]) -> tuple[float, ...]:
-    """Numbers separated by commas; the parser also passes through what it has parsed before."""
-    return tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate = [_Lines()], False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            for category in (DisclosureWarning, NothingUnlearnedWarning):
+                warnings.simplefilter("always", category)
+            yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""The errors a user can cause, each a sentence that says what, where, expected and found, and what to do next.
+"""The errors a user can cause. Each message says what is wrong, where, what was expected and found, and what to do next.
 
-Everything derives from `MPUError`, so that the command line can turn any of them into one line and exit code 2, while a
-bug in the program still shows its traceback.
+All of them derive from `MPUError`: the command line prints such an error as one line and exits with code 2. Anything else is
+a bug and shows its traceback.
 """
 
 
 class MPUError(Exception):
-    """Base of every error that is about the input, not about the program."""
+    """Base class of every error that is about the input, not about the program."""
 
 
 class DisclosureWarning(UserWarning):
-    """What was done is less protected than it may seem."""
+    """Something is less protected than it may seem."""
 
 
-class CheckpointError(MPUError):
-    """A directory is not a readable safetensors checkpoint, or cannot be written."""
+class NothingUnlearnedWarning(UserWarning):
+    """A training finished, but hardly moved the forget loss."""
+
+
+class FileError(MPUError):
+    """A file or directory is missing, damaged, already there, or cannot be written."""
+
+
+class CheckpointError(FileError):
+    """A directory is not a readable safetensors checkpoint, or cannot be written as one."""
 
 
 class UnloadableError(CheckpointError):
@@ -22,7 +30,11 @@ class UnloadableError(CheckpointError):
 
 
 class UnsupportedModelError(MPUError):
-    """A readable checkpoint whose family, tensors or number format the program does not handle exactly."""
+    """A readable checkpoint whose family, tensors or number format cannot be handled exactly."""
+
+
+class SchemaError(MPUError):
+    """A file or message lacks a field, has an unknown one, or holds a value of the wrong type."""
 
 
 class PlanError(MPUError):
@@ -30,24 +42,24 @@ class PlanError(MPUError):
 
 
 class StateError(MPUError):
-    """The server's state does not fit what is asked of it."""
+    """The server's state, or a party's working directory, does not allow what is asked of it."""
 
 
 class UpdateError(MPUError):
-    """What came back from the client cannot be an update of this round's copies."""
+    """What the client sent back cannot be an update of this round's copies."""
 
 
 class DataError(MPUError):
-    """An example file cannot be read as examples."""
+    """A data file cannot be read as examples."""
 
 
 class MessageError(MPUError):
-    """What arrived over the network is damaged, forged, or not what it should be."""
+    """A message from the network is damaged, forged, or not of the expected kind."""
 
 
 class NetworkError(MPUError):
-    """The network, a store or another program of the run does not do its part."""
+    """The network, a store or another program of the run does not respond."""
 
 
 class DamagedError(NetworkError):
-    """A file is not there, or not what its sender signed."""
+    """A transferred file is missing, or is not the one that its sender signed."""

@@ -1,7 +1,7 @@
-"""Nothing half-written: directories and JSON files that appear whole or not at all.
+"""Nothing half-written: directories and JSON files that become visible whole, or not at all.
 
-The idea: build beside the target under a temporary name, sync, rename. An exception leaves nothing behind; a killed process
-leaves a `.NAME.partial`, which the next attempt removes unless a living process holds it.
+The idea: build under a temporary name beside the target, sync, rename. An exception leaves nothing behind. A killed process
+leaves a `.NAME.partial`, which the next attempt removes unless a running process holds its lock.
 """
 
 import fcntl
@@ -14,22 +14,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.errors import CheckpointError
+from mpunlearn.errors import FileError, PlanError
 
 MAX_JSON_BYTES = 100_000_000
-"""Bytes of a JSON file that is still read: what arrives may be as large as an update."""
+"""Larger JSON files are refused: what the other party sends may be of any size."""
 
 
 @contextmanager
 def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
-    """Builds a directory under a temporary name and renames it to `path` when the block ends well.
+    """Builds a directory under a temporary name and renames it to `path` when the block ends without an exception.
 
     Raises:
-        CheckpointError: `path` exists, or the file system refuses (no space, no permission). Nothing is left behind.
+        FileError: `path` exists, or the file system refuses (no space, no permission). Nothing is left behind.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path}: exists already; name another directory, or remove this one")
+        raise FileError(f"{path}: already exists; name another directory, or remove this one")
     partial = path.parent / f".{path.name}.partial"
     lock, named = -1, False
     try:
@@ -45,8 +45,8 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
         _sync(path.parent)
         named = False
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, free the cause and run again"
+        raise FileError(
+            f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, fix the cause and run again"
         ) from error
     finally:
         if lock >= 0:
@@ -55,7 +55,7 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 def _claim(partial: Path, mode: int) -> int:
-    """Makes a temporary directory and locks it; one that a killed process left unlocked is removed first."""
+    """Creates and locks the temporary directory; one that a killed process left behind is removed first."""
     for _ in range(2):
         with suppress(FileExistsError):
             partial.mkdir(mode=mode)
@@ -64,13 +64,13 @@ def _claim(partial: Path, mode: int) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise CheckpointError(f"{partial}: another process is writing there; wait for it, or stop it") from None
+            raise FileError(f"{partial}: another process is writing there; wait for it, or stop it") from None
         if not any(partial.iterdir()):
             partial.chmod(mode & ~_umask())
             return lock
         shutil.rmtree(partial)
         os.close(lock)
-    raise CheckpointError(f"{partial}: cannot be emptied; remove it")
+    raise FileError(f"{partial}: cannot be emptied; remove it")
 
 
 def _umask() -> int:
@@ -83,27 +83,29 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, not an object, or impossibly large.
+        FileError: the file is missing, not JSON, not an object, or larger than `MAX_JSON_BYTES`.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written again
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise FileError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
-    """A JSON file, replaced atomically: after a crash it holds the old text or the new one, whole."""
+    """Writes a JSON file atomically: after a crash it holds the old content or the new, whole."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode)
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """A file that appears whole, or replaces another whole."""
+def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
+    """Writes or replaces a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     partial.unlink(missing_ok=True)
@@ -117,6 +119,25 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     _sync(path.parent)
 
 
+def cache_folder() -> Path:
+    """Where the program keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
+
+
+def as_path(value: Any, option: str) -> Path:
+    """The path that a Python caller gave for an option.
+
+    Raises:
+        PlanError: it is not a path, but a model object, say.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise PlanError(
+            f"{option}: expected a path, found an object of type {type(value).__name__}; save a model with "
+            "save_pretrained and give its directory"
+        )
+    return Path(value)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
@@ -124,7 +145,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of the data at that offset of an open file."""
+    """Writes all of the data at an offset of an open file."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done : done + (1 << 30)], offset + done)

@@ -1,33 +1,133 @@
-"""Progress bars that say what is being done, on standard error and only where somebody looks."""
+"""Progress for people: bars on a terminal, plain lines elsewhere, nothing when asked to be quiet.
 
+Bars go to standard error. Plain lines go to the logger `mpunlearn`; the command line prints them on standard error, and a
+program that uses the library sees them once it configures logging. A task that takes less than `LINE_SECONDS` logs nothing,
+unless it has something to report, such as losses.
+"""
+
+import logging
 import sys
-from collections.abc import Collection
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
 
 from tqdm import tqdm
 
+LINE_SECONDS = 10.0
+"""Seconds between two plain lines of one task."""
+
+logger = logging.getLogger("mpunlearn")
 T = TypeVar("T")
 
 
-def progress(items: Collection[T], what: str) -> "tqdm[T]":
-    """Iterates over `items` behind a bar labeled `what`."""
-    return tqdm(items, desc=what, **_style())
+def progress(items: Collection[T], what: str) -> Iterator[T]:
+    """Iterates over `items` and shows how far it is."""
+    with Progress(len(items), what) as task:
+        for item in items:
+            yield item
+            task.update()
 
 
-def bar(total: int, what: str) -> "tqdm[None]":
-    """A bar of `total` steps that the caller advances and closes."""
-    return tqdm(total=total, desc=what, unit_scale=True, **_style())
+class Progress:
+    """A task with a known number of steps. Use as a context manager.
+
+    Args:
+        total: number of steps.
+        what: what is being done, as a label.
+        shown: whether this process shows progress; one of several processes does.
+    """
+
+    def __init__(self, total: int, what: str, shown: bool = True) -> None:
+        self._total, self._what, self._done, self._note = total, what, 0, ""
+        self._begun = self._last = time.monotonic()
+        bar = shown and _bars()
+        self._bar = tqdm(total=total, desc=what, unit_scale=True, leave=False, dynamic_ncols=True, disable=not bar)
+        self._lines = shown and not bar
+        self._logged = False
+
+    def update(self, steps: int = 1, note: str = "") -> None:
+        """Counts steps that are done; `note` is shown beside the count, such as the current losses."""
+        self._done += steps
+        self._note = note or self._note
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(steps)
+        if self._lines and time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            self._log(f"{self._done / max(1, self._total):.0%}")
+
+    def _log(self, state: str) -> None:
+        self._logged = True
+        logger.info("%s: %s%s", self._what, state, f", {self._note}" if self._note else "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._lines and kind is None and (self._logged or self._note):
+            self._log(f"done in {time.monotonic() - self._begun:.1f} s")
+
+
+class Waiting:
+    """Waiting for something that may never come: after a while a line that says for what, then a count of the seconds.
+
+    Args:
+        what: what is being waited for, as a label.
+        quiet_seconds: how long nothing is said.
+    """
+
+    def __init__(self, what: str, quiet_seconds: float) -> None:
+        self._what, self._quiet = what, quiet_seconds
+        self._begun = self._last = time.monotonic()
+        self._bar: tqdm[None] | None = None
+        self._told = False
+        self.over = False
+        """Whether it has come."""
+
+    def tick(self, explain: Callable[[], str]) -> None:
+        """Call this often; `explain` says why it takes so long."""
+        now = time.monotonic()
+        if self.over or now - self._begun < self._quiet:
+            return
+        if not self._told:
+            self._told, self._last = True, now
+            say(explain())
+            if _bars():
+                self._bar = tqdm(desc=self._what, unit="s", leave=False, bar_format="{desc}: {n:.0f} s", mininterval=0)
+        elif self._bar is not None:
+            self._bar.n = now - self._begun
+            self._bar.refresh()
+        elif now - self._last >= 3 * LINE_SECONDS:
+            self._last = now
+            logger.info("%s: %.0f s", self._what, now - self._begun)
+
+    def finish(self) -> None:
+        """It has come."""
+        self.over = True
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+
+def _bars() -> bool:
+    """Whether there is a terminal, and nobody asked for quiet."""
+    return sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING)
 
 
 def say(line: str) -> None:
-    """Prints one line for people. What the other party wrote of it cannot move the cursor or fail to be encoded."""
-    print(printable(line), flush=True)
+    """Logs one line for people. Text from the other party in it cannot move the cursor or break the encoding."""
+    logger.info("%s", printable(line))
 
 
 def printable(text: str) -> str:
-    """Text with what is no character for people escaped."""
+    """The text with unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _style() -> dict[str, Any]:
-    return {"leave": False, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}

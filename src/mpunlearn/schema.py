@@ -1,59 +1,138 @@
-"""JSON in, a checked dataclass out."""
+"""JSON in, a checked dataclass out.
+
+Every JSON file that a program reads back and every message from the network is described by a frozen dataclass. `parse` builds
+one from parsed JSON: it refuses missing fields, unknown fields and values of the wrong type, so the code behind it never meets
+a surprise. `check_options` applies the same checks to dataclasses that Python users construct by hand.
+
+A dataclass with a field `format` is versioned: `read` refuses files of a newer format, and an `upgrade` function turns the JSON
+of older formats into that of the current one. A field that was added later needs only a default.
+
+Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, optional types,
+and nested dataclasses.
+"""
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from mpunlearn.errors import MessageError
+from mpunlearn.errors import FileError, PlanError, SchemaError
+from mpunlearn.files import read_json, write_json
 
 MAX_INTEGER = 1 << 53
-"""Whole numbers up to this are the same in every program that reads JSON."""
+"""Integers up to this survive every JSON implementation, including those that read numbers as doubles."""
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 M = TypeVar("M")
 
 
-def parse(kind: type[M], value: Mapping[str, Any]) -> M:
-    """A dataclass from JSON, every field checked for its type.
+def parse(kind: type[M], value: Any) -> M:
+    """A dataclass from parsed JSON.
 
     Raises:
-        MessageError: a field is missing, unknown, or of another type.
+        SchemaError: a field is missing, unknown, or of the wrong type.
     """
     if not isinstance(value, Mapping):
-        raise MessageError(f"expected the fields of a {kind.__name__}, found {type(value).__name__}")
+        raise SchemaError(f"expected the fields of {kind.__name__}, found {value!r:.60}")
     hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
     if unknown := sorted(set(value) - {item.name for item in fields}):
-        raise MessageError(f"{kind.__name__} has no field {unknown[0]!r:.40}")
+        raise SchemaError(f"{kind.__name__}: unknown field {unknown[0]!r:.40}")
     given = {}
     for item in fields:
         if item.name in value:
-            given[item.name] = _typed(hints[item.name], value[item.name], f"{kind.__name__}.{item.name}")
+            given[item.name] = typed(hints[item.name], value[item.name], f"{kind.__name__}.{item.name}")
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise MessageError(f"{kind.__name__}: no field {item.name}")
+            raise SchemaError(f"{kind.__name__}: missing field {item.name!r}")
     return kind(**given)
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value of a type, or the error that it is none."""
+def read(kind: type[M], path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> M:
+    """A dataclass from a JSON file.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        upgrade: turns the content of a file of any older format into the current one.
+
+    Raises:
+        FileError: the file cannot be read as JSON.
+        SchemaError: it does not hold what is expected, or a newer version wrote it.
+    """
+    value = read_json(path)
+    current = getattr(kind, "format", None)
+    if current is not None and isinstance(found := value.get("format"), int) and found > current:
+        raise SchemaError(f"{path}: has format {found}, this version reads formats up to {current}; upgrade mpunlearn")
+    try:
+        return parse(kind, upgrade(value))
+    except SchemaError as error:
+        raise SchemaError(f"{path}: {error}") from None
+
+
+def write(path: Path, value: Any, mode: int = 0o600) -> None:
+    """Writes a dataclass as a JSON file, atomically.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    try:
+        write_json(path, dataclasses.asdict(value), mode)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror}; fix the cause and run again") from error
+
+
+def check_options(options: Any) -> None:
+    """Checks the types of a dataclass whose fields are command-line options; call it from `__post_init__`.
+
+    Raises:
+        PlanError: a value has the wrong type. The message names the option.
+    """
+    hints = typing.get_type_hints(type(options))
+    for item in dataclasses.fields(options):
+        try:
+            value = typed(hints[item.name], getattr(options, item.name), f"--{item.name.replace('_', '-')}")
+        except SchemaError as error:
+            raise PlanError(str(error)) from None
+        object.__setattr__(options, item.name, value)
+
+
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """The value as the hinted type, or a `SchemaError` that says where it is."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
-        options = [option for option in arguments if option is not type(None)]
-        return None if value is None and len(options) < len(arguments) else _typed(options[0], value, where)
+        options = [option for option in arguments if option is not types.NoneType]
+        if value is None and len(options) < len(arguments):
+            return None
+        return typed(options[0], value, where)
     if origin is list and isinstance(value, list):
-        return [_typed(arguments[0], item, where) for item in value]
-    if origin in (dict, Mapping) and isinstance(value, dict):
-        return value if arguments[1] is Any else {key: _typed(arguments[1], item, where) for key, item in value.items()}
+        return [typed(arguments[0], item, where) for item in value]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(typed(arguments[0], item, where) for item in value)
+    if origin in (dict, Mapping) and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        prefix = "--" if where.startswith("--") else f"{where}."
+        return {key: typed(arguments[1], item, prefix + key.replace("_", "-")) for key, item in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
-            raise MessageError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r:.60}")
+            raise SchemaError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r:.60}")
         return value
-    if type(value) is int and abs(value) > MAX_INTEGER:
-        raise MessageError(f"{where}: expected a number up to {MAX_INTEGER}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return parse(hint, value)
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise MessageError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r:.60}")
-    return value
+        return value if isinstance(value, hint) else parse(hint, value)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if abs(int(value)) > MAX_INTEGER:
+            raise SchemaError(f"{where}: expected an integer of at most {MAX_INTEGER}, found {value!r:.60}")
+        return int(value)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise SchemaError(f"{where}: expected a finite number, found {value!r:.60}")
+        return number
+    if hint in (str, bool) and type(value) is hint:
+        return value
+    raise SchemaError(f"{where}: expected {_NAMES.get(hint, hint)}, found {value!r:.60}")

@@ -1,7 +1,9 @@
 """Every family at every strength: the function stays, the inverse restores, steps commute, and a map left out shows."""
 
 import dataclasses
+import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +11,16 @@ from tests.conftest import tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
-from mpunlearn.architecture import FAMILIES, Architecture, Family
-from mpunlearn.server.describe import choices
-from mpunlearn.server.reparameterization import STRENGTHS, Reparameterization
+from mpunlearn.architecture import FAMILIES, Architecture, Family, Heads
+from mpunlearn.architecture.spaces import parse_axes
+from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.errors import UnsupportedModelError
+from mpunlearn.server.choices import choices
+from mpunlearn.server.perturbation import Strength
+from mpunlearn.server.reparameterization import Reparameterization
 from mpunlearn.server.secret import Secret
+
+STRENGTHS = get_args(Strength)
 
 VARIANTS = {
     "llama": {},
@@ -71,7 +79,7 @@ def build(variant: str):
 
 
 class InFloat64(TorchFunctionMode):
-    """Keeps float64 where a model's code casts to float32 (norms, softmax): exactness is about the maps, not their rounding."""
+    """Keeps float64 where a model's code casts to float32 (norms, softmax): the maps are exact, float32 is not."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         wide = [torch.float64 if value is torch.float32 else value for value in args]
@@ -98,12 +106,10 @@ def logits(model, weights) -> torch.Tensor:
 
 def publish(architecture, maps, weights) -> dict[str, torch.Tensor]:
     """T on every tensor, under the published names."""
-    places = {name: architecture.role_of(name) for name in weights}
-    assert None not in places.values()
-    assert all(architecture.shape(places[name]) == tuple(weight.shape) for name, weight in weights.items())
-    return {
-        maps.published_name(name, places[name]): maps.apply(places[name], weight) for name, weight in weights.items()
-    }
+    roles = {name: architecture.role_of(name) for name in weights}
+    assert None not in roles.values()
+    assert all(architecture.shape(roles[name]) == tuple(weight.shape) for name, weight in weights.items())
+    return {maps.published_name(name, roles[name]): maps.apply(roles[name], weight) for name, weight in weights.items()}
 
 
 def test_every_family_is_tested() -> None:
@@ -122,10 +128,10 @@ def test_the_function_stays_and_the_inverse_restores(variant: str, strength: str
     assert float((after - before).abs().max()) < 1e-10 * max(1.0, float(before.abs().max()))
     changed = 0
     for name, weight in weights.items():
-        place = architecture.role_of(name)
-        arrived = published[maps.published_name(name, place)]
-        restored = maps.invert(place, arrived)
-        if all(axis_map.blocks is None for axis_map in maps.maps(place)):
+        role = architecture.role_of(name)
+        arrived = published[maps.published_name(name, role)]
+        restored = maps.invert(role, arrived)
+        if all(axis_map.blocks is None for axis_map in maps.maps(role)):
             assert torch.equal(restored, weight), name
         assert float((restored - weight).abs().max()) < 1e-12, name
         changed += not torch.equal(published[name], weight)
@@ -138,9 +144,9 @@ def test_the_function_stays_and_the_inverse_restores(variant: str, strength: str
         assert changed > 4
 
 
-def softmax_does_not_see(place) -> bool:
-    """A bias on the keys shifts all scores of a query alike, but for what RoPE mixes in: a control may be weak there."""
-    return place.axes == (("key",),)
+def softmax_does_not_see(role) -> bool:
+    """A bias on the keys shifts all scores of a query alike, except for RoPE: a control may be weak there."""
+    return role.axes == (("key",),)
 
 
 @pytest.mark.parametrize("strength", ["full", "paper"])
@@ -152,10 +158,10 @@ def test_leaving_one_map_out_of_one_tensor_changes_the_function(variant: str, st
     published = publish(architecture, maps, weights)
     controls = 0
     for name in weights:
-        place = architecture.role_of(name)
-        axis_maps = maps.maps(place)
+        role = architecture.role_of(name)
+        axis_maps = maps.maps(role)
         for left_out, axis_map in enumerate(axis_maps):
-            if axis_map.identity or softmax_does_not_see(place):
+            if axis_map.identity or softmax_does_not_see(role):
                 continue
             if torch.equal(axis_map.apply(weights[name], left_out), weights[name]):
                 continue  # a permutation of two heads can be the identity
@@ -163,11 +169,11 @@ def test_leaving_one_map_out_of_one_tensor_changes_the_function(variant: str, st
             for axis, other in enumerate(axis_maps):
                 if axis != left_out:
                     partial = other.apply(partial, axis)
-            wrong = logits(model, {**published, maps.published_name(name, place): partial})
+            wrong = logits(model, {**published, maps.published_name(name, role): partial})
             assert float((wrong - before).abs().max()) > 1e-7, f"{name}, axis {left_out}"
             controls += 1
-        if place.expert is not None and maps.published_name(name, place) != name:
-            other = maps.published_name(name, place)
+        if role.expert is not None and maps.published_name(name, role) != name:
+            other = maps.published_name(name, role)
             swapped = {**published, other: published[name], name: published[other]}
             assert float((logits(model, swapped) - before).abs().max()) > 1e-7, name
             controls += 1
@@ -201,16 +207,16 @@ def test_a_step_in_published_coordinates_is_the_step_in_the_original_ones(varian
     maps = Reparameterization(architecture, "full", Secret(b"k" * 32), 1, 0)
     if optimizer == "adamw":
         drawn = maps._cached
-        maps._cached = lambda *place: dataclasses.replace(drawn(*place), blocks=None)
+        maps._cached = lambda *axis: dataclasses.replace(drawn(*axis), blocks=None)
     published = publish(architecture, maps, weights)
     updates = trained(loaded(model, published), OPTIMIZERS[optimizer], published)
     scale = max(float(update.abs().max()) for update in exact.values())
     worst = wrong = 0.0
     for name, update in exact.items():
-        place = architecture.role_of(name)
-        restored = maps.invert(place, updates[maps.published_name(name, place)])
+        role = architecture.role_of(name)
+        restored = maps.invert(role, updates[maps.published_name(name, role)])
         worst = max(worst, float((restored - update).abs().max()))
-        left_out = maps.maps(place)[-1].invert(updates[maps.published_name(name, place)], len(place.axes) - 1)
+        left_out = maps.maps(role)[-1].invert(updates[maps.published_name(name, role)], len(role.axes) - 1)
         wrong = max(wrong, float((left_out - update).abs().max()))
     assert worst < 1e-10 * max(1.0, scale)
     assert wrong > 1e-4 * scale
@@ -219,10 +225,10 @@ def test_a_step_in_published_coordinates_is_the_step_in_the_original_ones(varian
 def test_copies_and_rounds_have_maps_of_their_own() -> None:
     _, architecture, weights = build("llama")
     name = "model.layers.1.mlp.up_proj.weight"
-    place = architecture.role_of(name)
+    role = architecture.role_of(name)
     secret = Secret(b"k" * 32)
     published = [
-        Reparameterization(architecture, "full", secret, round_number, copy).apply(place, weights[name])
+        Reparameterization(architecture, "full", secret, round_number, copy).apply(role, weights[name])
         for round_number in (1, 2)
         for copy in (0, 1)
     ]
@@ -242,21 +248,60 @@ def test_layers_and_experts_have_maps_of_their_own_but_share_the_residual() -> N
 def test_what_full_chooses_is_counted() -> None:
     """Against counting by hand on a model small enough to."""
     _, architecture, _ = build("llama")
-    found = {choice.space: choice for choice in choices(architecture, "full")}
-    assert found["residual"].bits == pytest.approx(math.log2(math.factorial(32)) + 32)
-    assert found["ffn"].bits == pytest.approx(2 * (math.log2(math.factorial(40)) + 40))
-    assert (found["query-key"].bits, found["query-key"].angles) == (0, 2 * 2 * 4)
-    assert found["value"].angles == 2 * 2 * 28
-    assert found["heads"].bits == pytest.approx(2 * (1 + 2))
+    chosen = {choice.space: choice for choice in choices(architecture, "full")}
+    assert chosen["residual"].bits == pytest.approx(math.log2(math.factorial(32)) + 32)
+    assert chosen["ffn"].bits == pytest.approx(2 * (math.log2(math.factorial(40)) + 40))
+    assert (chosen["query-key"].bits, chosen["query-key"].angles) == (0, 2 * 2 * 4)
+    assert chosen["value"].angles == 2 * 2 * 28
+    assert chosen["heads"].bits == pytest.approx(2 * (1 + 2))
     _, architecture, _ = build("qwen3_moe")
-    found = {choice.space: choice for choice in choices(architecture, "full")}
-    assert found["experts"].bits == pytest.approx(math.log2(120))
-    assert found["ffn of an expert"].spaces == 5
-    assert found["ffn"].spaces == 1
-    assert (found["query-key"].bits, found["query-key"].angles) == (2 * 2 * 4, 0)
+    chosen = {choice.space: choice for choice in choices(architecture, "full")}
+    assert chosen["experts"].bits == pytest.approx(math.log2(120))
+    assert chosen["ffn of an expert"].spaces == 5
+    assert chosen["ffn"].spaces == 1
+    assert (chosen["query-key"].bits, chosen["query-key"].angles) == (2 * 2 * 4, 0)
     assert choices(architecture, "none") == []
 
 
-def test_roles_are_spelt_as_they_are_known() -> None:
-    with pytest.raises(ValueError, match="unknown roles"):
+def test_a_table_with_a_role_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown roles \['hidden'\]"):
         Family({"a.weight": "residual, hidden"})
+
+
+def test_an_entry_of_a_table_is_read_axis_by_axis() -> None:
+    assert parse_axes("query + key + value, residual") == (("query", "key", "value"), ("residual",))
+    assert parse_axes("head norm") == (("head norm",),)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("llama", {"hidden_size": None}, "expected a positive integer hidden_size, found None"),
+        ("llama", {"num_key_value_heads": 3}, "divisible by that of key-value heads"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "unquantized"),
+        ("llama", {"model_type": "mamba"}, "'mamba' is not supported; known families: gemma"),
+        ("phi", {"rope_parameters": {"partial_rotary_factor": "half"}}, "partial_rotary_factor between 0 and 1"),
+        ("phi", {"rope_parameters": None, "partial_rotary_factor": 2.0}, "partial_rotary_factor between 0 and 1"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "list of layers mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "positive integer decoder_sparse_step"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_its_path(save_tiny, model_type, change, message) -> None:
+    path = save_tiny(model_type=model_type, **VARIANTS[model_type])
+    config = json.loads((path / "config.json").read_text())
+    Architecture.of(Checkpoint(path))
+    (path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UnsupportedModelError, match=f"{path}.*{message}"):
+        Architecture.of(Checkpoint(path))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"rope_parameters": {"partial_rotary_factor": 0.75}}, {"partial_rotary_factor": 0.75}, {"rotary_pct": 0.75}],
+)
+def test_the_rotary_share_is_read_wherever_a_config_says_it(given) -> None:
+    sizes = {
+        "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 9, "intermediate_size": 8,
+    }  # fmt: skip
+    assert Architecture(FAMILIES["phi3"], {**sizes, **given}).heads == Heads(4, 4, 16, 12)
+    assert Architecture(FAMILIES["phi3"], sizes).heads.rotary == 16

@@ -63,7 +63,7 @@ def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> No
 
 
 def test_any_checkpoint_and_data_and_other_batches_for_each_copy(tmp_path: Path) -> None:
-    world = claim.models.prepare(0)
+    world = claim.models.trained_world(0)
     folder = str(world.path / "data")
     source = claim.Source(model=world.original, benchmark=folder, learning_rate=1e-3, batch_size=8, max_new_tokens=48)
     assert not any(arm.base or arm.name == RETRAINED for arm in claim.arms_of("claim", source))

@@ -1,5 +1,6 @@
 """Every loss against values by hand, against a slow loop over tokens, and for what it must not depend on."""
 
+import inspect
 import math
 
 import pytest
@@ -7,15 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpunlearn.client import objectives
-from mpunlearn.client.objectives import OBJECTIVES, RETAIN_LOSSES, Objective
+from mpunlearn.client.objectives import FORGET_LOSSES, RETAIN_LOSSES, Losses
 from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import answer_nll, token_nll
+from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES, Objective
 
 PARAMETERS = {"beta": 0.7, "delta": 0.2, "beta1": 2.0, "beta2": 0.5, "steering": 1.5}
-LOSSES = {entry.forget_loss.__name__: entry.forget_loss for entry in OBJECTIVES.values()} | {
-    loss.__name__: loss for loss in RETAIN_LOSSES.values()
-}
+LOSSES = FORGET_LOSSES | {loss.__name__: loss for loss in RETAIN_LOSSES.values()}
 
 
 def random_batch(examples: int, length: int, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
@@ -40,8 +39,12 @@ def random_batch(examples: int, length: int, vocabulary: int, seed: int) -> dict
 
 
 def call(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    entry = Objective(LOSSES[name], parameters=PARAMETERS)
-    return entry.forget(**{key: batch[key] for key in entry.needs})
+    if name not in FORGET_LOSSES:
+        [retain_loss] = [key for key, loss in RETAIN_LOSSES.items() if loss.__name__ == name]
+        losses = Losses(Objective("grad_ascent", retain_loss=retain_loss))
+        return losses.retain(**{key: batch[key] for key in losses.retain_needs})
+    losses = Losses(Objective(name, parameters=PARAMETERS))
+    return losses.forget(**{key: batch[key] for key in losses.needs})
 
 
 def mean(name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -191,7 +194,8 @@ def test_a_step_down_the_forget_loss_makes_the_answers_less_likely_and_masked_po
     batch["reference_nll"] = answer_nll(batch["logits"], batch["targets"])
     moved = "hidden" if name == "rmu" else "logits"
     batch[moved] = batch[moved].clone().requires_grad_()
-    objective.forget(**{key: batch[key] for key in objective.needs}).sum().backward()
+    losses = Losses(objective)
+    losses.forget(**{key: batch[key] for key in losses.needs}).sum().backward()
     gradient = batch[moved].grad
     assert float(gradient[batch["targets"] == IGNORED].abs().max()) == 0
     if name == "rmu":
@@ -222,12 +226,22 @@ def test_weights_are_detached() -> None:
 def test_every_objective_needs_only_what_the_loop_provides() -> None:
     provided = set(random_batch(1, 1, 2, 0))
     for name, objective in OBJECTIVES.items():
-        assert objective.needs | objective.retain_needs <= provided, name
-        if objective.alternates:
-            assert "alternate_reference_nll" in objective.needs
+        losses = Losses(objective)
+        assert losses.needs | losses.retain_needs <= provided, name
+        if losses.alternates:
+            assert "alternate_reference_nll" in losses.needs
+
+
+def test_the_public_table_and_the_functions_are_complete() -> None:
+    """Every objective has a function and every hyper-parameter a description, and none is left over."""
+    assert {objective.forget_loss for objective in OBJECTIVES.values()} == set(FORGET_LOSSES)
+    assert {name for objective in OBJECTIVES.values() for name in objective.parameters} == set(HYPERPARAMETERS)
+    for loss in FORGET_LOSSES.values():
+        keywords = {p.name for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert keywords <= set(HYPERPARAMETERS)
 
 
 def test_only_kl_and_its_like_need_a_second_model() -> None:
-    assert {name for name, objective in OBJECTIVES.items() if objective.reference_model} == {"undial", "rmu"}
-    assert Objective(objectives.npo, retain_loss="kl").reference_model
-    assert not Objective(objectives.npo, retain_loss="kl", alpha=0.0).reference_model
+    assert {name for name, objective in OBJECTIVES.items() if Losses(objective).reference_model} == {"undial", "rmu"}
+    assert Losses(Objective("npo", retain_loss="kl")).reference_model
+    assert not Losses(Objective("npo", retain_loss="kl", alpha=0.0)).reference_model

@@ -1,82 +1,29 @@
-"""One copy to one update, against a hand-written loop; and what must not change it."""
+"""One copy to one update: which tensors it holds, in which form, and against which reference."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.client.training import QUICK, distance, read_all, update_of, with_options
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
-from mpunlearn.cli import main
-from mpunlearn.client import Client, Data, Resources, unlearn
-from mpunlearn.client.batches import batches
-from mpunlearn.client.objectives import OBJECTIVES
-from mpunlearn.client.weights import select
+from mpunlearn.client import client as client_module
+from mpunlearn.client.client import Client
+from mpunlearn.client.trainer import Trainer
+from mpunlearn.client.unlearn import unlearn
 from mpunlearn.errors import CheckpointError, DataError, PlanError
-from mpunlearn.lm.examples import IGNORED, collate, encode
+from mpunlearn.lm.examples import collate, encode
 from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.model import load, nll
 from mpunlearn.lm.records import read_records
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server import Perturbation, postprocess, preprocess
-
-QUICK = Training(objective="npo", epochs=2, batch_size=4, learning_rate=1e-3, max_length=64)
-
-
-def hand_written(path: Path, forget: Path, retain: Path | None, training: Training, beta: float | None) -> dict:
-    """AdamW on γ·L_forget + α·L_retain in twenty lines, over all the transformer layers' weights."""
-    model, tokenizer = load(path)
-    select(model, "blocks")
-    forget_set = encode(read_records(forget), tokenizer, 64)
-    retain_set = encode(read_records(retain), tokenizer, 64) if retain else []
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=training.learning_rate, weight_decay=0.0)
-    plan = batches(len(forget_set), len(retain_set), batch_size=4, epochs=2, seed=0, round_number=1)
-
-    def nll(batch: dict) -> torch.Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return answer_nll(logits[:, :-1], batch["labels"][:, 1:])
-
-    def mean(batch: dict) -> torch.Tensor:
-        return nll(batch).sum() / (batch["labels"][:, 1:] != IGNORED).sum()
-
-    with torch.no_grad():
-        reference = nll(collate(forget_set, 2))
-    model.train()
-    for picks in plan:
-        batch = collate([forget_set[pick.forget] for pick in picks], 2)
-        if beta is None:
-            loss = -mean(batch)
-        else:
-            difference = nll(batch) - reference[[pick.forget for pick in picks]]
-            loss = -(2 / beta) * torch.nn.functional.logsigmoid(beta * difference).mean()
-        if retain_set:
-            loss = loss + mean(collate([retain_set[pick.retain] for pick in picks], 2))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-    return {name: p.detach() - before[name] for name, p in trained.items()}
-
-
-@pytest.mark.parametrize(("objective", "beta"), [("grad-ascent", None), ("grad-diff", None), ("npo", 0.1)])
-def test_the_update_is_that_of_a_hand_written_loop(save_tiny, tmp_path: Path, examples, objective: str, beta) -> None:
-    path, (forget, retain) = save_tiny(), examples
-    training = Training(**{**QUICK.__dict__, "objective": objective})
-    out = unlearn(path, forget=forget, retain=retain, out=tmp_path / "u", training=training)
-    update = TensorDirectory(out, stem="update")
-    expected = hand_written(path, forget, retain if objective != "grad-ascent" else None, training, beta)
-    assert set(update.tensors) == set(expected)
-    for name, tensor in expected.items():
-        assert float((update.read(name) - tensor).abs().max()) < 2e-5, name
-        assert float(tensor.abs().max()) > 1e-4, name
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
 
 
 def test_copies_without_noise_give_equal_updates_once_inverted(save_tiny, tmp_path: Path, examples) -> None:
@@ -161,81 +108,6 @@ def test_with_tensor_adam_no_change_of_basis_makes_a_difference(
     assert apart["adamw_torch"] > 0.1
 
 
-def read_all(path: Path) -> dict[str, torch.Tensor]:
-    directory = TensorDirectory(path, stem="update")
-    return {name: directory.read(name) for name in directory.tensors}
-
-
-def with_options(**options) -> Training:
-    return Training(**{**QUICK.__dict__, **options})
-
-
-def update_of(path: Path, examples, out: Path, resources: Resources | None = None, **options) -> dict:
-    """The update that training with those options gives."""
-    if options.get("objective") == "rmu":
-        options["parameters"] = {"layer": 0}
-    data = Data(alternate_key="perturbed_answer")
-    training, (forget, retain) = with_options(**options), examples
-    return read_all(
-        unlearn(path, forget=forget, retain=retain, out=out, training=training, data=data, resources=resources)
-    )
-
-
-def distance(one: dict, other: dict) -> float:
-    """Relative Frobenius distance."""
-    assert set(one) == set(other)
-    apart = sum(float((one[name] - other[name]).square().sum()) for name in one)
-    return (apart / sum(float(tensor.square().sum()) for tensor in one.values())) ** 0.5
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_micro_batches_do_not_change_the_update(save_tiny, tmp_path: Path, examples, objective: str) -> None:
-    """6 examples in steps of 4 and 2, whole and in passes of one example each.
-
-    SGD, since Adam magnifies rounding where gradients vanish; those of UnDIAL and CE-U nearly do on a random model.
-    """
-    path = save_tiny()
-    options = {"objective": objective, "optimizer": "sgd", "learning_rate": 0.1}
-    whole = update_of(path, examples, tmp_path / "whole", **options)
-    parts = update_of(path, examples, tmp_path / "parts", Resources(micro_batch_size=1), **options)
-    assert distance(whole, parts) < (1e-3 if objective in ("undial", "ce-u") else 1e-5)
-    control = update_of(path, examples, tmp_path / "control", **{**options, "batch_size": 3})
-    assert distance(whole, control) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("objective", "options"),
-    [
-        ("npo", ["--optimizer", "tensor_adam"]),
-        ("grad-diff", ["--retain-loss", "kl"]),
-        ("ngdiff", []),
-        ("dpo", []),
-        ("npo", ["--lora-rank", "2"]),
-    ],
-)
-def test_two_processes_give_the_update_of_one(save_tiny, tmp_path: Path, examples, objective: str, options) -> None:
-    path = save_tiny()
-    command = ["-m", "mpunlearn.cli", "unlearn", path, "--objective", objective, *options]
-    command += ["--forget", examples[0], "--retain", examples[1], "--batch-size", "4", "--epochs", "2"]
-    command += ["--learning-rate", "1e-3", "--max-length", "64", "--micro-batch-size", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert main([str(part) for part in (*command[2:], "--out", tmp_path / "one")]) == 0
-    line = [str(part) for part in (*pair, *command, "--out", tmp_path / "two")]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert distance(read_all(tmp_path / "one"), read_all(tmp_path / "two")) < 1e-5
-    assert {item.name for item in tmp_path.iterdir()} >= {"one", "two"}
-    assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
-
-
-def test_every_copy_sees_the_same_dropout(save_tiny, tmp_path: Path, examples) -> None:
-    path = save_tiny(attention_dropout=0.3)
-    one, other = (update_of(path, examples, tmp_path / name) for name in "ab")
-    assert distance(one, other) == 0
-    assert distance(one, update_of(save_tiny("calm"), examples, tmp_path / "c")) > 1e-2
-
-
 def test_lora_trains_factors_of_the_selected_weights_and_sends_nothing_else(
     save_tiny, tmp_path: Path, examples
 ) -> None:
@@ -274,13 +146,12 @@ def test_with_lora_the_reference_is_the_base_under_the_switched_off_adapter(
     options = {"objective": objective, "lora_rank": 2, "optimizer": "sgd", "learning_rate": 0.1}
     options |= {"retain_loss": "kl", "alpha": 1.0}
     switched = update_of(path, examples, tmp_path / "switched", **options)
-    original = Client._reference
 
-    def frozen(client: Client, path: Path, card, kept, model):
-        assert original(client, path, card, kept, model) is model
-        return load(path)[0]
+    def with_a_second_model(model, *args, reference, **options):
+        assert reference is model
+        return Trainer(model, *args, reference=load(path)[0], **options)
 
-    monkeypatch.setattr(Client, "_reference", frozen)
+    monkeypatch.setattr(client_module, "Trainer", with_a_second_model)
     assert distance(switched, update_of(path, examples, tmp_path / "frozen", **options)) < 1e-5
 
 
@@ -294,53 +165,6 @@ def test_kl_holds_the_model_to_its_reference(save_tiny, tmp_path: Path, examples
     assert max(float(tensor.abs().max()) for tensor in learned.values()) > 1e-3
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
-    from mpunlearn.client import trainer
-
-    path = save_tiny(attention_dropout=0.1)
-    options = {"objective": "pdu", "epochs": 4, "parameters": {"dual_warmup": 1}}
-    whole = update_of(path, examples, tmp_path / "whole", **options)
-    steps: list[int] = []
-    original = trainer._Trainer.training_step
-
-    def dying(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if self.state.global_step == 5 and len(steps) < 8:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer._Trainer, "training_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        update_of(path, examples, tmp_path / "cut", Resources(save_every=2), **options)
-    assert not (tmp_path / "cut").exists()
-    steps.clear()
-    steps += [0] * 8
-    resumed = update_of(path, examples, tmp_path / "cut", Resources(save_every=2), **options)
-    assert steps[8] == 4
-    assert distance(whole, resumed) == 0
-    assert not list(tmp_path.glob(".cut*"))
-
-
-def test_another_training_does_not_go_on_from_that_checkpoint(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
-    from mpunlearn.client import trainer
-
-    path = save_tiny()
-    original = trainer._Trainer.training_step
-
-    def dying(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer._Trainer, "training_step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            update_of(path, examples, tmp_path / "u", Resources(save_every=1))
-    assert (tmp_path / ".u.training" / "checkpoint-3").is_dir()
-    fresh = update_of(path, examples, tmp_path / "other", learning_rate=3e-3)
-    assert distance(fresh, update_of(path, examples, tmp_path / "u", learning_rate=3e-3)) == 0
-
-
 @pytest.mark.parametrize(("dtype", "coarse"), [("bfloat16", 1e-2), ("float16", 1e-3)])
 def test_updates_can_travel_in_fewer_bits(save_tiny, tmp_path: Path, examples, dtype: str, coarse: float) -> None:
     path = save_tiny()
@@ -348,52 +172,6 @@ def test_updates_can_travel_in_fewer_bits(save_tiny, tmp_path: Path, examples, d
     small = update_of(path, examples, tmp_path / "small", update_dtype=dtype)
     assert {tensor.dtype for tensor in small.values()} == {getattr(torch, dtype)}
     assert 0 < distance(exact, {name: tensor.float() for name, tensor in small.items()}) < coarse
-
-
-def test_losses_are_logged_where_asked(save_tiny, tmp_path: Path, examples) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    resources = Resources(report_to="tensorboard", log_dir=str(tmp_path / "logs"))
-    update_of(save_tiny(), examples, tmp_path / "u", resources)
-    events = EventAccumulator(str(tmp_path / "logs"))
-    events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert {"train/forget_loss", "train/retain_loss"} <= set(scalars)
-    assert len(events.Scalars("train/forget_loss")) == 4
-    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
-
-
-def test_bfloat16_and_recomputed_activations_give_nearly_the_same_update(save_tiny, tmp_path: Path, examples) -> None:
-    path = save_tiny()
-    options = {"objective": "grad-diff", "optimizer": "sgd", "learning_rate": 0.1}
-    exact = update_of(path, examples, tmp_path / "exact", **options)
-    again = update_of(path, examples, tmp_path / "again", Resources(gradient_checkpointing=True), **options)
-    assert distance(exact, again) < 1e-6
-    rough = update_of(path, examples, tmp_path / "rough", Resources(precision="bfloat16"), **options)
-    assert 1e-5 < distance(exact, rough) < 0.2
-
-
-def test_the_dual_variable_follows_the_retain_loss(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
-    from mpunlearn.client import trainer
-
-    seen: list[float] = []
-    original = trainer._Dual.on_save
-
-    def end(self, *args, **kwargs):
-        seen.append(self._trainer.dual)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer._Dual, "on_save", end)
-    path = save_tiny()
-    for target, warmup in ((0.0, 0), (1e3, 0), (0.0, 9)):
-        parameters = {"retain_target": target, "dual_step": 0.5, "dual_warmup": warmup}
-        options = {"objective": "pdu", "parameters": parameters}
-        update_of(path, examples, tmp_path / f"u{target}{warmup}", Resources(save_every=4), **options)
-    unreachable, met, waiting = seen
-    assert unreachable > 1.5
-    assert met == 0
-    assert waiting == 1
 
 
 def test_the_copy_of_round_one_is_kept_for_objectives_that_take_its_logits(save_tiny, tmp_path: Path, examples) -> None:
@@ -510,24 +288,3 @@ def test_missing_inputs(save_tiny, tmp_path: Path, examples) -> None:
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / "u", training=QUICK)
     assert not (tmp_path / "u").exists()
-
-
-def test_a_model_does_not_outlive_its_training(save_tiny, examples, tmp_path: Path, monkeypatch) -> None:
-    import weakref
-
-    from mpunlearn.lm import model as models
-
-    loaded: list[weakref.ref] = []
-    load_model = models.load_model
-
-    def remembering(path: Path):
-        model = load_model(path)
-        loaded.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(models, "load_model", remembering)
-    unlearn(
-        save_tiny(), forget=examples[0], out=tmp_path / "update", training=Training(objective="grad-ascent", epochs=1)
-    )
-    assert len(loaded) == 1
-    assert loaded[0]() is None

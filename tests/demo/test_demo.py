@@ -49,34 +49,32 @@ def test_a_killed_preparation_leaves_no_world(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.setattr(models, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models.prepare(0, cache=tmp_path)
+        models.trained_world(0, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demonstration_shows_what_it_should(tmp_path: Path, capsys) -> None:
+def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = demo(out=out)
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text()) == result.to_json()
     assert sorted(path.name for path in out.iterdir()) == ["client", "exchange", "final", "result.json", "server"]
-    original, retrained, free, single, mpu = result["models"]
+    original, retrained, noise_free, single, mpu = result.models
     # The original knows everything; the retrained model everything but the forget set.
-    assert min(original["forget"]["probability"], original["retain"]["probability"]) > 0.95
-    assert retrained["forget"]["probability"] < 0.1
-    assert retrained["retain"]["probability"] > 0.95
+    assert min(original.forget.probability, original.retain.probability) > 0.95
+    assert retrained.forget.probability < 0.1
+    assert retrained.retain.probability > 0.95
     # Unlearning brings forget close to retrained and keeps retain close to original, MPU as well as without noise.
-    for model in (free, single, mpu):
-        assert model["forget"]["probability"] < 0.1
-        assert model["forget"]["rouge_l"] < 0.5
-        assert model["retain"]["probability"] > 0.88
-    assert abs(mpu["forget"]["probability"] - free["forget"]["probability"]) < 0.06
-    assert mpu["retain"]["probability"] - free["retain"]["probability"] > -0.05
-    seen = result["client"]
-    assert seen["equal_weights"] < 0.01
-    assert seen["noise_left"][0] == pytest.approx(0.1)
-    assert seen["noise_left"][-1] == 0
-    printed = capsys.readouterr().out
-    assert "| MPU, 3 copies |" in printed
-    assert all(line in printed for line in seen["lines"])
-    world = models.prepare(0)
+    for line in (noise_free, single, mpu):
+        assert line.forget.probability < 0.1
+        assert line.forget.rouge_l < 0.5
+        assert line.retain.probability > 0.88
+    assert abs(mpu.forget.probability - noise_free.forget.probability) < 0.06
+    assert mpu.retain.probability - noise_free.retain.probability > -0.05
+    assert result.client.equal_weights < 0.01
+    assert result.client.noise_left[0] == pytest.approx(0.1)
+    assert result.client.noise_left[-1] == 0
+    assert "| MPU, 3 copies |" in result.text()
+    assert result.client.text() in result.text()
+    world = models.trained_world(0)
     assert set(Checkpoint(out / "final").tensors) == set(Checkpoint(world.original).tensors)
     assert len(read_records(world.data("forget"))) == 40

@@ -1,25 +1,28 @@
-"""Whole evaluations: in TOFU's format and in MUSE's, cached, and refused where the data are not what they seem."""
+"""Whole evaluations in TOFU's format and on MUSE: measured, cached, written, and refused where the data are wrong."""
 
-import importlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mpunlearn.cli import main
-from mpunlearn.client import Data
 from mpunlearn.demo.world import Recipe, generate_rows
-from mpunlearn.errors import DataError, PlanError
-from mpunlearn.evaluation import evaluate, muse, tofu
+from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError
+from mpunlearn.evaluation import measurement, tofu
+from mpunlearn.evaluation.evaluate import Evaluation, evaluate
 from mpunlearn.evaluation.metrics import rouge_l
+from mpunlearn.evaluation.muse import first_answer
 from mpunlearn.evaluation.probe import probe
 from mpunlearn.evaluation.robustness import quantized, relearning, round_weights
-from mpunlearn.evaluation.sets import SETS, Questions, read_sets
+from mpunlearn.evaluation.sets import OPTION_SETS, SETS, UTILITY_SETS, Questions, read_sets
 from mpunlearn.lm.examples import encode
 from mpunlearn.lm.model import load
 from mpunlearn.lm.records import Record
+from mpunlearn.lm.sources import Data
 
 
 @pytest.fixture
@@ -34,30 +37,55 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_metrics_are_means_of_what_every_example_says(save_tiny, folder: Path, tmp_path: Path) -> None:
-    path = save_tiny()
-    report = evaluate(path, benchmark=str(folder), max_new_tokens=8, cache=tmp_path / "cache", out=tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == report.metrics
-    per_example = report.per_example
+    path, out = save_tiny(), tmp_path / "result.json"
+    evaluation = evaluate(path, benchmark=str(folder), max_new_tokens=8, cache=tmp_path / "cache", out=out)
+    assert json.loads(out.read_text()) == evaluation.to_json()
+    metrics, per_example = evaluation.metrics, evaluation.per_example
+    assert evaluation.to_json()["metrics"] == metrics
     assert set(per_example) == set(SETS)
-    for name in ("forget", "retain", "real_authors", "world_facts"):
-        assert report.metrics[f"{name}_probability"] == pytest.approx(np.mean(per_example[name]["probability"]))
-        assert len(per_example[name]["rouge_l_recall"]) == 6
+    prefixes = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+    for name, prefix in prefixes.items():
+        probability = "Q_A_Prob_normalised" if name in OPTION_SETS else "Q_A_Prob"
+        assert metrics[f"{prefix}_{probability}"] == pytest.approx(np.mean(per_example[name][probability]))
+        assert metrics[f"{prefix}_Q_A_ROUGE"] == pytest.approx(np.mean(per_example[name]["Q_A_ROUGE"]))
+        assert len(per_example[name]["Q_A_ROUGE"]) == 6
     # Against one example done by hand.
     model, tokenizer = load(path)
     row = json.loads((folder / "real_authors.jsonl").read_text().splitlines()[2])
     options = [row["answer"], *row["perturbed_answer"]]
     answers = probe(model, tokenizer, encode([Record(row["question"], a) for a in options], tokenizer, 512))
     p = [answer.probability for answer in answers]
-    assert per_example["real_authors"]["probability"][2] == pytest.approx(p[0] / sum(p), rel=1e-3)
+    assert per_example["real_authors"]["Q_A_Prob_normalised"][2] == pytest.approx(p[0] / sum(p), rel=1e-3)
     ratio = np.exp(np.mean([-answer.loss for answer in answers[1:]]) + answers[0].loss)
-    assert per_example["real_authors"]["truth_ratio"][2] == pytest.approx(ratio, rel=1e-3)
-    nine = [report.metrics[f"{s}_{m}"] for s in tofu.KEPT for m in ("probability", "rouge_l_recall", "truth_ratio")]
+    assert per_example["real_authors"]["Truth_Ratio"][2] == pytest.approx(ratio, rel=1e-3)
+    nine = [metrics[f"retain_{metric}"] for metric in ("Q_A_Prob", "Q_A_ROUGE", "Truth_Ratio")]
+    nine += [metrics[f"{s}_{m}"] for s in ("ra", "wf") for m in ("Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")]
     slow = 0.0 if min(nine) == 0 else 9 / sum(1 / value for value in nine)
-    assert report.metrics["model_utility"] == pytest.approx(slow)
-    assert "forget_quality" not in report.metrics
+    assert metrics["model_utility"] == pytest.approx(slow)
+    assert "forget_quality" not in metrics
     forget, holdout = (per_example[name]["mia_min_k"] for name in ("forget", "holdout"))
     slow = sum((h > f) + 0.5 * (h == f) for f in forget for h in holdout) / 36
-    assert report.metrics["mia_min_k"] == pytest.approx(slow)
+    assert metrics["mia_min_k"] == pytest.approx(slow)
+
+
+def test_names_are_those_of_open_unlearning(save_tiny, folder: Path, tmp_path: Path) -> None:
+    path = save_tiny()
+    evaluation = evaluate(path, benchmark=str(folder), retain_model=path, max_new_tokens=4, cache=tmp_path / "cache")
+    expected = """
+        forget_Q_A_Prob forget_Q_A_ROUGE forget_Truth_Ratio retain_Q_A_Prob retain_Q_A_ROUGE retain_Truth_Ratio
+        ra_Q_A_Prob_normalised ra_Q_A_ROUGE ra_Truth_Ratio wf_Q_A_Prob_normalised wf_Q_A_ROUGE wf_Truth_Ratio
+        model_utility exact_memorization extraction_strength forget_quality mia_loss mia_zlib mia_min_k
+        mia_min_k_plus_plus mia_gradnorm mia_reference privleak
+    """
+    assert set(evaluation.metrics) == set(expected.split())
+    utility = {"retain": 0.8, "real_authors": 0.4, "world_facts": 0.2}
+    values = {s: {"Q_A_Prob_normalised" if s in OPTION_SETS else "Q_A_Prob": [p]} for s, p in utility.items()}
+    forget = {"Q_A_Prob": [1e-3], "exact_memorization": [0.0], "extraction_strength": [0.0]}
+    summary = tofu.summarize({"forget": forget, **values})
+    assert set(utility) == set(UTILITY_SETS)
+    assert summary["model_utility"] == pytest.approx(
+        3 / (1 / 0.8 + 1 / 0.4 + 1 / 0.2)
+    )  # the forget set is no part of it
 
 
 def test_forget_questions_are_judged_by_the_paraphrase(save_tiny, folder: Path) -> None:
@@ -66,60 +94,118 @@ def test_forget_questions_are_judged_by_the_paraphrase(save_tiny, folder: Path) 
     assert sets["forget"].paraphrases[0] == row["paraphrased_answer"]
     assert sets["real_authors"].paraphrases == sets["real_authors"].answers
     model, tokenizer = load(save_tiny())
-    found = tofu.measure(model, tokenizer, {"forget": sets["forget"]}, texts=False)
+    per_example = tofu.measure(model, tokenizer, {"forget": sets["forget"]}, texts=False)
     answers = [row["paraphrased_answer"], *row["perturbed_answer"]]
-    said = probe(model, tokenizer, encode([Record(row["question"], a) for a in answers], tokenizer, 512))
-    expected = np.exp(said[0].loss - np.mean([answer.loss for answer in said[1:]]))
-    assert found["forget"]["truth_ratio"][0] == pytest.approx(expected, rel=1e-3)
+    probes = probe(model, tokenizer, encode([Record(row["question"], a) for a in answers], tokenizer, 512))
+    expected = np.exp(probes[0].loss - np.mean([answer.loss for answer in probes[1:]]))
+    assert per_example["forget"]["Truth_Ratio"][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_model_compared_with_itself_has_forgotten_perfectly(save_tiny, folder: Path, tmp_path: Path) -> None:
     path = save_tiny()
     options = {"benchmark": str(folder), "max_new_tokens": 4, "cache": tmp_path / "cache"}
-    report = evaluate(path, retain_model=path, **options)
-    assert report.metrics["forget_quality"] == pytest.approx(1)
-    assert report.metrics["privacy_leak"] == pytest.approx(0)
-    assert "| retrained |" in report.table()
+    evaluation = evaluate(path, retain_model=path, **options)
+    assert evaluation.metrics["forget_quality"] == pytest.approx(1)
+    assert evaluation.metrics["privleak"] == pytest.approx(0)
+    assert "| retrained |" in evaluation.table()
+
+
+def refuse(*args: object) -> None:
+    raise AssertionError("loaded again")
 
 
 def test_what_was_evaluated_is_not_evaluated_again(save_tiny, folder: Path, tmp_path: Path, monkeypatch) -> None:
     path, other = save_tiny(), save_tiny("other", hidden_size=64)
     options = {"benchmark": str(folder), "max_new_tokens": 4, "cache": tmp_path / "cache"}
     first = evaluate(path, **options)
-    module = importlib.import_module("mpunlearn.evaluation.evaluate")
-
-    def refuse(*args):
-        raise AssertionError("loaded again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "load", refuse)
-        assert evaluate(path, **options).metrics == first.metrics
-        for changed in ({"max_new_tokens": 5}, {"benchmark": str(folder), "holdout": str(folder / "retain.jsonl")}):
-            with pytest.raises(AssertionError, match="loaded again"):
-                evaluate(path, **{**options, **changed})
+    monkeypatch.setattr(measurement, "load", refuse)
+    assert evaluate(path, **options).metrics == first.metrics
+    for changed in (
+        {"max_new_tokens": 5},
+        {"holdout": str(folder / "retain.jsonl")},
+        {"robustness": True},
+        {"tasks_folder": tmp_path},
+    ):
         with pytest.raises(AssertionError, match="loaded again"):
-            evaluate(other, **options)
+            evaluate(path, **{**options, **changed})
+    with pytest.raises(AssertionError, match="loaded again"):
+        evaluate(other, **options)
+    (folder / "retain.jsonl").write_text((folder / "retain.jsonl").read_text().replace("?", "!"))
+    with pytest.raises(AssertionError, match="loaded again"):
+        evaluate(path, **options)
 
 
-def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: json.dumps({**json.loads(text), "format": 1}),
+        lambda text: json.dumps({**json.loads(text), "format": 3}),
+        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "format"}),
+        lambda text: json.dumps({**json.loads(text), "per_example": {"forget": {"Q_A_Prob": ["high"]}}}),
+        lambda text: json.dumps({**json.loads(text), "per_example": []}),
+    ],
+    ids=["cut off", "older", "newer", "without a format", "not numbers", "not sets"],
+)
+def test_a_damaged_cache_entry_is_measured_again(save_tiny, folder: Path, tmp_path: Path, damage) -> None:
+    path, cache = save_tiny(), tmp_path / "cache"
+    options = {"benchmark": str(folder), "max_new_tokens": 4, "cache": cache}
+    first = evaluate(path, **options)
+    [entry] = cache.iterdir()
+    whole = entry.read_text()
+    entry.write_text(damage(whole))
+    assert evaluate(path, **options).metrics == first.metrics
+    assert json.loads(entry.read_text()) == json.loads(whole)
+
+
+def test_a_model_that_diverged_is_evaluated_cached_and_written(
+    save_tiny, folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    path, out = save_tiny(), tmp_path / "result.json"
+    model, _ = load(path)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(path)
+    options = {"benchmark": str(folder), "max_new_tokens": 4, "cache": tmp_path / "cache"}
+    first = evaluate(path, out=out, **options)
+    assert np.isnan(first.metrics["forget_Q_A_Prob"])
+    assert re.search(r"\| forget_Q_A_Prob \| nan \|", first.table())
+    monkeypatch.setattr(measurement, "load", refuse)
+    assert np.isnan(evaluate(path, **options).metrics["forget_Q_A_Prob"])
+
+    def constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads(out.read_text(), parse_constant=constant)["metrics"]["forget_Q_A_Prob"] is None
+
+
+def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path, tmp_path: Path) -> None:
     path = save_tiny()
     model, tokenizer = load(path)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     forget = read_sets(str(folder), "", None, Data())["forget"]
-    # Shown the very answers that are measured, a model learns them: the others are the same questions again.
+    # Each question appears twice, once among those that are trained on and once among those that are measured.
     double = Questions(forget.questions * 2, forget.answers * 2, forget.paraphrases * 2, forget.wrong * 2)
     curve = relearning(model, tokenizer, double, shown=6, steps=(0, 4, 40), learning_rate=1e-2)
     assert list(curve) == ["0", "4", "40"]
     assert curve["0"] < curve["4"] < curve["40"]
     assert curve["40"] > 0.5
+    with pytest.raises(DataError, match="more than 6 forget questions, found 6"):
+        relearning(model, tokenizer, forget, shown=6)
     rounded = quantized(model, tokenizer, {"forget": forget}, max_new_tokens=4)
     assert list(rounded) == ["8", "4"]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    command = ["evaluate", str(path), "--benchmark", str(folder), "--robustness", "true", "--max-new-tokens", "4"]
-    assert main([*command, "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "forget probability after steps of relearning" in printed
-    assert set(json.loads((tmp_path / "r.json").read_text())["robustness"]) >= {"forget_probability at bits"}
+    out = tmp_path / "result.json"
+    evaluation = evaluate(
+        path, benchmark=str(folder), robustness=True, max_new_tokens=4, cache=tmp_path / "cache", out=out
+    )
+    curves = {"forget_Q_A_Prob by relearning steps", "forget_Q_A_Prob by bits", "model_utility by bits"}
+    assert set(json.loads(out.read_text())["robustness"]) == set(evaluation.robustness) == curves
+    assert evaluation.robustness["forget_Q_A_Prob by bits"]["model"] == {
+        "float32": evaluation.metrics["forget_Q_A_Prob"],
+        **{bits: pytest.approx(values["forget_Q_A_Prob"], rel=1e-3) for bits, values in rounded.items()},
+    }
+    assert "| forget_Q_A_Prob by relearning steps | 0 | 1 | 2 | 4 | 8 | 16 | 32 |" in evaluation.table()
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 255), (4, 15), (2, 3)])
@@ -153,18 +239,19 @@ def muse_mirror(root: Path) -> Path:
     return root
 
 
-def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path) -> None:
-    path, data = save_tiny(), Data(data_root=str(muse_mirror(tmp_path / "mirror")))
+def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path, monkeypatch) -> None:
+    mirror = muse_mirror(tmp_path / "mirror")
+    path, data = save_tiny(), Data(data_root=str(mirror))
     options = {"benchmark": "muse/news", "data": data, "cache": tmp_path / "cache"}
-    report = evaluate(path, retain_model=path, **options)
-    assert set(report.metrics) == {
-        "verbatim_memorization",
-        "forget_knowledge_memorisation",
-        "retain_knowledge_memorisation",
+    evaluation = evaluate(path, retain_model=path, **options)
+    assert set(evaluation.metrics) == {
+        "forget_verbmem_ROUGE",
+        "forget_knowmem_ROUGE",
+        "retain_knowmem_ROUGE",
         "mia_min_k",
-        "privacy_leak",
+        "privleak",
     }
-    assert report.metrics["privacy_leak"] == pytest.approx(0)
+    assert evaluation.metrics["privleak"] == pytest.approx(0)
     model, tokenizer = load(path)
     ids = tokenizer("Ada was born")["input_ids"]
     text = tokenizer.decode(
@@ -172,9 +259,17 @@ def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path) -> None:
         skip_special_tokens=True,
     )
     expected = rouge_l("in Lyon and lives there.", text)[1]
-    assert report.per_example["forget"]["verbatim_memorization"][0] == pytest.approx(expected)
-    assert muse._cut("Lyon\n\nQuestion: and?") == "Lyon"
-    assert muse._cut("Lyon Question: and?") == "Lyon "
+    assert evaluation.per_example["forget"]["verbmem_ROUGE"][0] == pytest.approx(expected)
+    monkeypatch.setattr(measurement, "load", refuse)
+    assert evaluate(path, retain_model=path, **options).metrics == evaluation.metrics
+    (mirror / "muse/news/privleak/forget.json").write_text(json.dumps({"text": "Another text."}))
+    with pytest.raises(AssertionError, match="loaded again"):
+        evaluate(path, **options)
+
+
+def test_an_answer_ends_where_the_next_question_begins() -> None:
+    assert first_answer("Lyon\n\nQuestion: and?") == "Lyon"
+    assert first_answer("Lyon Question: and?") == "Lyon "
 
 
 def test_what_is_not_a_benchmark_is_refused(save_tiny, folder: Path, tmp_path: Path) -> None:
@@ -183,9 +278,59 @@ def test_what_is_not_a_benchmark_is_refused(save_tiny, folder: Path, tmp_path: P
         evaluate(path, benchmark=str(tmp_path / "nothing"))
     with pytest.raises(PlanError, match="--max-new-tokens"):
         evaluate(path, benchmark=str(folder), max_new_tokens=0)
+    with pytest.raises(PlanError, match="--relearn-rate"):
+        evaluate(path, benchmark=str(folder), relearn_rate=-1.0)
+    for option in ({"robustness": True}, {"holdout": str(folder / "holdout.jsonl")}):
+        with pytest.raises(PlanError, match="not available for muse/news"):
+            evaluate(path, benchmark="muse/news", **option)
+    rows = (folder / "retain.jsonl").read_text()
     (folder / "retain.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
-    with pytest.raises(DataError, match=r"retain\.jsonl, line 1, column paraphrased_answer"):
+    with pytest.raises(DataError, match=r"retain\.jsonl, line 1, column paraphrased_answer: expected text, found None"):
         evaluate(path, benchmark=str(folder))
+    (folder / "retain.jsonl").write_text(json.dumps({**json.loads(rows.splitlines()[0]), "perturbed_answer": [1]}))
+    with pytest.raises(DataError, match=r"column perturbed_answer: expected a list of texts, found \[1\]"):
+        evaluate(path, benchmark=str(folder))
+
+
+def test_an_evaluation_never_overwrites_and_finds_mistakes_before_it_measures(
+    save_tiny, folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(measurement, "load", refuse)
+    monkeypatch.setattr(measurement, "read_benchmark", refuse)
+    path, out = save_tiny(), tmp_path / "result.json"
+    out.write_text("precious")
+    with pytest.raises(FileError, match=r"--out .*result\.json: already exists"):
+        evaluate(path, benchmark=str(folder), out=out, cache=tmp_path / "cache")
+    assert out.read_text() == "precious"
+    monkeypatch.undo()
+    monkeypatch.setattr(measurement, "load", refuse)
+    with pytest.raises(CheckpointError, match="missing"):
+        evaluate(path, benchmark=str(folder), retain_model=tmp_path / "missing", cache=tmp_path / "cache")
+    with pytest.raises(PlanError, match="--retain-model: expected a path, found an object of type Linear"):
+        evaluate(path, benchmark=str(folder), retain_model=torch.nn.Linear(1, 1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="--cache .*: cannot be created"):
+        evaluate(path, benchmark=str(folder), cache=tmp_path / "file" / "cache")
+
+
+def test_the_table_shows_nan_and_leaves_out_what_was_not_measured() -> None:
+    evaluation = Evaluation({"privleak": float("nan"), "mia_reference": 1e-5}, {"privleak": 0.0}, {}, {}, {})
+    assert evaluation.table().splitlines() == [
+        "| metric | model | retrained |",
+        "|---|---|---|",
+        "| privleak | nan | 0.000 |",
+        "| mia_reference | 1e-05 |  |",
+    ]
+
+
+def test_the_verb_is_imported_without_torch() -> None:
+    script = (
+        "import sys, mpunlearn.evaluation.evaluate; "
+        "heavy = {'torch', 'transformers', 'scipy', 'datasets', 'lm_eval'}; "
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_real_benchmark_is_read(tmp_path: Path) -> None:

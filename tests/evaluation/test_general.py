@@ -1,4 +1,4 @@
-"""General ability through lm-eval, on a task of our own: no network."""
+"""General ability through lm-eval, on a task of our own, without a network."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ doc_to_target: answer
 metric_list: [{{metric: acc}}]
 """
     )
-    found = general_ability(save_tiny(), ["more_than_four"], tmp_path / "tasks")
-    assert set(found) == {"more_than_four/acc"}
-    assert found["more_than_four/acc"] in [n / 8 for n in range(9)]
-    with pytest.raises(PlanError, match="knows no task nonsense"):
+    metrics = general_ability(save_tiny(), ["more_than_four"], tmp_path / "tasks")
+    assert set(metrics) == {"more_than_four/acc"}
+    assert metrics["more_than_four/acc"] in [n / 8 for n in range(9)]
+    with pytest.raises(PlanError, match="lm-eval has no task nonsense"):
         general_ability(save_tiny(), ["nonsense"])

@@ -1,4 +1,4 @@
-"""Every metric against values by hand, and the aggregates against slow second implementations."""
+"""Every metric against values worked out by hand, and the aggregates against slow second implementations."""
 
 import itertools
 import math
@@ -27,6 +27,8 @@ def test_probability_is_the_geometric_mean_of_token_probabilities() -> None:
 def test_probability_among_options() -> None:
     correct, wrong = probe_of([0.5, 0.125]), [probe_of([0.5]), probe_of([0.25, 0.25])]
     assert metrics.normalized_probability(correct, wrong) == pytest.approx(0.25 / (0.25 + 0.5 + 0.25))
+    hopeless = Probe(np.array([-1e6]), np.array([False]), np.zeros(1), np.ones(1), False)
+    assert metrics.normalized_probability(hopeless, [hopeless]) == 0
 
 
 def test_truth_ratio_averages_losses_not_probabilities() -> None:
@@ -36,7 +38,7 @@ def test_truth_ratio_averages_losses_not_probabilities() -> None:
     assert metrics.truth_ratio(correct, wrong[:1]) == pytest.approx(2.0)
 
 
-def test_truth_ratios_are_summarised_by_what_is_wanted_of_them() -> None:
+def test_truth_ratios_are_summarized_by_what_is_wanted_of_each_set() -> None:
     ratios = np.array([0.5, 2.0, 1.0])
     assert metrics.truth_ratio_forget(ratios) == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert metrics.truth_ratio_retain(ratios) == pytest.approx((0.5 + 0 + 0) / 3)
@@ -51,20 +53,20 @@ def test_utility_is_a_harmonic_mean(values: list[float]) -> None:
 
 
 def slow_forget_quality(ours: list[float], theirs: list[float]) -> float:
-    """The exact p-value: the share of all ways to deal the values out whose distributions are as far apart."""
+    """The exact p-value: the share of all ways to split the values whose distributions are as far apart."""
 
-    def apart(one: list[float], other: list[float]) -> float:
+    def distance(one: list[float], other: list[float]) -> float:
         return max(
             abs(sum(v <= x for v in one) / len(one) - sum(v <= x for v in other) / len(other)) for x in one + other
         )
 
-    values, observed = ours + theirs, apart(ours, theirs)
+    values, observed = ours + theirs, distance(ours, theirs)
     far = ways = 0
     for chosen in itertools.combinations(range(len(values)), len(ours)):
         one = [values[i] for i in chosen]
         other = [value for i, value in enumerate(values) if i not in chosen]
         ways += 1
-        far += apart(one, other) >= observed - 1e-12
+        far += distance(one, other) >= observed - 1e-12
     return far / ways
 
 
@@ -89,7 +91,7 @@ def test_forget_quality_is_the_kolmogorov_smirnov_test(values: list[int]) -> Non
         ([False], True, 0.0, 0.0),
     ],
 )
-def test_memorisation(matches: list[bool], ends: bool, exact: float, strength: float) -> None:
+def test_memorization(matches: list[bool], ends: bool, exact: float, strength: float) -> None:
     answer = probe_of([0.5] * len(matches), matches, ends)
     assert metrics.exact_memorization(answer) == pytest.approx(exact)
     assert metrics.extraction_strength(answer) == pytest.approx(strength)
@@ -103,7 +105,7 @@ def test_membership_scores_by_hand() -> None:
     assert metrics.min_k_score(answer) == pytest.approx(2.5 * math.log(2))  # the lowest two of five
     assert metrics.min_k_score(answer, 0.01) == pytest.approx(3 * math.log(2))  # at least one
     spread = Probe(np.array([-1.0, -2.0]), np.array([True, True]), np.array([-3.0, -1.0]), np.array([2.0, 0.5]), False)
-    assert metrics.min_k_plus_score(spread) == pytest.approx(2.0)  # (-1 + 3) / 2 = 1 and (-2 + 1) / 0.5 = -2
+    assert metrics.min_k_plus_plus_score(spread) == pytest.approx(2.0)  # (-1 + 3) / 2 = 1 and (-2 + 1) / 0.5 = -2
 
 
 scores = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12)
@@ -115,11 +117,11 @@ def test_auc_is_the_share_of_pairs_in_order(forget: list[float], holdout: list[f
     assert metrics.auc(np.array(forget), np.array(holdout)) == pytest.approx(slow)
 
 
-def test_privacy_leak() -> None:
-    assert metrics.privacy_leak(1.0, 0.5) == pytest.approx(-100)
-    assert metrics.privacy_leak(0.5, 0.5) == 0
-    assert metrics.privacy_leak(0.25, 0.5) == pytest.approx(50)
-    assert math.isnan(metrics.privacy_leak(0.5, 1.0))
+def test_privleak() -> None:
+    assert metrics.privleak(1.0, 0.5) == pytest.approx(-100)
+    assert metrics.privleak(0.5, 0.5) == 0
+    assert metrics.privleak(0.25, 0.5) == pytest.approx(50)
+    assert math.isnan(metrics.privleak(0.5, 1.0))
 
 
 def test_rouge() -> None:

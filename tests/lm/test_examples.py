@@ -1,8 +1,6 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from jinja2 import TemplateSyntaxError
 
-from mpunlearn.client.batches import batches, micro_batches
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError
@@ -39,7 +37,7 @@ def test_long_answers_are_cut_long_texts_are_split_and_nothing_else_is_lost(toke
     assert tokenizer.decode([token for piece in pieces for token in piece.input_ids]) == text + "<|end|>"
     [cut] = encode([Record("Where?", text)], tokenizer, 16)
     assert len(cut.input_ids) == 16
-    with pytest.raises(DataError, match="no room"):
+    with pytest.raises(DataError, match="leaves no room for its answer within --max-length 16"):
         encode([Record(text, "Lyon")], tokenizer, 16)
 
 
@@ -51,20 +49,6 @@ def test_batches_are_padded_and_masked(tokenizer) -> None:
         assert batch["input_ids"][row].tolist() == example.input_ids + [7] * (batch["input_ids"].shape[1] - n)
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
         assert batch["labels"][row, n:].eq(IGNORED).all()
-
-
-def test_a_round_sees_every_forget_example_once_an_epoch_and_never_depends_on_the_copy() -> None:
-    plan = batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=1)
-    assert [len(batch) for batch in plan] == [4, 4, 2] * 2
-    for epoch in (plan[:3], plan[3:]):
-        assert sorted(pick.forget for batch in epoch for pick in batch) == list(range(10))
-        assert {pick.retain for batch in epoch for pick in batch} <= {0, 1, 2}
-    assert plan == batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=1)
-    assert plan != batches(10, 3, batch_size=4, epochs=2, seed=2, round_number=1)
-    assert plan != batches(10, 3, batch_size=4, epochs=2, seed=1, round_number=2)
-    assert plan[:3] != plan[3:]
-    alone = batches(10, 0, batch_size=4, epochs=1, seed=1, round_number=1)
-    assert {pick.retain for batch in alone for pick in batch} == {None}
 
 
 def test_earlier_messages_stand_in_the_prompt(tokenizer) -> None:
@@ -98,12 +82,20 @@ def test_skipped_tokens_carry_no_loss() -> None:
     assert text.skipping(1).tokens == 1
 
 
-@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
-def test_micro_batches_hold_every_step_once(examples: int, batch_size: int, size: int, processes: int) -> None:
-    plan = batches(examples, 0, batch_size=batch_size, epochs=2, seed=0, round_number=1)
-    items, accumulated = micro_batches(plan, size, processes)
-    assert len(items) == len(plan) * accumulated * processes
-    assert max(map(len, items)) <= size
-    for number, step in enumerate(plan):
-        mine = items[number * accumulated * processes : (number + 1) * accumulated * processes]
-        assert sorted(pick for item in mine for pick in item) == sorted(step)
+def test_a_chat_that_the_template_refuses_is_an_error_of_the_data(tokenizer) -> None:
+    """As Gemma's template refuses system messages."""
+    refusal = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
+    template, tokenizer.chat_template = tokenizer.chat_template, refusal + models.CHAT_TEMPLATE
+    try:
+        record = Record("Where?", "Lyon.", (("system", "be kind"),), where="x.jsonl, line 3")
+        refused = (
+            "x.jsonl, line 3: the model's chat template refuses messages of system, user, assistant: System role not"
+        )
+        with pytest.raises(DataError, match=refused):
+            encode([record], tokenizer, 64)
+        assert len(encode([Record("Where?", "Lyon.")], tokenizer, 64)) == 1
+        tokenizer.chat_template = "{% if %}"
+        with pytest.raises(TemplateSyntaxError):  # not the data's fault
+            encode([record], tokenizer, 64)
+    finally:
+        tokenizer.chat_template = template

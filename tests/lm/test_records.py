@@ -1,15 +1,33 @@
 """One form out of many: files, folders, benchmarks; and errors that name the file, the line and the column."""
 
+import ast
+import csv
+import dataclasses
+import gzip
+import inspect
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from mpunlearn.errors import DataError
+from mpunlearn.errors import DataError, PlanError
+from mpunlearn.lm import sources
 from mpunlearn.lm.records import REFUSALS, Record, read_records, records_digest, with_alternates
 from mpunlearn.lm.sources import Data
 
 ROWS = [{"question": "q?", "answer": "a, b"}, {"question": "Größe?", "answer": 'say "x"\nand y'}]
+EXPECTED = {
+    "e.jsonl": "one JSON object per line",
+    "e.json": "an array of JSON objects, or one object per line",
+    "e.csv": "a line with the names of the columns, and one line per example",
+    "e.txt": "a text",
+    "e": "one JSON object per line",
+}
 RECORDS = [Record(row["question"], row["answer"]) for row in ROWS]
 
 
@@ -19,8 +37,6 @@ def lines(path: Path, *rows) -> Path:
 
 
 def test_every_file_format_gives_the_same_records(tmp_path: Path) -> None:
-    import csv
-
     import datasets
 
     lines(tmp_path / "a.jsonl", *ROWS)
@@ -41,7 +57,7 @@ def test_every_file_format_gives_the_same_records(tmp_path: Path) -> None:
         read_records(tmp_path / "g", Data(split="third"))
 
 
-def test_questions_prompts_chats_and_texts_are_recognised(tmp_path: Path) -> None:
+def test_questions_prompts_chats_and_texts_are_recognized(tmp_path: Path) -> None:
     user, system = {"role": "user", "content": "q"}, {"role": "system", "content": "be kind"}
     assistant = {"role": "assistant", "content": "a"}
     path = lines(
@@ -73,13 +89,17 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: cannot be read as JSON .*expected one JSON object per line"),
         ("[]", "line 2: expected an object"),
         ('{"question": "q"}', "line 2: has the columns question; expected one of: question and answer"),
         ('{"question": "q", "answer": 3}', "line 2, column answer: expected text, found 3"),
         ('{"question": "q", "answer": "a", "alternate": [3]}', "line 2, column alternate: expected text, found 3"),
+        ('{"question": "q", "answer": "a", "alternate": 3}', "line 2, column alternate: expected text, found 3"),
+        ('{"question": "q", "answer": "a", "alternate": {"b": 1}}', "line 2, column alternate: expected text, found {"),
         ('{"text": "  "}', "line 2, column text"),
-        ('{"messages": [{"role": "user", "content": "q"}]}', "line 2, column messages"),
+        ('{"messages": [{"role": "user", "content": "q"}]}', "line 2, column messages: expected a list of messages"),
+        ('{"messages": []}', "line 2, column messages: expected a list of messages"),
+        ('{"messages": "q"}', "line 2, column messages: expected a list of messages"),
         ('{"prompt": [{"role": "user"}], "completion": "a"}', "line 2, column prompt and completion"),
     ],
 )
@@ -93,18 +113,146 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_records(source, data)
 
-    refused(lines(tmp_path / "x.jsonl", ""), "holds no examples")
-    refused(tmp_path / "missing.jsonl", "cannot be read")
-    refused("just some words", "no such file or folder")
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    refused(tmp_path / "binary.jsonl", "cannot be read")
+    for name, expected in EXPECTED.items():
+        refused(lines(tmp_path / name, ""), f"{name}: is empty; expected {expected}")
+        refused(lines(tmp_path / name, " ", "\t"), f"{name}: is empty")
+    refused(lines(tmp_path / "none.json", "[]"), "none.json: holds no examples")
+    refused(lines(tmp_path / "head.csv", "question,answer"), "head.csv: holds no examples")
+    for name in ("missing.jsonl", "missing.txt.gz", "missing.parquet"):
+        refused(tmp_path / name, f"{name}: no such file$")
+        refused(name, f"^{name}: no such file$")
+    refused("just some words", "no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:")
+    refused(str(tmp_path / "patients"), "no such file or folder; expected one")
+    refused("x" * 5000, "File name too long")
+    (tmp_path / "binary.jsonl").write_bytes(b'{"text": "\xff"}')
+    refused(tmp_path / "binary.jsonl", "not UTF-8 text, since it has the byte 0xff; expected UTF-8 text")
+    (tmp_path / "zeros.txt").write_bytes("Größe".encode("utf-16-be").replace(b"\xf6", b"o").replace(b"\xdf", b"s"))
+    refused(tmp_path / "zeros.txt", "not text, since it has zero bytes; expected UTF-8 text")
     refused(lines(tmp_path / "y.csv", "question,answer", "q,a,b"), "y.csv, line 2: expected 2 columns")
-    refused(lines(tmp_path / "z.csv", "question,answer", '"q,a'), "z.csv, line")
-    refused(lines(tmp_path / "p.parquet", "no"), "cannot be read as parquet")
+    refused(lines(tmp_path / "z.csv", "question,answer", '"q,a'), "z.csv, line 2: cannot be read as CSV")
     (tmp_path / "folder").mkdir()
-    refused(tmp_path / "folder", "not a folder that `datasets` saved")
+    refused(
+        tmp_path / "folder", "a folder without a saved data set .*expected a file, or a folder that `datasets` wrote"
+    )
     refused(lines(tmp_path / "k.jsonl", '{"a": "b"}'), "line 1: has no column 'c', only a", Data(text_key="c"))
-    refused(lines(tmp_path / "array.json", "[{"), "not JSON")
+    refused(
+        lines(tmp_path / "array.json", "[{"), "array.json: cannot be read as JSON .*expected an array of JSON objects"
+    )
+    refused(lines(tmp_path / "entry.json", '[{"text": "a"}, 3]'), "entry 2: expected an object")
+
+
+@given(st.integers(1, 200_000), st.sampled_from(["[", '{"text": ', '{"text": [']))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_deeply_nested_json_is_an_error_of_the_data(tmp_path: Path, depth: int, opening: str) -> None:
+    text = opening * depth + "1" + {"[": "]", "{": "}"}[opening[-1:].replace(" ", "{")] * depth
+    for name in ("x.jsonl", "x.json"):
+        with pytest.raises(DataError, match=name):
+            read_records(lines(tmp_path / name, text))
+
+
+def test_half_a_surrogate_pair_is_an_error_of_the_data(tmp_path: Path) -> None:
+    assert read_records(lines(tmp_path / "x.jsonl", r'{"text": "\ud83d\ude00"}')) == [Record(None, "\N{GRINNING FACE}")]
+    with pytest.raises(DataError, match="x.jsonl, line 1: cannot be read as JSON .*surrogates not allowed"):
+        read_records(lines(tmp_path / "x.jsonl", r'{"text": "\ud83d"}'))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_parquet_is_an_error_of_the_data(tmp_path: Path, data: st.DataObject) -> None:
+    """Any bytes may change, and the end may be missing: the rows are read, or a `DataError` names the file."""
+    import pyarrow
+
+    file = tmp_path / "x.parquet"
+    table = pyarrow.table({"question": ["Größe?", "q?"] * 20, "answer": ["a", "b"] * 20})
+    pyarrow.parquet.write_table(table, file, compression=data.draw(st.sampled_from(["none", "snappy"])))
+    content = bytearray(file.read_bytes())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
+        content[position] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: len(content) - data.draw(st.integers(0, 3) | st.integers(0, len(content)))])
+    try:
+        read_records(file)
+    except DataError as error:
+        assert str(file) in str(error)  # noqa: PT017
+
+
+def test_a_parquet_whose_text_is_not_unicode_is_an_error_of_the_data(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    file = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["Montpellier"]}), file, compression="none", use_dictionary=False
+    )
+    content = file.read_bytes()
+    assert read_records(file) == [Record(None, "Montpellier")]
+    file.write_bytes(content.replace(b"Montpellier", b"Montpel\xff\xfeer"))
+    with pytest.raises(DataError, match="x.parquet: cannot be read as parquet"):
+        read_records(file)
+
+
+def test_a_damaged_saved_data_set_is_an_error_of_the_data(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
+    (file,) = folder.glob("*.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[:20])
+    with pytest.raises(DataError, match="saved: a damaged data set .*save it again"):
+        read_records(folder)
+    assert content.count("Größe".encode()) == 1
+    file.write_bytes(content.replace("Größe".encode(), b"\xff" * 7))
+    with pytest.raises(DataError, match="saved, row 2: damaged"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.csv.gz", "x.txt.gz", "X.JSONL.GZ"])
+def test_gzipped_files_are_read_and_damaged_ones_named(tmp_path: Path, name: str) -> None:
+    text = {
+        "jsonl": "\n".join(map(json.dumps, ROWS)),
+        "json": json.dumps(ROWS),
+        "csv": 'question,answer\nq?,"a, b"\nGröße?,"say ""x""\nand y"\n',
+        "txt": "once\nupon a time",
+    }[name.lower().split(".")[1]]
+    plain, file = tmp_path / name.removesuffix(".gz").removesuffix(".GZ"), tmp_path / name
+    plain.write_text(text, encoding="utf-8")
+    content = gzip.compress(text.encode())
+    file.write_bytes(content)
+    assert read_records(file) == read_records(plain)
+    damages = [content[:-9], content[: len(content) // 2], content[:12], text.encode(), content[:-8] + bytes(8)]
+    for damaged in damages:
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{name}: a damaged gzip file, or none"):
+            read_records(file)
+    file.write_bytes(gzip.compress(b""))
+    with pytest.raises(DataError, match=f"{name}: is empty"):
+        read_records(file)
+
+
+@given(
+    st.sampled_from([".jsonl", ".json", ".csv", ".txt", ""]),
+    st.booleans(),
+    st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), min_size=1),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_texts_survive_every_text_format_with_and_without_a_byte_order_mark(
+    tmp_path: Path, suffix: str, mark: bool, texts: list[str]
+) -> None:
+    buffer = io.StringIO()
+    if suffix == ".csv":
+        writer = csv.DictWriter(buffer, ["text"])
+        writer.writeheader()
+        writer.writerows({"text": text} for text in texts)
+    elif suffix == ".json":
+        json.dump([{"text": text} for text in texts], buffer, ensure_ascii=False)
+    elif suffix == ".txt":
+        texts = ["\n".join(texts)]
+        buffer.write(texts[0])
+    else:
+        buffer.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    file = tmp_path / f"x{suffix}"
+    file.write_bytes(buffer.getvalue().encode("utf-8-sig" if mark else "utf-8"))
+    expected = [Record(None, text.removeprefix("\ufeff") if suffix == ".txt" and not mark else text) for text in texts]
+    assert read_records(file) == expected
 
 
 def test_benchmarks_are_found_by_name_in_a_mirror(tmp_path: Path) -> None:
@@ -120,7 +268,9 @@ def test_benchmarks_are_found_by_name_in_a_mirror(tmp_path: Path) -> None:
     assert read_records("muse/news", data, "forget") == [Record(None, "forget")]
     assert read_records("muse/news", data, "retain") == [Record(None, "retain1")]
     assert read_records("muse/news/retain2", data) == [Record(None, "retain2")]
-    with pytest.raises(DataError, match="tofu/forget99: not below --data-root"):
+    (tmp_path / "tofu" / "forget05.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode()))
+    assert read_records("tofu/forget05", data) == RECORDS[:1]
+    with pytest.raises(DataError, match="tofu/forget99: no such file or folder, and no mirror of it below --data-root"):
         read_records("tofu/forget99", data)
     with pytest.raises(DataError, match="name a part of the benchmark"):
         read_records("tofu", data)
@@ -129,7 +279,71 @@ def test_benchmarks_are_found_by_name_in_a_mirror(tmp_path: Path) -> None:
 def test_a_mirrored_repository_of_the_hub_is_loaded_as_one(tmp_path: Path) -> None:
     (tmp_path / "someone" / "things").mkdir(parents=True)
     lines(tmp_path / "someone" / "things" / "train.jsonl", *ROWS)
-    assert read_records("someone/things", Data(data_root=str(tmp_path))) == RECORDS
+    for name in ("someone/things", "hub:someone/things"):
+        assert read_records(name, Data(data_root=str(tmp_path))) == RECORDS
+    for name in ("someone/other", "hub:someone/other", "hub:someone/other:part"):
+        with pytest.raises(DataError, match=f"{name}: no such .* no mirror of it below --data-root.*someone/other$"):
+            read_records(name, Data(data_root=str(tmp_path)))
+
+
+READ_ALL = """
+import sys
+from mpunlearn.errors import DataError
+from mpunlearn.lm.records import read_records
+for source in sys.argv[1:]:
+    try:
+        read_records(source)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_a_mistyped_path_never_reaches_the_hub_but_a_hub_name_does(hub) -> None:
+    errors = hub.run(
+        READ_ALL, "data/patients", "data/patients:2024", "data/patients.jsonl", "patients", "hub:patients", "hub:"
+    )
+    assert hub.asked == []
+    mistaken = "no such file or folder; if you mean a data set of the Hugging Face hub, write hub:data/patients"
+    assert errors == [
+        f"data/patients: {mistaken}",
+        f"data/patients:2024: {mistaken}:2024",
+        "data/patients.jsonl: no such file",
+        "patients: no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:OWNER/NAME",
+        "hub:patients: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG",
+        "hub:: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG",
+    ]
+    repositories = {
+        "hub:data/patients": "data/patients",
+        "hub:data/patients:2024": "data/patients",
+        "tofu/forget10": "locuslab/TOFU",
+        "muse/news": "muse-bench/MUSE-News",
+    }
+    errors = hub.run(READ_ALL, *repositories)
+    for (source, repository), error in zip(repositories.items(), errors, strict=True):
+        assert error.startswith(f"{source}: cannot be loaded from {repository} (DatasetNotFoundError: ")
+        assert any(repository in path for path in hub.asked)
+
+
+def test_the_module_of_the_options_loads_nothing_heavy() -> None:
+    heavy = ("numpy", "torch", "pyarrow", "datasets", "transformers", "accelerate", "safetensors", "tqdm")
+    script = f"import sys, mpunlearn.lm.sources; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_options_of_the_wrong_type_are_named() -> None:
+    with pytest.raises(PlanError, match="--data-root: expected a string, found 3"):
+        Data(data_root=3)
+    with pytest.raises(PlanError, match="--alternate-key: expected a string, found None"):
+        Data(alternate_key=None)
+
+
+def test_the_help_of_every_option_is_a_sentence() -> None:
+    """The docstrings under the fields are what the command line prints."""
+    [body] = [node.body for node in ast.parse(inspect.getsource(sources)).body if getattr(node, "name", "") == "Data"]
+    helps = [line.value.value for line in body[1:] if isinstance(line, ast.Expr)]
+    assert len(helps) == len(dataclasses.fields(Data))
+    assert all(text[0].isupper() and text.endswith(".") for text in helps)
 
 
 def test_the_real_benchmark_loads_by_name() -> None:

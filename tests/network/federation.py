@@ -1,12 +1,14 @@
 """A federation in one process: the coordinator, workers, and the courier's own two ends, without Flower between them."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tests.conftest import tiny_model
 
 from mpunlearn import Perturbation, Training
@@ -16,11 +18,14 @@ from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
+from mpunlearn.protocol.flower.keys import ClientKeys
 from mpunlearn.protocol.identity import Identity
+from mpunlearn.protocol.transfer import Store
 from mpunlearn.server.federation import Federation
 from mpunlearn.server.network.coordinator import Coordinator
-from mpunlearn.server.rounds import Rounds
+from mpunlearn.server.plan import RunPlan, Service
 
+NODE_KEY = "ecdsa-sha2-nistp384 " + "A" * 64
 TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3)
 
 
@@ -69,13 +74,23 @@ class Net:
     def spool(self, number: int) -> Path:
         return self.folder / f"spool-{number}"
 
+    def plan(self, trusted: list[str] | None = None) -> RunPlan:
+        """The run's plan."""
+        clients = [ClientKeys(key, NODE_KEY) for key in trusted or []]
+        return RunPlan(
+            checkpoint=str(self.model),
+            rounds=self.rounds,
+            perturbation=Perturbation(**{"copies": self.copies, "kappa": 0.02, **self.perturbation}),
+            training=self.training,
+            service=Service("127.0.0.1", 9100, "127.0.0.1", None, clients, self.federation),
+        )
+
     def start_server(self, trusted: list[str] | None = None) -> None:
         """Starts the coordinator, or starts it again."""
-        server = self.folder / "server"
-        perturbation = Perturbation(**{"copies": self.copies, "kappa": 0.02, **self.perturbation})
-        rounds = Rounds(server, self.final, self.model, None, self.rounds, 1.0, "cpu", perturbation)
-        self.coordinator = Coordinator(rounds, self.federation, self.training, trusted or [], self.said.append)
-        self.mail = Mail(self.coordinator.mail)
+        plan, server = self.plan(trusted), self.folder / "server"
+        self.store = Store(self.federation.store, self.federation.deadline + 86400) if self.federation.store else None
+        self.coordinator = Coordinator(plan, server, self.said.append, self.store)
+        self.mail = Mail(self.coordinator.folder.mail)
 
     def start_worker(self, number: int) -> Worker:
         """Starts a worker, or starts it again."""
@@ -97,23 +112,23 @@ class Net:
         """What Flower does: to every node and back."""
         for number in range(len(self.workers)):
             node = str(number + 1)
-            (self.coordinator.mail / "nodes" / node).touch()
+            (self.coordinator.folder.nodes / node).touch()
             record = self.mail.load(node)
             if record is None:
                 continue
             deliver = dict(zip(record["names"], record["jobs"], strict=True))
-            found, missing = exchange(self.spool(number), deliver, record["wanted"], 0.0)
+            results, missing = exchange(self.spool(number), deliver, record["wanted"], 0.0)
             if self.tamper is not None:
-                changed = {name: self.tamper(node, name, data) for name, data in found.items()}
-                found = {name: data for name, data in changed.items() if data is not None}
-            self.mail.unload(node, {"names": list(found), "results": list(found.values()), "missing": missing})
+                changed = {name: self.tamper(node, name, data) for name, data in results.items()}
+                results = {name: data for name, data in changed.items() if data is not None}
+            self.mail.unload(node, {"names": list(results), "results": list(results.values()), "missing": missing})
 
     def turn(self) -> bool:
         """Everybody does what can be done now."""
         done = self.coordinator.step()
         self.carry()
         for number, worker in enumerate(self.workers):
-            if number not in self.silent or self.identity(number).public not in self.coordinator._roster()["clients"]:
+            if number not in self.silent or self.identity(number).public not in self.coordinator.roster.clients:
                 worker.step()
         self.carry()
         return done
@@ -124,3 +139,27 @@ class Net:
             if self.turn():
                 return self.final
         raise AssertionError(f"not complete after {turns} turns: {self.said}")
+
+
+def net_of(folder: Path, world: tuple[Path, Path, Path], clients: int = 1, **options: Any) -> Net:
+    federation = Federation(**{"clients": clients, **options.pop("federation", {})})
+    return Net(folder, world[0], [world[1]] * clients, world[2], federation, **options)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def begun(folder: Path, world: tuple[Path, Path, Path], **options: Any) -> Path:
+    """A run whose secret exists, to be copied: copies of it must end with the same bytes."""
+    net = net_of(folder, world, **options)
+    net.coordinator.step()
+    return folder
+
+
+def until(net: Net, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if net.turn():
+            return
+    raise AssertionError(net.said)

@@ -25,11 +25,12 @@ from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.protocol.flower.keys import certificates, client_keys, read_invitation, read_keys
 from mpunlearn.protocol.flower.programs import environment, free_port, kill_orphans, script
-from mpunlearn.server.network.serve import coordinate
+from mpunlearn.server.network.coordinator import Coordinator
+from mpunlearn.server.plan import RunPlan
 
 pytest.importorskip("flwr")
 TRAINING = "--objective simnpo --epochs 1 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
-PATIENCE = 150.0
+TIMEOUT_SECONDS = 150.0
 
 
 class Stage:
@@ -50,7 +51,7 @@ class Stage:
         path = self.folder / f"{name}.log"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def wait(self, name: str, text: str, times: int = 1, seconds: float = PATIENCE) -> None:
+    def wait(self, name: str, text: str, times: int = 1, seconds: float = TIMEOUT_SECONDS) -> None:
         end = time.monotonic() + seconds
         while self.log(name).count(text) < times:
             if time.monotonic() > end:
@@ -97,8 +98,8 @@ def kill_flower(home: Path, program: str) -> None:
 
 def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
     """The digest of what a run leads to when everything happens in this process and nothing is killed."""
-    coordinator = coordinate(run, json.loads((run / "plan.json").read_text()))
-    mail = Mail(coordinator.mail)
+    coordinator = Coordinator(RunPlan.read(run / "plan.json"), run)
+    mail = Mail(coordinator.folder.mail)
     policy = Policy(coordinator.identity.public)
     workers = [
         Worker(folder / f"spool-{name}", folder / name, policy, forget=files[0], retain=files[1]) for name in ("a", "b")
@@ -107,7 +108,7 @@ def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
         if coordinator.step():
             return checkpoint_digest(run / "final")
         for number, worker in enumerate(workers, start=1):
-            (coordinator.mail / "nodes" / str(number)).touch()
+            (coordinator.folder.nodes / str(number)).touch()
             for _ in range(2):
                 record = mail.load(str(number))
                 if record is not None:
@@ -264,9 +265,40 @@ def test_insecure_is_for_this_machine_only(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
     file = tmp_path / "invitation.json"
     file.write_text(json.dumps({"address": "example.org:9100", "server_key": "0" * 64, "ca": None}))
-    with pytest.raises(PlanError, match="no loopback address, and the invitation has no certificate"):
+    with pytest.raises(PlanError, match="is not a loopback address, but the invitation has no certificate"):
         read_invitation(file)
     assert Invitation("127.0.0.1:9100", "0" * 64).ca is None
+
+
+def test_a_used_port_is_an_error_at_start(tmp_path: Path) -> None:
+    from mpunlearn.errors import NetworkError
+    from mpunlearn.server.network.serve import start
+
+    tiny_world(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            NetworkError, match=f"--port {port}: cannot listen on 127.0.0.1:{port}.*choose another --port"
+        ):
+            start(tmp_path / "model", run=tmp_path / "run", insecure=True, port=port)
+    assert not (tmp_path / "run").exists()
+
+
+def test_joining_says_what_it_waits_for(tmp_path: Path) -> None:
+    from mpunlearn.protocol.flower.keys import Invitation, invite
+
+    (tmp_path / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
+    port = free_port()
+    invite(tmp_path / "invitation.json", Invitation(f"127.0.0.1:{port}", "0" * 64))
+    stage = Stage(tmp_path)
+    try:
+        stage.start("join", "client", "join", "invitation.json", "--work", "work", "--forget", "forget.jsonl")
+        stage.wait("join", f"127.0.0.1:{port}", seconds=30)
+        assert stage.log("join").startswith(f"nothing is listening at 127.0.0.1:{port} yet; retrying: is the server up")
+    finally:
+        stage.stop()
 
 
 def test_certificates_are_for_the_host_and_verified(tmp_path: Path) -> None:

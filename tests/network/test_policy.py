@@ -26,10 +26,10 @@ def test_the_documented_policy_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "no field server_key"),
+        ("", "missing field 'server_key'"),
         ('server_key = "short"', "64 hexadecimal digits"),
-        (f'server_key = "{KEY}"\nmax_round = 3', "no field 'max_round'"),
-        (f'server_key = "{KEY}"\nmax_rounds = "3"', "expected int"),
+        (f'server_key = "{KEY}"\nmax_round = 3', "unknown field 'max_round'"),
+        (f'server_key = "{KEY}"\nmax_rounds = "3"', "expected an integer"),
         (f'server_key = "{KEY}"\nmax_rounds = 0', "above 0"),
         (f'server_key = "{KEY}"\nobjectives = "npo"', "expected list"),
         ("server_key = ", "cannot be read"),

@@ -14,9 +14,13 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.errors import PlanError, StateError, UpdateError
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
-from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
 from mpunlearn.server.design import CopyDesign, extrapolated, harmonic
 from mpunlearn.server.noise import noisy
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
+from mpunlearn.server.state import ServerState
+from mpunlearn.server.workspace import Workspace
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -39,7 +43,7 @@ def test_on_a_quadratic_the_aggregate_is_the_noise_free_update(copies: int, data
     alphas = data.draw(st.lists(st.floats(1, 3), min_size=copies, max_size=copies))
     design, theta = harmonic(alphas), torch.linspace(-1, 1, 24, dtype=torch.float64)
     draws = [torch.randn(24, dtype=torch.float64) for _ in range(design.draws)]
-    updates = [quadratic_descent(noisy(theta, draws, design, 0.5, k)) for k in range(copies)]
+    updates = [quadratic_descent(noisy(theta, draws, design, 0.5, k, Workspace())) for k in range(copies)]
     exact = quadratic_descent(theta)
     aggregate = sum(float(w) * update for w, update in zip(design.weights, updates, strict=True))
     assert float((aggregate - exact).abs().max()) < 1e-10
@@ -53,7 +57,7 @@ def test_extrapolation_is_exact_on_higher_orders_where_averaging_is_not() -> Non
     theta, draw = torch.linspace(-1, 1, 24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
 
     def error(design: CopyDesign, draws: list[torch.Tensor]) -> float:
-        updates = [-(noisy(theta, draws, design, 0.2, k) ** 3) for k in range(design.copies)]
+        updates = [-(noisy(theta, draws, design, 0.2, k, Workspace()) ** 3) for k in range(design.copies)]
         aggregate = sum(float(w) * update for w, update in zip(design.weights, updates, strict=True))
         return float((aggregate + theta**3).abs().max())
 
@@ -143,7 +147,7 @@ def test_factors_give_what_their_product_gives(save_tiny, tmp_path: Path, streng
         (lambda t: t.update({f"{NAME}.lora_B": torch.zeros(40, 2, dtype=torch.int32)}), "dtype"),
         (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), torch.nan)}), "NaN"),
         (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), 1e4)}), "norm"),
-        (lambda t: t.update({NAME: torch.zeros(40, 32)}), "itself and its factors"),
+        (lambda t: t.update({NAME: torch.zeros(40, 32)}), "and its factors"),
         (lambda t: t.update({"model.norm.weight.lora_A": torch.zeros(2, 32)}), "no matrix"),
         (lambda t: t.update({"x.lora_A": torch.zeros(2, 32), "x.lora_B": torch.zeros(40, 2)}), "no matrix"),
     ],
@@ -229,7 +233,10 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
     if how == "copy beyond m":
         return with_card(copy=4), "copy 4"
     if how == "no card":
-        return with_card(copy="2"), "does not say which copy"
+        (bad / "update.json").write_text("{}")
+        return updates, "does not say which copy"
+    if how == "bad card":
+        return with_card(copy="2"), "Card.copy: expected an integer"
     if how == "not a directory":
         return [*updates[:2], tmp_path / "nothing"], "neither an update nor a trained checkpoint"
     if how == "pickle":
@@ -238,7 +245,7 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
         return updates, "safetensors"
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-9])
-        return updates, "not a whole safetensors file"
+        return updates, "not a complete safetensors file"
     if how == "unknown name":
         return with_tensors({**tensors, "../../etc/passwd": torch.ones(2)}), "etc/passwd"
     if how == "shape":
@@ -270,7 +277,7 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
     raise AssertionError(how)
 
 
-REFUSALS = """missing|twice|none|another run|another round|copy beyond m|no card|not a directory|pickle|truncated
+REFUSALS = """missing|twice|none|another run|another round|copy beyond m|bad card|no card|not a directory|pickle|truncated
 unknown name|shape|integers|other tensors|nan|infinity|huge|trained but incomplete|trained and rounded"""
 
 

@@ -12,9 +12,11 @@ from scipy import stats
 
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import CheckpointError, MPUError, PlanError, StateError, UnsupportedModelError
-from mpunlearn.server import Perturbation, ServerState, preprocess
 from mpunlearn.server.axis_map import AxisMap
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.publisher import Publisher
+from mpunlearn.server.state import ServerState
 
 KEY = "model.layers.1.mlp.down_proj.weight"
 

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import DisclosureWarning, UnsupportedModelError
-from mpunlearn.server import Perturbation, ServerState, postprocess, preprocess
-from mpunlearn.server.noise import spacing, uncertainty
+from mpunlearn.server.noise import rounded_entropy, spacing
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
+from mpunlearn.server.state import ServerState
 
 KEY = "model.layers.0.mlp.up_proj.weight"
 
@@ -36,15 +39,15 @@ def slow_entropy(ratio: float) -> float:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.35, 0.5, 1.0, 3.0, 30.0])
-def test_uncertainty_is_the_entropy_of_the_noise_on_the_grid(ratio: float) -> None:
-    assert float(uncertainty(np.array(ratio))) == pytest.approx(slow_entropy(ratio), abs=5e-3)
+def test_rounded_entropy_is_the_entropy_of_the_noise_on_the_grid(ratio: float) -> None:
+    assert float(rounded_entropy(np.array(ratio))) == pytest.approx(slow_entropy(ratio), abs=5e-3)
     if ratio >= 1:
-        assert float(uncertainty(np.array(ratio))) == pytest.approx(math.log2(4.13 * ratio), abs=0.06 / ratio)
+        assert float(rounded_entropy(np.array(ratio))) == pytest.approx(math.log2(4.13 * ratio), abs=0.06 / ratio)
 
 
-def test_uncertainty_vanishes_far_below_the_grid() -> None:
-    assert float(uncertainty(np.array(0.05))) < 1e-6
-    assert float(uncertainty(np.array(0.0))) == 0
+def test_rounded_entropy_vanishes_far_below_the_grid() -> None:
+    assert float(rounded_entropy(np.array(0.05))) < 1e-6
+    assert float(rounded_entropy(np.array(0.0))) == 0
 
 
 @pytest.fixture
@@ -74,11 +77,11 @@ def test_without_a_floor_rounding_brings_the_original_back_and_is_warned_of(tune
     shares = [recovered(path, copy) for copy in published.copies]
     assert min(shares) > 0.8
     if dtype is None:
-        assert published.honesty[KEY].equal == pytest.approx(max(shares), abs=1e-6)
-    assert published.honesty[KEY].bits < 1
-    kept = ServerState(tmp_path / "s").rounds[0].honesty
-    assert kept == {name: [value.equal, value.bits] for name, value in published.honesty.items()}
-    assert "bits of doubt" in published.summary()
+        assert published.rounding[KEY].equal == pytest.approx(max(shares), abs=1e-6)
+    assert published.rounding[KEY].entropy < 1
+    kept = ServerState(tmp_path / "s").rounds[0].rounding
+    assert kept == published.rounding
+    assert "residual entropy" in published.summary()
 
 
 def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still_cancels(tuned, tmp_path: Path) -> None:
@@ -86,8 +89,8 @@ def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still
     perturbation = Perturbation(kappa=0.01, noise_floor="grid", alphas=(1.0, 1.5, 2.0))
     options = {"state": tmp_path / "s", "out": tmp_path / "c", "base": base}
     published = preprocess(path, **options, perturbation=perturbation)
-    for name, value in published.honesty.items():
-        assert value.bits > 1.9, name
+    for name, value in published.rounding.items():
+        assert value.entropy > 1.9, name
         assert value.equal < 0.6, name
     control = preprocess(
         path,

@@ -1,4 +1,4 @@
-"""Pieces and chunks cover a model once, and results depend neither on their size nor on the number of threads."""
+"""Slices and chunks cover a model once, and results depend neither on their size nor on the number of threads."""
 
 import shutil
 
@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import PlanError
-from mpunlearn.server import Perturbation, postprocess, preprocess, stream
-from mpunlearn.server.workspace import scratch
+from mpunlearn.server import stream
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import postprocess
+from mpunlearn.server.preprocess import preprocess
+from mpunlearn.server.workspace import Workspace
 
 
 @given(st.integers(0, 500), st.integers(1, 300_000), st.integers(1, 16))
@@ -21,16 +24,16 @@ def test_chunks_cover_every_row_once(rows: int, row: int, multiple: int) -> None
     assert all(start % multiple == 0 for start, _ in cut)
 
 
-def test_pieces_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "PIECE", 1000)
+def test_slices_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "SLICE_ENTRIES", 1000)
     checkpoint = Checkpoint(save_tiny())
-    places = Architecture.of(checkpoint).tensor_roles(checkpoint)
-    cut = stream.row_slices(checkpoint, places)
-    for name in places:
-        rows = [n for piece in cut if piece.name == name for n in range(piece.start, piece.stop)]
+    roles = Architecture.of(checkpoint).tensor_roles(checkpoint)
+    slices = stream.row_slices(checkpoint, roles)
+    for name in roles:
+        rows = [n for part in slices if part.name == name for n in range(part.start, part.stop)]
         assert rows == list(range(checkpoint.tensors[name].shape[0]))
-    assert sum(piece.name == "lm_head.weight" for piece in cut) > 10
-    assert sum(piece.name == "model.layers.0.mlp.up_proj.weight" for piece in cut) == 1
+    assert sum(part.name == "lm_head.weight" for part in slices) > 10
+    assert sum(part.name == "model.layers.0.mlp.up_proj.weight" for part in slices) == 1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "qwen3_moe"])
@@ -39,7 +42,7 @@ def test_threads_change_no_byte_and_chunks_only_the_last_bit(save_tiny, tmp_path
     path = save_tiny(model_type=model_type, num_key_value_heads=4, **(sizes if "moe" in model_type else {}))
     digests, published = [], []
     for number, (chunk, threads) in enumerate(((1 << 18, 2), (1 << 18, 1), (1 << 18, 3), (64, 2), (300, 1))):
-        monkeypatch.setattr(stream, "CHUNK", chunk)
+        monkeypatch.setattr(stream, "CHUNK_ENTRIES", chunk)
         monkeypatch.setattr(stream, "THREADS", threads)
         published.append(preprocess(path, state=tmp_path / "s", out=tmp_path / f"c{number}").copies)
         digests.append([checkpoint_digest(copy) for copy in published[-1]])
@@ -101,11 +104,11 @@ def test_every_family_goes_through_both_passes_and_generates(save_tiny, tmp_path
         assert torch.allclose(new.read(name), 0.9 * Checkpoint(path).read(name), atol=2e-5), name
 
 
-def test_an_exception_in_one_piece_stops_all_and_restores_the_threads() -> None:
+def test_an_exception_in_one_item_stops_all_and_restores_the_threads() -> None:
     threads = torch.get_num_threads()
     done: list[int] = []
 
-    def work(number: int) -> int:
+    def work(number: int, workspace: Workspace) -> int:
         if number == 3:
             raise RuntimeError("three")
         done.append(number)
@@ -115,14 +118,4 @@ def test_an_exception_in_one_piece_stops_all_and_restores_the_threads() -> None:
         stream.in_parallel(range(100), work, "counting", lambda _: 1)
     assert len(done) < 20
     assert torch.get_num_threads() == threads
-    assert stream.in_parallel([5, 4, 6], lambda n: n, "counting", lambda _: 1) == [5, 4, 6]
-
-
-def test_scratch_is_shared_by_name_and_apart_between_threads() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    one = scratch("a", (4, 5), torch.float32)
-    assert scratch("a", (20,), torch.float32).data_ptr() == one.data_ptr()
-    assert scratch("b", (20,), torch.float32).data_ptr() != one.data_ptr()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: scratch("a", (20,), torch.float32).data_ptr()).result() != one.data_ptr()
+    assert stream.in_parallel([5, 4, 6], lambda n, workspace: n, "counting", lambda _: 1) == [5, 4, 6]

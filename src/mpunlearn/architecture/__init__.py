@@ -1,4 +1,4 @@
-"""Public knowledge about model families: which hidden space every axis of every weight lives in."""
+"""Public knowledge about model families: which hidden space each axis of each weight belongs to."""
 
 from mpunlearn.architecture.architecture import Architecture, Heads, TensorRole
 from mpunlearn.architecture.families import FAMILIES

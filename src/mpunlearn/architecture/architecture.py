@@ -1,4 +1,11 @@
-"""A family together with the sizes of one config."""
+"""A family's table filled in with the sizes of one config: which tensors a model has, their shapes, their axes' roles.
+
+The idea: the table of a family (`spaces`, `families`) knows roles, and config.json knows sizes. An `Architecture`
+combines them: it says what role a tensor has, and checks that a checkpoint holds exactly the tensors that it should,
+since a tensor without a role cannot be reparameterized and must not be published.
+
+Not covered: quantized checkpoints.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,33 +14,38 @@ from functools import cached_property
 from typing import Any
 
 from mpunlearn.architecture.families import FAMILIES
-from mpunlearn.architecture.spaces import Axis, Family, _axes
+from mpunlearn.architecture.spaces import Axis, Family, parse_axes
 from mpunlearn.checkpoint import Checkpoint, TensorInfo, tensor_digest
 from mpunlearn.errors import CheckpointError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of an attention layer: `count` query heads in `groups` groups that share one key and value head."""
+    """The shape of an attention layer."""
 
     count: int
+    """Number of query heads."""
     groups: int
+    """Number of key and value heads. The query heads of a group share one of each."""
     dim: int
     """Entries of one head."""
     rotary: int
-    """How many of them, from the first on, RoPE rotates."""
+    """How many of them RoPE rotates, from the first on."""
 
     @property
     def per_group(self) -> int:
+        """Query heads per group."""
         return self.count // self.groups
 
 
 @dataclass(frozen=True)
 class TensorRole:
-    """Where a tensor stands in the network."""
+    """What a tensor is in the network."""
 
     template: str
+    """Its name in the family's table, with `{layer}` and `{expert}` for numbers."""
     axes: tuple[Axis, ...]
+    """The roles of its axes."""
     layer: int | None
     """Number of the transformer layer, or None outside the layers."""
     expert: int | None
@@ -41,29 +53,37 @@ class TensorRole:
 
 
 class Architecture:
-    """A family together with the sizes that one config gives it.
+    """A family together with the sizes that one config gives it. `Architecture.of` makes one from a checkpoint.
 
     Args:
         family: the table.
         config: the content of config.json.
 
     Raises:
-        UnsupportedModelError: the config is quantized or lacks a size.
+        UnsupportedModelError: the checkpoint is quantized, or the config lacks a size or has an impossible one.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         if config.get("quantization_config"):
             raise UnsupportedModelError(
-                "the checkpoint is quantized (config.json has a quantization_config): noise and exact maps need the "
-                "original weights; use the checkpoint in bfloat16, float16 or float32"
+                "config.json has a quantization_config, but noise and exact maps need unquantized weights; use the "
+                "original checkpoint in bfloat16, float16 or float32"
             )
         self.family = family
+        """The table."""
         self.config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+        """The config, completed by the family's defaults."""
         self.layers = self._size("num_hidden_layers")
+        """Number of transformer layers."""
         self.residual = self._size("hidden_size")
+        """Width of the residual stream."""
         self.heads = self._heads()
+        """The shape of its attention layers."""
         self.experts = self._size("num_local_experts", "num_experts") if self._mixture else 0
+        """Number of experts of a layer that has any; 0 if the family has none."""
+        self._dense_layers, self._sparse_step = self._which_layers_are_sparse()
         self.tied = bool(self.config.get("tie_word_embeddings", False))
+        """Whether the LM head is the embedding."""
         heads = self.heads
         self._sizes = {
             "vocabulary": self._size("vocab_size"),
@@ -82,23 +102,27 @@ class Architecture:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Architecture":
-        """The architecture of a checkpoint, by its config's model_type.
+        """The architecture of a checkpoint, by the `model_type` of its config.
 
         Raises:
-            UnsupportedModelError: the family has no table, or the config does not describe a model of it.
+            UnsupportedModelError: the family is unknown, or the config does not describe a model of it.
         """
         model_type = checkpoint.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedModelError(
-                f"{checkpoint.path}: model_type {model_type!r} has no table; known families: {', '.join(sorted(FAMILIES))}. "
-                "A new family is a table in architecture/families.py"
+                f"{checkpoint.path}: model_type {model_type!r:.60} is not supported; known families: "
+                f"{', '.join(sorted(FAMILIES))}. To add one, write its table in architecture/families.py"
             )
-        return cls(FAMILIES[model_type], checkpoint.config)
+        try:
+            return cls(FAMILIES[model_type], checkpoint.config)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
 
     def _size(self, *keys: str) -> int:
+        """The first of these entries that the config has, which must be a size."""
         value = next((self.config[key] for key in keys if key in self.config), None)
         if not isinstance(value, int) or value < 1:
-            raise UnsupportedModelError(f"config.json: expected a positive integer {keys[0]}, found {value!r}")
+            raise UnsupportedModelError(f"config.json: expected a positive integer {keys[0]}, found {value!r:.60}")
         return value
 
     def _heads(self) -> Heads:
@@ -108,67 +132,97 @@ class Architecture:
         dim = self._size("head_dim") if "head_dim" in self.config else self.residual // count
         share = 1.0
         if self.family.partial_rotary is not None:
-            rope = self.config.get("rope_parameters") or {}
-            named = (rope.get("partial_rotary_factor"), *map(self.config.get, ("partial_rotary_factor", "rotary_pct")))
-            share = next((float(value) for value in named if value is not None), self.family.partial_rotary)
+            share = self._rotary_share(self.family.partial_rotary)
         heads = Heads(count, groups, dim, int(dim * share))
         if count % groups or heads.rotary % 2 or not 0 < heads.rotary <= dim:
-            raise UnsupportedModelError(f"config.json: {heads} is not a shape of attention that the tables describe")
+            raise UnsupportedModelError(
+                "config.json: expected a number of heads divisible by that of key-value heads, and an even number of "
+                f"rotary entries per head, found {heads}"
+            )
         return heads
+
+    def _rotary_share(self, default: float) -> float:
+        """The share of a head's entries that RoPE rotates, for families where it is not always the whole head."""
+        rope = self.config.get("rope_parameters")
+        sources = [rope if isinstance(rope, Mapping) else {}, self.config]
+        named = (source.get(key) for source in sources for key in ("partial_rotary_factor", "rotary_pct"))
+        share = next((value for value in named if value is not None), default)
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise UnsupportedModelError(
+                f"config.json: expected a partial_rotary_factor between 0 and 1, found {share!r:.60}"
+            )
+        return float(share)
+
+    def _which_layers_are_sparse(self) -> tuple[list[int], int]:
+        """The layers without experts, and the period of those with experts."""
+        dense, step = self.config.get("mlp_only_layers", []), self.config.get("decoder_sparse_step", 1)
+        if not isinstance(dense, list | tuple) or not isinstance(step, int) or step < 1:
+            raise UnsupportedModelError(
+                "config.json: expected a list of layers mlp_only_layers and a positive integer decoder_sparse_step, "
+                f"found {dense!r:.60} and {step!r:.60}"
+            )
+        return list(dense), step
 
     @cached_property
     def _mixture(self) -> bool:
+        """Whether the family has experts."""
         return any("{expert}" in template for template in self.family.tensors)
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str, tuple[Axis, ...]]]:
-        return [(_pattern(template), template, _axes(text)) for template, text in self.family.tensors.items()]
+        """For each entry of the table: what its names match, its template, and the roles of its axes."""
+        return [(_pattern(template), template, parse_axes(text)) for template, text in self.family.tensors.items()]
 
     @cached_property
     def axis_roles(self) -> set[str]:
-        """Every role that occurs in the family."""
-        return {role for _, _, axes in self._patterns for axis in axes for role in axis}
+        """Every axis role that occurs in the family's table."""
+        return {axis_role for _, _, axes in self._patterns for axis in axes for axis_role in axis}
 
     def role_of(self, name: str) -> TensorRole | None:
-        """Where the tensor of that name stands; None if a model of this config has no such tensor."""
+        """The role of the tensor of that name, or None if a model of this config has no such tensor."""
         for pattern, template, axes in self._patterns:
             if match := pattern.fullmatch(name):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
-                place = TensorRole(template, axes, numbers.get("layer"), numbers.get("expert"))
-                return place if self._exists(place) else None
+                role = TensorRole(template, axes, numbers.get("layer"), numbers.get("expert"))
+                return role if self._exists(role) else None
         return None
 
-    def _exists(self, place: TensorRole) -> bool:
-        if place.layer is None:
+    def _exists(self, role: TensorRole) -> bool:
+        """Whether a model of this config has a tensor of that role."""
+        if role.layer is None:
             return True
-        if place.layer >= self.layers or (place.expert is not None and place.expert >= self.experts):
+        if role.layer >= self.layers or (role.expert is not None and role.expert >= self.experts):
             return False
         if not self._mixture:
             return True
-        roles = {role for axis in place.axes for role in axis}
-        if place.expert is not None or "experts" in roles:
-            return self.sparse(place.layer)
-        return not self.sparse(place.layer) if roles & {"gate", "ffn"} else True
+        axis_roles = {axis_role for axis in role.axes for axis_role in axis}
+        if role.expert is not None or "experts" in axis_roles:
+            return self.sparse(role.layer)
+        return not self.sparse(role.layer) if axis_roles & {"gate", "ffn"} else True
 
     def sparse(self, layer: int) -> bool:
-        """Whether a layer of a mixture of experts has experts, rather than one FFN (Qwen3-MoE has both kinds)."""
-        step = self.config.get("decoder_sparse_step", 1)
-        return layer not in self.config.get("mlp_only_layers", ()) and (layer + 1) % step == 0
+        """Whether a layer of a model with experts has them, rather than one FFN. Qwen3-MoE has layers of both kinds."""
+        return layer not in self._dense_layers and (layer + 1) % self._sparse_step == 0
 
     def ffn(self, expert: bool) -> int:
-        """Size of the FFN's hidden axis, of an expert or of a layer."""
+        """Size of an FFN's hidden axis: of an expert's, or of a layer's that has no experts."""
         return self._size("moe_intermediate_size", "intermediate_size") if expert else self._size("intermediate_size")
 
     def size(self, axis: Axis, expert: bool) -> int:
-        """Length of an axis."""
-        return sum(self.ffn(expert) if role in ("gate", "ffn") else self._sizes[role] for role in axis)
+        """Length of an axis.
 
-    def shape(self, place: TensorRole) -> tuple[int, ...]:
-        """The shape that config.json implies for a tensor."""
-        return tuple(self.size(axis, place.expert is not None) for axis in place.axes)
+        Args:
+            axis: its roles.
+            expert: whether it is an axis of an expert's weight.
+        """
+        return sum(self.ffn(expert) if axis_role in ("gate", "ffn") else self._sizes[axis_role] for axis_role in axis)
+
+    def shape(self, role: TensorRole) -> tuple[int, ...]:
+        """The shape that the config implies for a tensor of that role."""
+        return tuple(self.size(axis, role.expert is not None) for axis in role.axes)
 
     def required(self) -> set[str]:
-        """Names a complete checkpoint must have: everything but biases and a tied LM head."""
+        """The names that a complete checkpoint must have: all but biases and a tied LM head."""
         names: set[str] = set()
         for _, template, axes in self._patterns:
             if template.endswith(".bias") or (template == self.family.head and self.tied):
@@ -180,56 +234,58 @@ class Architecture:
         return names
 
     def tensor_roles(self, checkpoint: Checkpoint) -> dict[str, TensorRole]:
-        """The place of every parameter of a checkpoint, sorted by name.
+        """The role of every parameter of a checkpoint, sorted by name.
 
         Constants, and an LM head that only repeats a tied embedding, are left out: they are not parameters.
 
         Raises:
-            UnsupportedModelError: a tensor the table does not know, or a shape or dtype other than expected.
+            UnsupportedModelError: the table does not know a tensor, or a shape or dtype is not the expected one.
             CheckpointError: a tensor is missing, or a tied LM head differs from the embedding.
         """
         constants = [_pattern(template) for template in self.family.constants]
-        places: dict[str, TensorRole] = {}
+        roles: dict[str, TensorRole] = {}
         unknown: list[str] = []
         for name, info in sorted(checkpoint.tensors.items()):
-            place = self.role_of(name)
-            if place is not None:
-                self._check(checkpoint, name, info, self.shape(place))
-                places[name] = place
+            role = self.role_of(name)
+            if role is not None:
+                self._check(checkpoint, name, info, self.shape(role))
+                roles[name] = role
             elif not any(pattern.fullmatch(name) for pattern in constants):
                 unknown.append(f"{name} {list(info.shape)}")
         if unknown:
             raise UnsupportedModelError(
-                f"{checkpoint.path}: tensors that the table of {self.config.get('model_type')} does not know: "
-                f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; nothing is published without its "
-                "reparameterization, so add them to the family's table (architecture/families.py) or remove them"
+                f"{checkpoint.path}: holds tensors that no {self.config.get('model_type')} model of this config has: "
+                f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}. Nothing is published without its "
+                "reparameterization, so add them to the family's table (architecture/families.py), or remove them"
             )
-        if missing := sorted(self.required() - places.keys()):
+        if missing := sorted(self.required() - roles.keys()):
             raise CheckpointError(
-                f"{checkpoint.path}: {len(missing)} tensors are missing, the first is {missing[0]}; config.json "
-                f"announces {self.layers} layers"
+                f"{checkpoint.path}: lacks {len(missing)} tensors of the {self.layers} layers in config.json, such as "
+                f"{missing[0]}; copy the checkpoint again"
             )
         head, embedding = self.family.head, self.family.embedding
-        if self.tied and head in places:
+        if self.tied and head in roles:
             if tensor_digest(checkpoint.read(head)) != tensor_digest(checkpoint.read(embedding)):
                 raise CheckpointError(
                     f"{checkpoint.path}: config.json ties {head} to {embedding}, but the stored tensors differ; set "
-                    "tie_word_embeddings to false or remove one"
+                    "tie_word_embeddings to false, or remove one of them"
                 )
-            del places[head]
-        return places
+            del roles[head]
+        return roles
 
     def _check(self, checkpoint: Checkpoint, name: str, info: TensorInfo, expected: tuple[int, ...]) -> None:
+        """Checks a tensor's shape and dtype."""
         if info.shape != expected:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, expected {list(expected)} from config.json"
             )
         if not info.dtype.is_floating_point:
             raise UnsupportedModelError(
-                f"{checkpoint.path}: {name} has dtype {info.dtype}, expected floating point; a quantized checkpoint is "
-                "not supported, use the original in bfloat16, float16 or float32"
+                f"{checkpoint.path}: {name} has dtype {info.dtype}, expected a floating-point dtype; quantized "
+                "checkpoints are not supported, use the original in bfloat16, float16 or float32"
             )
 
 
 def _pattern(template: str) -> re.Pattern[str]:
+    """Matches the names that a template stands for. A number has one spelling, without leading zeros."""
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9]\\d*)", re.escape(template)))

@@ -1,8 +1,11 @@
-"""The model families: name templates, as they stand in a checkpoint on disk, and the roles of their axes.
+"""The table of every model family: its tensors' names as they are in a checkpoint on disk, and the roles of their axes.
 
-Read a table beside the family's `modeling_*.py`: a linear layer's weight is (outputs, inputs), so `q_proj: "query, residual"`
-says that its rows are query heads and its columns read the residual stream. Roles are explained in `spaces`. The tables are
-put together from parts that several families share; a family's own line says what is special about it.
+Read a table beside the family's `modeling_*.py` in transformers: a linear layer's weight is (outputs, inputs), so
+`q_proj: "query, residual"` says that its rows are query heads and its columns read the residual stream. `spaces`
+explains the roles. Parts that several families share are written once; the comment on a family says what is special
+about it.
+
+Tensors that a config can switch off, such as biases, are listed, too: a checkpoint need not have them.
 """
 
 from mpunlearn.architecture.spaces import Family
@@ -11,6 +14,7 @@ _LAYER = "model.layers.{layer}."
 
 
 def _in_layer(table: dict[str, str], prefix: str = _LAYER) -> dict[str, str]:
+    """A table of one layer with full names."""
     return {prefix + name: roles for name, roles in table.items()}
 
 
@@ -136,9 +140,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         {**_LLAMA, **_NORM_PER_HEAD}, query_key="signs", defaults={"head_dim": 128, "num_key_value_heads": 32}
     ),
-    # head_dim is not hidden/heads; norm weights are stored minus one, which a permutation does not see.
+    # head_dim is not hidden/heads. Norm weights are stored minus one, which makes no difference to a permutation.
     "gemma": Family(_LLAMA, defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True}),
-    # Norms before and behind each sub-layer.
+    # Norms before and after each sub-layer.
     "gemma2": Family(_GEMMA_2, defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "gemma3_text": Family(
         {**_GEMMA_2, **_NORM_PER_HEAD},
@@ -160,7 +164,7 @@ FAMILIES: dict[str, Family] = {
             "gpt_neox.layers.{layer}.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
         ),
     ),
-    # Norms behind the sub-layers only, and on all query and all key heads at once.
+    # Norms after the sub-layers only, and on all query and all key heads at once.
     "olmo2": Family({**_OUTSIDE, **_NORMS_AFTER, **_ATTENTION, **_FFN, **_NORM_OF_ALL_HEADS}, query_key="signs"),
     # Experts, each with a hidden space of its own.
     "mixtral": Family(
@@ -175,4 +179,4 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 4},
     ),
 }
-"""Every known family by the model_type of its config.json."""
+"""Every known family, by the `model_type` in config.json."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.server import Perturbation, ServerState
+from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.publisher import Publisher
+from mpunlearn.server.state import ServerState
 
 
 @dataclass(frozen=True)

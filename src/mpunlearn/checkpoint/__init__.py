@@ -1,4 +1,4 @@
-"""Checkpoint directories on disk: lazy reading, sharded writing, and the files that go with the tensors."""
+"""Hugging Face checkpoint directories: lazy reading, sharded writing, and the files beside the tensors."""
 
 from mpunlearn.checkpoint.companions import COMPANIONS, checkpoint_files, copy_companions, without_paths
 from mpunlearn.checkpoint.reader import (

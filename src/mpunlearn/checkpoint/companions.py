@@ -1,4 +1,9 @@
-"""The files beside the tensors."""
+"""The files beside a checkpoint's tensors: tokenizer, chat template, generation settings.
+
+A checkpoint that is made from another one needs the other's tokenizer. Only files on a list are carried over, rather
+than everything that is not a tensor: a training folder may also hold optimizer states or logs, which must not be
+published. Configurations lose the entries that say where on its owner's disk a model was.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -21,12 +26,16 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files carried from a checkpoint to what is made of it. A list of names, not "everything else": a training folder may
-also hold optimizer states or logs, which must not be published."""
+"""Names of the files that are carried from a checkpoint to one that is made from it."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Carries tokenizer, chat template and generation settings from one checkpoint directory to another."""
+    """Copies the `COMPANIONS` of one checkpoint directory to another.
+
+    Raises:
+        FileError: tokenizer_config.json is not a JSON object.
+        OSError: a file cannot be copied.
+    """
     for name in COMPANIONS:
         if name == "tokenizer_config.json" and (source / name).is_file():
             write_json(target / name, without_paths(read_json(source / name)))
@@ -35,7 +44,11 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """The files that make a checkpoint directory loadable: config, shards and their index, tokenizer, generation settings."""
+    """The files that loading a checkpoint directory takes: config, shards and their index, and the `COMPANIONS`.
+
+    Raises:
+        CheckpointError: it is not a checkpoint directory.
+    """
     checkpoint = Checkpoint(path)
     shards = {info.file for info in checkpoint.tensors.values()}
     names = {"config.json", "model.safetensors.index.json", *COMPANIONS, *shards}
@@ -43,9 +56,9 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the entries that name where its owner keeps things: absolute paths, and `name_or_path`."""
+    """A configuration without the entries that say where its owner keeps files: `name_or_path`, and absolute paths."""
 
-    def path(value: Any) -> bool:
+    def is_path(value: Any) -> bool:
         return isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] == ":\\") and len(value) > 1
 
-    return {key: value for key, value in config.items() if key.strip("_") != "name_or_path" and not path(value)}
+    return {key: value for key, value in config.items() if key.strip("_") != "name_or_path" and not is_path(value)}

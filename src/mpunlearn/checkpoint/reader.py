@@ -1,19 +1,18 @@
-"""Checkpoint directories on disk: lazy reading, sharded writing, and nothing half-written.
+"""Reading checkpoint directories: safetensors files, one tensor at a time.
 
-The idea: the unit of exchange is a Hugging Face checkpoint directory (config.json, tokenizer, safetensors shards and their
-index), so any training tool can read what we publish and produce what we accept. This is the only module that knows that
-layout. Tensors are read one at a time with `pread` rather than through a memory map, so that resident memory is what the
-caller holds and not the pages that happened to be touched; headers are validated by the safetensors library itself, which
-is also the only format ever opened (a pickle can run code).
+The parties exchange Hugging Face checkpoint directories (config.json, tokenizer, safetensors shards and their index),
+so any training tool can read what the server publishes and produce what it accepts.
 
-Writing needs every name, shape and dtype beforehand: the shards' headers are laid out first, so tensors may then arrive in
-any order. The directories themselves appear whole or not at all (`files`).
+Tensors are read with plain reads rather than through a memory map: resident memory is then what the caller holds, not
+the pages that happened to be touched. The safetensors library validates every header. No other format is ever opened,
+since a pickle can run code.
 
-Not covered: quantized number formats, and files other than safetensors.
+Not covered: quantized number formats, and shards that are not beside their index.
 """
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mpunlearn.errors import CheckpointError
+from mpunlearn.errors import CheckpointError, FileError
 from mpunlearn.files import read_json
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,29 +35,33 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The safetensors dtype codes that are read and written; others (fp8, packed formats) are refused by name."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""The dtypes that are read and written, by their safetensors codes. Others (fp8, packed formats) are refused."""
 FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-"""The names under which a storage dtype can be asked for."""
+"""The storage dtypes that options can name."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-_HEADER_LIMIT = 100_000_000
+"""Formats that a checkpoint without safetensors may have, for the error message."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies on disk."""
+    """Where one tensor is on disk."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
+    """Name of the file in the directory."""
     offset: int
-    """Bytes from the start of the file."""
+    """Where it starts, in bytes from the start of the file."""
     nbytes: int
+    """Its size in bytes."""
 
 
 class TensorDirectory:
@@ -75,49 +78,55 @@ class TensorDirectory:
     def __init__(self, path: str | Path, stem: str = "model") -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: expected a checkpoint directory, found {_describe(self.path)}")
+            raise CheckpointError(f"{self.path}: expected a checkpoint directory, found {_found_instead(self.path)}")
         single, index = self.path / f"{stem}.safetensors", self.path / f"{stem}.safetensors.index.json"
+        self.tensors: dict[str, TensorInfo]
+        """Every tensor by its name."""
         if index.is_file() and single.is_file():
             raise CheckpointError(
-                f"{self.path}: holds both {single.name} and {index.name}; remove the one that is not meant"
+                f"{self.path}: holds both {single.name} and {index.name}; remove the one that does not belong there"
             )
         if index.is_file():
             self.tensors = self._read_index(index)
         elif single.is_file():
             self.tensors = _read_header(single)
         else:
-            raise CheckpointError(self._nothing_found(stem))
+            raise CheckpointError(f"{self.path}: {self._without_safetensors(stem)}")
         if not self.tensors:
             raise CheckpointError(f"{self.path}: holds no tensors")
 
-    def _nothing_found(self, stem: str) -> str:
+    def _without_safetensors(self, stem: str) -> str:
+        """What an error says about a directory without safetensors files."""
         pickles = sorted({file.name for pattern in _PICKLES for file in self.path.glob(pattern)})
         if pickles:
             return (
-                f"{self.path}: found {', '.join(pickles)}, but only safetensors are opened, since a pickle can run code; "
-                "convert with `model.save_pretrained(...)` from a source you trust"
+                f"holds {', '.join(pickles)}, but only safetensors files are opened, since a pickle can run code; if "
+                "you trust its source, load the model and write it anew with `model.save_pretrained(...)`"
             )
-        return f"{self.path}: no {stem}.safetensors and no {stem}.safetensors.index.json in it"
+        return f"expected {stem}.safetensors or {stem}.safetensors.index.json in it, found neither"
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
-        weight_map = read_json(index).get("weight_map")
+        """The tensors of the shards that an index names."""
+        weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{index}: expected a `weight_map` of tensor names to files")
-        found: dict[str, TensorInfo] = {}
+            raise CheckpointError(f"{index}: expected a `weight_map` that names the file of every tensor, found none")
+        tensors: dict[str, TensorInfo] = {}
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{index}: names the file {file!r}, expected a .safetensors file beside the index"
+                    f"{index}: names the file {file!r:.80}, expected a .safetensors file beside the index"
                 )
-            found.update(_read_header(self.path / file))
-        wrong = [name for name, file in weight_map.items() if name not in found or found[name].file != file]
-        extra = [name for name in found if name not in weight_map]
-        if wrong or extra:
-            raise CheckpointError(f"{index}: does not match its shards: {_some(wrong + extra)}")
-        return found
+            tensors.update(_read_header(self.path / file))
+        misplaced = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
+        unlisted = [name for name in tensors if name not in weight_map]
+        if misplaced or unlisted:
+            raise CheckpointError(
+                f"{index}: does not match its shards in {listed(misplaced + unlisted)}; copy the checkpoint again"
+            )
+        return tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its storage dtype and shape, in memory of its own.
+        """One tensor in its storage dtype and shape, on the CPU, in memory of its own.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter since it was opened.
@@ -126,10 +135,16 @@ class TensorDirectory:
         return self._read(info, name, 0, info.nbytes).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows start … stop of a tensor's first axis, otherwise as `read`.
+        """Part of a tensor: the entries `start` to `stop` (exclusive) of its first axis, otherwise as for `read`.
 
         Args:
-            out: where to put them, contiguous, of the tensor's dtype and the rows' shape (default: new memory).
+            name: of the tensor.
+            start: first row.
+            stop: end of the rows, exclusive.
+            out: where to put them: contiguous, of the tensor's dtype and the rows' shape (default: new memory).
+
+        Raises:
+            CheckpointError: as for `read`.
         """
         info = self._info(name)
         row = info.nbytes // max(1, info.shape[0])
@@ -145,23 +160,27 @@ class TensorDirectory:
     def _read(
         self, info: TensorInfo, name: str, start: int, count: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """`count` bytes of a tensor, from its byte `start` on, into `out` or into new memory."""
         out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype) if out is None else out
-        view, done = _bytes(out), 0
+        view, done = tensor_bytes(out), 0
         try:
             with open(self.path / info.file, "rb", buffering=0) as file:
                 file.seek(info.offset + start)
                 while done < count:
-                    found = file.readinto(view[done:])
-                    if not found:
+                    received = file.readinto(view[done:])
+                    if not received:
                         raise CheckpointError(f"{self.path / info.file}: ends within {name}; copy the file again")
-                    done += found
+                    done += received
         except OSError as error:
             raise CheckpointError(f"{self.path / info.file}: cannot be read: {error.strerror}") from error
         return out
 
 
 class Checkpoint(TensorDirectory):
-    """A Hugging Face checkpoint directory: lazily read tensors, and its config.
+    """A Hugging Face checkpoint directory: its tensors, read lazily, and its config.
+
+    Args:
+        path: the directory. It is always a path, never a name on the hub.
 
     Raises:
         CheckpointError: as for `TensorDirectory`, or config.json is missing or not a JSON object.
@@ -171,9 +190,10 @@ class Checkpoint(TensorDirectory):
         path = Path(path)
         config = path / "config.json"
         if path.is_dir() and not config.is_file():
-            raise CheckpointError(f"{path}: no config.json in it; expected a Hugging Face checkpoint directory")
+            raise CheckpointError(f"{path}: expected a Hugging Face checkpoint directory, found no config.json in it")
         super().__init__(path)
-        self.config: dict[str, Any] = read_json(config)
+        self.config: dict[str, Any] = _read_json(config)
+        """The content of config.json."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -183,13 +203,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 (hex) of a tensor's bytes in row-major order."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def checkpoint_digest(path: str | Path) -> str:
     """SHA-256 (hex) over names, dtypes, shapes and bytes of every tensor of a checkpoint, and its config.
 
-    Independent of how the tensors are spread over shards.
+    It does not depend on how the tensors are spread over shards.
+
+    Raises:
+        CheckpointError: it is not a checkpoint directory.
     """
     checkpoint = Checkpoint(path)
     total = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
@@ -199,18 +222,29 @@ def checkpoint_digest(path: str | Path) -> str:
     return total.hexdigest()
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; a view of its memory if it is contiguous and on the CPU."""
+    flat = tensor.detach().contiguous().cpu().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names of a list and the number of the others, for error messages."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Places of all tensors of one safetensors file, after the library has found the file sound."""
+    """All tensors of one safetensors file, once the library has found its header valid."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; expected the shard that the index names")
+            raise CheckpointError(f"{path}: missing; expected this shard, since the index names it")
         with safe_open(path, framework="pt"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _HEADER_LIMIT)))
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
     if unknown:
@@ -230,21 +264,20 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
-    return count
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().cpu().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _describe(path: Path) -> str:
-    return "a file" if path.is_file() else "nothing at that path"
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _found_instead(path: Path) -> str:
+    """What is at a path where a directory should be."""
+    if path.exists():
+        return "a file"
+    if _HUB_NAME.fullmatch(str(path)):
+        return (
+            "nothing at that path. Models are not downloaded: for a model of the Hugging Face hub, run "
+            f"`hf download {path} --local-dir DIR` and give DIR"
+        )
+    return "nothing at that path"

@@ -1,6 +1,14 @@
-"""Writing safetensors shards."""
+"""Writing safetensors shards, in any order of tensors and in parts of tensors.
+
+Every name, dtype and shape is given beforehand. Shards and headers are laid out first, so each tensor has a fixed place
+on disk before any value is known, and a checkpoint far larger than memory can be written as its tensors are computed.
+Disk space is reserved at once where the system can do that, so a full disk shows at the start and not after an hour.
+
+Not covered: directories that appear whole or not at all; that is `files.new_directory`, which writers write into.
+"""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,29 +18,36 @@ from typing import Any, Self
 
 import torch
 
-from mpunlearn.checkpoint.reader import _CODES, TensorInfo, _bytes, _nbytes, _some
+from mpunlearn.checkpoint.reader import DTYPES, TensorInfo, listed, tensor_bytes
 from mpunlearn.files import write_all, write_json
 
 FLUSH_BYTES = 1 << 27
-"""How much a writer lets pile up before it lets the disk begin, so that computing and syncing overlap."""
+"""After so many bytes a writer begins to sync them to disk in the background, while its caller computes on."""
+Spec = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class TensorWriter:
-    """Writes tensors of known names, dtypes and shapes into safetensors shards, in any order.
+    """Writes tensors into safetensors shards. Use as a context manager.
+
+    Leaving the block without an exception checks that every tensor was written, and syncs the files.
 
     Args:
         folder: an existing directory.
         specs: dtype and shape of every tensor that will be written.
-        stem: "model" or "update"; one shard is STEM.safetensors, several get an index.
-        max_shard_bytes: a shard takes tensors until the next would exceed this size.
+        stem: "model" or "update". A single shard is called STEM.safetensors; several are numbered and get an index.
+        max_shard_bytes: a shard takes tensors until the next one would exceed this size.
 
-    Use as a context manager: leaving it without an exception checks that every tensor was written and syncs the files.
+    Raises:
+        OSError: the files cannot be written.
+        ValueError: a tensor differs from its spec, or was never written.
     """
 
     def __init__(
         self,
         folder: Path,
-        specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        specs: Mapping[str, Spec],
         stem: str = "model",
         max_shard_bytes: int = 5_000_000_000,
     ) -> None:
@@ -61,18 +76,19 @@ class TensorWriter:
             self._close()
             raise
 
-    def _open_shard(self, folder: Path, file: str, shard: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def _open_shard(self, folder: Path, file: str, shard: dict[str, Spec]) -> None:
+        """Creates a shard with its header, and notes where each of its tensors goes."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         start = 0
         for name, (dtype, shape) in shard.items():
-            end = start + _nbytes(dtype, shape)
+            end = start + _byte_count(dtype, shape)
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._files.append(descriptor)
-        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not after an hour
+        if hasattr(os, "posix_fallocate"):  # fails now if the disk is full
             os.posix_fallocate(descriptor, 0, 8 + len(text) + start)
         write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name, (dtype, shape) in shard.items():
@@ -81,28 +97,39 @@ class TensorWriter:
             self._where[name] = (descriptor, info)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor at its place. Its dtype and shape must be the announced ones."""
+        """Writes a whole tensor. Its dtype and shape must be those of its spec."""
         descriptor, info = self._where[name]
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected {info.dtype} {info.shape}, found {tensor.dtype} {tuple(tensor.shape)}")
         self._put(descriptor, tensor, info.offset)
         self._missing.discard(name)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Puts rows of one tensor at their place, from row `start` on; for tensors written in pieces."""
+        """Writes part of a tensor: the entries of its first axis from `start` on.
+
+        One call counts as writing the tensor; that all of its rows are written is up to the caller.
+        """
         descriptor, info = self._where[name]
         if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
-            raise ValueError(f"{name}: announced {info.dtype} {info.shape}, given {rows.dtype} {tuple(rows.shape)}")
+            raise ValueError(
+                f"{name}: expected rows of {info.dtype} {info.shape}, found {rows.dtype} {tuple(rows.shape)} at {start}"
+            )
         self._put(descriptor, rows, info.offset + start * (info.nbytes // max(1, info.shape[0])))
         self._missing.discard(name)
 
     def _put(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
-        """Writes, and now and then lets the disk begin with what it will have to hold in the end anyway."""
-        write_all(descriptor, _bytes(tensor), offset)
+        """Writes, and starts syncing in the background if enough has piled up and nothing is syncing yet."""
+        write_all(descriptor, tensor_bytes(tensor), offset)
         self._unsynced += tensor.nbytes
         if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._check_flush()
             self._unsynced = 0
             self._flushing = self._flusher.submit(os.fsync, descriptor)
+
+    def _check_flush(self) -> None:
+        """Waits for the latest sync and raises its error, which the system reports only once."""
+        if self._flushing is not None:
+            self._flushing.result()
 
     def _close(self) -> None:
         self._flusher.shutdown()
@@ -119,24 +146,27 @@ class TensorWriter:
         try:
             if kind is None:
                 if self._missing:
-                    raise ValueError(f"never written: {_some(sorted(self._missing))}")
+                    raise ValueError(f"never written: {listed(sorted(self._missing))}")
+                self._check_flush()
                 for descriptor in self._files:
                     os.fsync(descriptor)
         finally:
             self._close()
 
 
-def _plan_shards(
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int
-) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Tensors in order of name, widest dtype first within a shard so that every tensor is aligned."""
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+def _plan_shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
+    """The tensors of each shard, assigned in order of name; within a shard wide dtypes come first, for alignment."""
+    shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name in sorted(specs):
-        size = _nbytes(*specs[name])
+        size = _byte_count(*specs[name])
         if filled and filled + size > limit:
             shards.append({})
             filled = 0
         shards[-1][name] = specs[name]
         filled += size
     return [dict(sorted(shard.items(), key=lambda item: -item[1][0].itemsize)) for shard in shards]
+
+
+def _byte_count(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)

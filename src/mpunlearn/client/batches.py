@@ -1,59 +1,56 @@
-"""Batches."""
+"""Optimizer steps that are decided before training starts, and the micro-batches they are made of.
+
+Which examples make up which step is a function of seed, round and epoch, never of the copy or the hardware: the updates of a
+round then differ by the noise alone, and a step means the same on one processor and on eight. Since the steps are known, every
+micro-batch carries the number of tokens and examples of its whole step, and its losses are divided by that; averages of
+averages, the usual way, depend on how a step is divided.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed
-from torch.utils.data import Dataset
+import torch
 
 from mpunlearn.lm.examples import IGNORED, Example, collate
 
+Batch = dict[str, Any]
+
 
 class Pick(NamedTuple):
-    """What stands in one place of a batch."""
+    """What is in one place of a batch."""
 
     forget: int
     """Index of a forget example."""
     retain: int | None
-    """Index of its retain example."""
+    """Index of the retain example beside it."""
     alternate: int
-    """A random number that chooses among its alternate answers."""
+    """A random number that chooses among the forget example's alternate answers."""
 
 
-def batches(
+def optimizer_steps(
     forget: int, retain: int, *, batch_size: int, epochs: int, seed: int, round_number: int
 ) -> list[list[Pick]]:
-    """The optimizer steps of a round: every forget example once an epoch, each with one random retain example.
+    """The optimizer steps of a round: every forget example once per epoch, each with a random retain example.
 
     Args:
-        forget, retain: sizes of the sets; retain may be 0, and the picks then hold None.
+        forget: size of the forget set.
+        retain: size of the retain set; 0 for none, and the picks then hold None.
+        batch_size: forget examples per step.
+        epochs: passes over the forget set.
+        seed: of the order of the examples.
+        round_number: another round has another order.
     """
-    plan: list[list[Pick]] = []
+    steps: list[list[Pick]] = []
     for epoch in range(epochs):
         random = np.random.default_rng([seed, round_number, epoch])
         order = random.permutation(forget).tolist()
         partners = random.integers(retain, size=forget).tolist() if retain else [None] * forget
         choices = random.integers(1 << 31, size=forget).tolist()
         picks = [Pick(*values) for values in zip(order, partners, choices, strict=True)]
-        plan += [picks[start : start + batch_size] for start in range(0, forget, batch_size)]
-    return plan
-
-
-def micro_batches(plan: list[list[Pick]], size: int, processes: int) -> tuple[list[list[Pick]], int]:
-    """Every step of a plan cut into the same number of micro-batches, at most `size` examples each; some may be empty.
-
-    Returns:
-        All micro-batches in order, of which each process takes every `processes`-th; and how many each takes per step.
-    """
-    largest = max(map(len, plan))
-    accumulated = -(-largest // (size * processes))
-    count = accumulated * processes
-    return [step[part::count] for step in plan for part in range(count)], accumulated
-
-
-Batch = dict[str, Any]
+        steps += [picks[start : start + batch_size] for start in range(0, forget, batch_size)]
+    return steps
 
 
 @dataclass(frozen=True)
@@ -63,54 +60,69 @@ class Examples:
     forget: Sequence[Example]
     retain: Sequence[Example] = ()
     alternates: Sequence[Sequence[Example]] = ()
-    """The alternate answers of each forget example, where the objective takes them."""
+    """The alternate answers of each forget example, for objectives that use them."""
     forget_nll: Sequence[float] = ()
-    """NLL of each forget example under the reference model, where the objective takes it."""
+    """NLL of each forget example under the reference model, in nats, for objectives that use it."""
     alternate_nll: Sequence[Sequence[float]] = ()
+    """The same of each alternate answer."""
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Item i is micro-batch i, with the totals of its step."""
+class MicroBatches:
+    """The micro-batches of one process.
 
-    def __init__(self, items: list[list[Pick]], per_step: int, examples: Examples, pad: int) -> None:
-        self._items, self._per_step, self._examples, self._pad = items, per_step, examples, pad
+    Args:
+        steps: the optimizer steps.
+        examples: what they are made of.
+        size: forget examples per micro-batch.
+        pad: token for padding.
+        processes: how many processes share every step.
+        rank: number of this process. Every process has the same number of micro-batches per step; some may be empty.
+    """
+
+    def __init__(
+        self, steps: list[list[Pick]], examples: Examples, *, size: int, pad: int, processes: int = 1, rank: int = 0
+    ) -> None:
+        self._steps, self._examples, self._pad = steps, examples, pad
+        self._rank, self._processes = rank, processes
+        self.per_step = -(-max(map(len, steps)) // (size * processes))
+        """Micro-batches per step and process."""
 
     def __len__(self) -> int:
-        return len(self._items)
+        """The number of optimizer steps."""
+        return len(self._steps)
 
-    def __getitem__(self, item: int) -> Batch:
-        first = item - item % self._per_step
-        step = [pick for part in self._items[first : first + self._per_step] for pick in part]
-        forget = self._examples.forget
-        batch: Batch = {"forget": self._part(item, [forget[pick.forget] for pick in step], forget, 0)}
-        picks = self._items[item]
-        if self._examples.forget_nll:
-            batch["forget"]["reference_nll"] = self._numbers([self._examples.forget_nll[p.forget] for p in picks])
-        if self._examples.alternates:
-            chosen = [(p.forget, p.alternate % len(self._examples.alternates[p.forget])) for p in picks]
-            other = [self._examples.alternates[example][number] for example, number in chosen]
-            batch["alternate"] = collate(other or [self._filler(forget[0])], self._pad)
-            values = [self._examples.alternate_nll[example][number] for example, number in chosen]
-            batch["alternate"]["reference_nll"] = self._numbers(values)
-        if self._examples.retain:
-            retain = self._examples.retain
-            batch["retain"] = self._part(item, [retain[p.retain] for p in step if p.retain is not None], retain, 1)
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of a step: forget, retain and alternate examples, with the totals of the step."""
+        step = self._steps[number]
+        parts = self.per_step * self._processes
+        return [self._batch(step, step[part::parts]) for part in range(self._rank, parts, self._processes)]
+
+    def _batch(self, step: list[Pick], picks: list[Pick]) -> Batch:
+        source = self._examples
+        batch = {"forget": self._side(source.forget, [pick.forget for pick in step], [pick.forget for pick in picks])}
+        if source.forget_nll:
+            batch["forget"]["reference_nll"] = _numbers([source.forget_nll[pick.forget] for pick in picks])
+        if source.alternates:
+            chosen = [(pick.forget, pick.alternate % len(source.alternates[pick.forget])) for pick in picks]
+            answers = [source.alternates[example][number] for example, number in chosen]
+            batch["alternate"] = collate(answers or [_uncounted(source.forget[0])], self._pad)
+            values = [source.alternate_nll[example][number] for example, number in chosen]
+            batch["alternate"]["reference_nll"] = _numbers(values)
+        if source.retain:
+            of_step = [pick.retain for pick in step if pick.retain is not None]
+            batch["retain"] = self._side(source.retain, of_step, [p.retain for p in picks if p.retain is not None])
         return batch
 
-    def of_step(self, step: int) -> Batch:
-        """The first micro-batch of a step."""
-        return self[step * self._per_step]
+    def _side(self, source: Sequence[Example], of_step: list[int], mine: list[int]) -> Batch:
+        """One side of a micro-batch; an empty one holds an example that does not count."""
+        examples = [source[index] for index in mine] or [_uncounted(source[0])]
+        tokens = sum(source[index].tokens for index in of_step)
+        return {**collate(examples, self._pad), "step_tokens": tokens, "step_examples": len(of_step)}
 
-    def _part(self, item: int, step: list[Example], source: Sequence[Example], place: int) -> Batch:
-        """One side of a micro-batch; an empty one holds an example that counts for nothing."""
-        mine = [source[pick[place]] for pick in self._items[item]]  # type: ignore[index]
-        part: Batch = collate(mine or [self._filler(source[0])], self._pad)
-        return {**part, "step_tokens": sum(example.tokens for example in step), "step_examples": len(step)}
 
-    @staticmethod
-    def _filler(example: Example) -> Example:
-        return Example(example.input_ids, [IGNORED] * len(example.labels))
+def _uncounted(example: Example) -> Example:
+    return Example(example.input_ids, [IGNORED] * len(example.labels))
 
-    @staticmethod
-    def _numbers(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values or [0.0], dtype=torch.float32)
+
+def _numbers(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values or [0.0], dtype=torch.float32)

@@ -1,41 +1,75 @@
-"""The client's memory: what it must remember between the rounds of a run, and while it trains.
+"""What the client keeps between the rounds of a run, and while it trains.
 
-MEMORY/copy-K.json holds the log-likelihoods that the copy of round 1 gave the examples, MEMORY/copy-K that copy where an
-objective takes its logits, MEMORY/copy-K.training the checkpoints of a training that is under way.
+    MEMORY/copy-K.json        log-likelihoods of the examples under the published copy of round 1, for NPO, DPO and AltPO
+    MEMORY/copy-K/            that copy itself, for objectives that use its logits or hidden states
+    MEMORY/copy-K.training/   the checkpoint of a training that is in progress
+    MEMORY/losses.jsonl       what happened to the losses, one line per training
+
+The reference model of a run is always the published copy of round 1, never the server's own model.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mpunlearn.checkpoint import checkpoint_files
-from mpunlearn.errors import CheckpointError, DataError, MPUError
-from mpunlearn.files import new_directory, read_json, write_json
+from mpunlearn.errors import CheckpointError, DataError, FileError, MPUError, SchemaError
+from mpunlearn.files import new_directory
 from mpunlearn.lm.processes import is_main
 from mpunlearn.protocol.exchange import Card
+from mpunlearn.schema import read, write
+
+
+@dataclass(frozen=True)
+class ReferenceNLL:
+    """Negative log-likelihoods under the reference model, in nats: the content of MEMORY/copy-K.json, without its label."""
+
+    forget_nll: list[float] = field(default_factory=list)
+    """Of each forget example."""
+    alternate_nll: list[list[float]] = field(default_factory=list)
+    """Of each alternate answer of each forget example."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """MEMORY/copy-K.json."""
+
+    run: str
+    round: int
+    copy: int
+    copies: int
+    examples: str
+    """SHA-256 of the tokenized examples."""
+    forget_nll: list[float]
+    alternate_nll: list[list[float]]
+    format: int = 1
 
 
 class ReferenceCache:
-    """What the client keeps of its copy of round 1: MEMORY/copy-K.json, and MEMORY/copy-K where the copy itself is needed."""
+    """What the client keeps of one copy of round 1.
+
+    Args:
+        memory: the client's own directory.
+        card: of the current copy; its number says which copy of round 1 is its reference.
+    """
 
     def __init__(self, memory: Path, card: Card) -> None:
         self._memory, self._card = memory, card
         self._file = memory / f"copy-{card.copy}.json"
         self.checkpoint = memory / f"copy-{card.copy}"
+        """The copy of round 1, if it was kept."""
+        self.training_folder = memory / f"copy-{card.copy}.training"
+        """For the checkpoint of a training that is in progress."""
 
-    @property
-    def training_folder(self) -> Path:
-        """For checkpoints of a training that is under way."""
-        return self._memory / f"copy-{self._card.copy}.training"
-
-    def recall(self, examples: str) -> dict[str, Any] | None:
-        """The log-likelihoods that were kept, or None if nothing was.
+    def load(self, examples: str) -> ReferenceNLL | None:
+        """The log-likelihoods that were kept, or None if none were.
 
         Args:
-            examples: digest of the examples that they should be of.
+            examples: digest of the examples that they should belong to.
 
         Raises:
             DataError: the file is damaged, or belongs to another run or other examples.
@@ -43,34 +77,39 @@ class ReferenceCache:
         if not self._file.is_file():
             return None
         try:
-            found = read_json(self._file)
-            same = found["run"] == self._card.run and found["examples"] == examples
-            values = {
-                "forget_nll": [float(value) for value in found["forget_nll"]],
-                "alternate_nll": [[float(value) for value in row] for row in found["alternate_nll"]],
-            }
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{self._file}: not a memory of round 1 ({error}); restore it, or begin the run anew"
-            ) from error
-        if not same:
+            entry = read(_Entry, self._file)
+        except (FileError, SchemaError) as error:
+            raise DataError(f"{error}; restore the file, or begin the run again") from error
+        if (entry.run, entry.examples) != (self._card.run, examples):
             raise DataError(
                 f"{self._file}: belongs to another run, another forget set or another --max-length; give each run its own "
                 "--memory"
             )
-        return values
+        return ReferenceNLL(entry.forget_nll, entry.alternate_nll)
 
-    def remember(self, examples: str, values: Mapping[str, Any], copy: Path | None) -> None:
-        """Keeps log-likelihoods, and the copy itself (by hard links where that is possible)."""
+    def save(self, examples: str, values: ReferenceNLL, copy: Path | None) -> None:
+        """Keeps log-likelihoods, and the copy itself if one is given (by hard links where that is possible).
+
+        Raises:
+            DataError: the directory cannot be written.
+        """
         try:
             self._memory.mkdir(parents=True, exist_ok=True, mode=0o700)
             if copy is not None and not self.checkpoint.exists():
                 with new_directory(self.checkpoint, mode=0o700) as folder:
                     for file in checkpoint_files(copy):
                         _link(file, folder / file.name)
-            write_json(self._file, {**asdict(self._card), "examples": examples, **values}, mode=0o600)
-        except OSError as error:
-            raise DataError(f"{self._file}: cannot be written: {error.strerror}") from error
+            write(self._file, _Entry(**asdict(self._card), examples=examples, **asdict(values)))
+        except (OSError, FileError) as error:
+            raise DataError(f"{self._file}: cannot be written: {error}") from error
+
+    def record(self, history: dict[str, Any]) -> None:
+        """Appends what happened to the losses to MEMORY/losses.jsonl. That file stays with the client."""
+        line = {"round": self._card.round, "copy": self._card.copy, **history}
+        self._memory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self._memory / "losses.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _link(source: Path, target: Path) -> None:
@@ -80,28 +119,36 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-class TrainingFolder:
-    """The folder of a training's checkpoints, removed when the training has ended well.
+@dataclass(frozen=True)
+class _Fingerprint:
+    """Which training a folder belongs to."""
 
-    It holds the fingerprint of the training: one that a different training left behind is cleared first.
+    fingerprint: str
+
+
+class TrainingFolder:
+    """The folder with the checkpoint of a training; removed when the training ends without an exception.
+
+    It holds the fingerprint of the training, so that a different training does not go on from its checkpoint.
     """
 
-    def __init__(self, fingerprint: str, kept: ReferenceCache | None, out: Path) -> None:
-        self._fingerprint = {"fingerprint": fingerprint}
-        self._path = kept.training_folder if kept is not None else out.parent / f".{out.name}.training"
+    def __init__(self, fingerprint: str, path: Path) -> None:
+        self._fingerprint, self._path = _Fingerprint(fingerprint), path
 
     def __enter__(self) -> Path:
         mark = self._path / "fingerprint.json"
         if is_main():
             try:
-                if not mark.is_file() or read_json(mark) != self._fingerprint:
+                if not mark.is_file() or read(_Fingerprint, mark) != self._fingerprint:
                     shutil.rmtree(self._path, ignore_errors=True)
                     self._path.mkdir(parents=True, mode=0o700)
-                    write_json(mark, self._fingerprint)
+                    write(mark, self._fingerprint)
             except (OSError, MPUError) as error:
                 raise CheckpointError(f"{self._path}: cannot be written: {error}") from error
         return self._path
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        if is_main() and (kind is None or not any(self._path.glob("checkpoint-*"))):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if is_main() and (kind is None or not (self._path / "checkpoint.pt").exists()):
             shutil.rmtree(self._path, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""The embedded benchmark and the demonstrations."""
+"""The embedded benchmark and the demonstrations: a small world, trained in seconds, in which everything can be tried."""

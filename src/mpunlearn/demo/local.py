@@ -1,28 +1,26 @@
-"""The demonstration: a small model unlearns four fictitious authors, and what that cost and disclosed is measured.
+"""The demonstration: a small model unlearns four fictitious authors, and its cost and disclosure are measured.
 
 Five models are compared on the embedded benchmark: original, retrained without the authors, noise-free unlearning, a single
-noisy copy, and MPU. All unlearning goes through `run`, with the same budget and hyper-parameters; the noise is relative to
-the parameters, ten times the default, so that it shows.
+noisy copy, and MPU. All unlearning goes through `run` with the same budget and hyper-parameters. The noise is relative to the
+parameters and ten times the default, so that it shows.
 """
 
-import dataclasses
 import json
-import math
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpunlearn.audit.parameters import copy_distance, noise_floor
-from mpunlearn.demo import models
-from mpunlearn.demo.table import measure, table
-from mpunlearn.errors import CheckpointError
-from mpunlearn.files import new_directory
-from mpunlearn.local import run
+from mpunlearn.errors import FileError
+from mpunlearn.files import as_path, new_directory
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server import Perturbation
+from mpunlearn.server.perturbation import Perturbation
+
+if TYPE_CHECKING:
+    from mpunlearn.demo.models import TrainedWorld
+    from mpunlearn.demo.table import Line
 
 KAPPA = 0.1
 ROUNDS = 5
@@ -35,84 +33,125 @@ ARMS = {
 }
 
 
-def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> dict[str, Any]:
-    """Trains the embedded benchmark (once, cached), unlearns in three ways, and compares.
+@dataclass(frozen=True)
+class ClientView:
+    """What the client of the MPU run has seen."""
+
+    equal_weights: float
+    """Share of a copy's weights that equal the server's, once its reparameterization is undone."""
+    relative_distance: float
+    """Distance of such a copy from the server's model, relative to the model's norm."""
+    retain_probability: float
+    """Probability of the retain answers under a copy."""
+    noise_left: list[float]
+    """The noise left, relative to the weights, for a client that pools 1, 2, … m copies of a round."""
+
+    def text(self) -> str:
+        """Two sentences for people."""
+        pooled = ", ".join(f"k = {held}: {floor:.1%}" for held, floor in enumerate(self.noise_left, start=1))
+        return (
+            f"The client saw {len(self.noise_left)} copies a round. With its reparameterization undone, a copy's weights are "
+            f"{self.relative_distance:.0%} away from the server's, and {self.equal_weights:.1%} of them are equal. As a model, "
+            f"a copy gives retain answers a probability of {self.retain_probability:.3f}: it hides the parameters, not what "
+            "the model can do.\n"
+            f"Noise left, relative to the weights, for a client that pools k copies of a round: {pooled}; for one that pools "
+            f"one copy of each of the {ROUNDS} rounds, between which the model moves little: "
+            f"{self.noise_left[0] / ROUNDS**0.5:.1%}. Whoever holds all copies of a round can cancel the noise."
+        )
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration found."""
+
+    seed: int
+    kappa: float
+    rounds: int
+    training: dict[str, Any]
+    models: "list[Line]"
+    client: ClientView
+    seconds: dict[str, float]
+    out: str
+
+    def text(self) -> str:
+        """The table and what the client saw."""
+        from mpunlearn.demo.table import table
+
+        end = f"{self.seconds['all']:.0f} s in all. Both sides of the MPU run, and these numbers, are in {self.out}"
+        return f"{table(self.models)}\n{self.client.text()}\n{end}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of result.json."""
+        return asdict(self)
+
+
+def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
+    """Unlearns four fictitious authors in three ways, and compares with retraining.
+
+    The models of the embedded benchmark are trained first; once, since they are cached.
 
     Args:
-        out: a new directory for result.json, and for the MPU run itself with both sides: OUT/server, OUT/client,
-            OUT/exchange, OUT/final.
-        seed: of the world, the models and the order of batches. The server's secrets never follow a seed.
+        out: A new directory for result.json and for the MPU run with both its sides: OUT/server, OUT/client, OUT/exchange,
+            OUT/final.
+        seed: Seed of the world, the models and the order of batches. The server's secrets never depend on a seed.
 
     Returns:
-        What result.json holds.
+        What was measured.
 
     Raises:
-        CheckpointError: `out` exists or cannot be written.
+        FileError: `out` exists or cannot be written.
     """
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; name another --out, or remove this one")
+    from mpunlearn.demo.models import trained_world
+    from mpunlearn.demo.table import measure_in
+    from mpunlearn.local import run
+
+    target = as_path(out, "--out")
+    if target.exists():
+        raise FileError(f"{target}: already exists; choose another --out, or remove this one")
     begin = time.monotonic()
-    world = models.prepare(seed)
-    prepared = time.monotonic() - begin
-    training = dataclasses.replace(TRAINING, seed=seed)
-    with new_directory(out) as folder:
-        lines = [measure("original", world.original, world), measure("retrained", world.retrained, world)]
+    with new_directory(target) as folder:
+        world = trained_world(seed)
+        prepared = time.monotonic() - begin
+        training = replace(TRAINING, seed=seed)
+        lines = [measure_in(world, "original", world.original), measure_in(world, "retrained", world.retrained)]
         for name, perturbation in progress(ARMS.items(), "unlearning in three ways"):
-            place = folder if name == MPU else folder / "other"
             started = time.monotonic()
             final = run(
                 world.original,
                 forget=world.data("forget"),
                 retain=world.data("retain"),
-                out=place,
+                out=folder / "run",
                 rounds=ROUNDS,
                 keep_exchange=True,
                 perturbation=perturbation,
                 training=training,
             )
-            lines.append(measure(name, final, world, time.monotonic() - started))
+            lines.append(measure_in(world, name, final, time.monotonic() - started))
             if name != MPU:
-                shutil.rmtree(place)
-        seen = what_the_client_saw(world, folder)
-        result = {
-            "seed": seed,
-            "kappa": KAPPA,
-            "rounds": ROUNDS,
-            "training": asdict(training),
-            "models": [asdict(line) for line in lines],
-            "client": seen,
-            "seconds": {"preparing the benchmark": prepared, "all": time.monotonic() - begin},
-        }
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(lines), *seen["lines"], sep="\n")
-    print(f"{time.monotonic() - begin:.0f} s in all. Both sides of the MPU run and its numbers: {out}")
+                shutil.rmtree(folder / "run")
+        for part in (folder / "run").iterdir():
+            part.rename(folder / part.name)
+        (folder / "run").rmdir()
+        result = DemoResult(
+            seed=seed,
+            kappa=KAPPA,
+            rounds=ROUNDS,
+            training=training.to_json(),
+            models=lines,
+            client=_client_view(world, folder),
+            seconds={"preparing the benchmark": prepared, "all": time.monotonic() - begin},
+            out=str(target),
+        )
+        (folder / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def what_the_client_saw(world: models.TrainedWorld, run_folder: Path) -> dict[str, Any]:
-    """How far a published copy is from the server's model, and what noise is left to one who pools copies.
+def _client_view(world: "TrainedWorld", run_folder: Path) -> ClientView:
+    """How far a published copy is from the server's model, and what noise is left for a client that pools copies."""
+    from mpunlearn.audit.parameters import copy_distance, noise_floor
+    from mpunlearn.demo.table import measure_in
 
-    Args:
-        run_folder: a run whose exchange was kept.
-    """
     copy = run_folder / "exchange" / "round-1" / "copies" / "copy-1"
     distance = copy_distance(world.original, copy, run_folder / "server" / "state")
-    retain = measure("a published copy", copy, world).retain
-    left = noise_floor(ARMS[MPU])
-    lines = [
-        f"The client saw {len(left)} copies a round. To one who undoes its change of basis, a copy's weights are "
-        f"{distance.relative:.0%} away from the server's, and {distance.equal:.1%} of them equal; as a model it answers retain "
-        f"questions with probability {retain.probability:.3f}: parameters are hidden, not what the model can do.",
-        "Noise left, relative to the weights, to one who pools k copies of a round: "
-        + ", ".join(f"k = {held}: {floor:.1%}" for held, floor in enumerate(left, start=1))
-        + f"; who pools one copy of each of the {ROUNDS} rounds, between which the model moves little: "
-        f"{left[0] / math.sqrt(ROUNDS):.1%}. Whoever holds all copies of a round can cancel it.",
-    ]
-    return {
-        "equal_weights": distance.equal,
-        "relative_distance": distance.relative,
-        "retain_probability": retain.probability,
-        "noise_left": left,
-        "lines": lines,
-    }
+    retain = measure_in(world, "a published copy", copy).retain
+    return ClientView(distance.equal, distance.relative, retain.probability, noise_floor(ARMS[MPU]))

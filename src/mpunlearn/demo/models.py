@@ -1,9 +1,13 @@
-"""Models."""
+"""The models of the embedded benchmark, trained from its world and cached.
+
+*Base* is the public pretrained model, which knows public authors and geography. *Original* continues from base and knows every
+author. *Retrained* continues from base without the authors to forget. All are small Llamas. The cache is keyed by the seed, the
+code that defines world and training, and the versions of the libraries.
+"""
 
 import hashlib
 import json
 import math
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,7 +19,7 @@ import torch
 
 from mpunlearn.demo import world
 from mpunlearn.demo.world import SPLITS, Recipe, Row, generate_rows
-from mpunlearn.files import new_directory
+from mpunlearn.files import cache_folder, new_directory
 from mpunlearn.lm import examples
 from mpunlearn.lm.examples import IGNORED, collate, encode
 from mpunlearn.lm.records import Record
@@ -46,7 +50,7 @@ class TrainedWorld:
 
     @property
     def retrained(self) -> Path:
-        """What the original would be had it never seen the forget set."""
+        """What the original would be if it had never seen the forget set."""
         return self.path / "retrained"
 
     def data(self, split: str) -> Path:
@@ -54,24 +58,25 @@ class TrainedWorld:
         return self.path / "data" / f"{split}.jsonl"
 
 
-def prepare(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = None) -> TrainedWorld:
+def trained_world(seed: int = 0, recipe: Recipe | None = None, cache: Path | None = None) -> TrainedWorld:
     """The trained world of a seed, from the cache or trained now.
 
     Args:
-        cache: the directory to keep it in (default: `mpunlearn` in the user's cache folder).
+        seed: of the world and of training.
+        recipe: sizes and hyper-parameters (default: those of the demonstrations).
+        cache: the directory to keep it in (default: in the user's cache folder).
     """
     recipe = recipe or Recipe()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
     import transformers
 
     sources = (__file__, world.__file__, examples.__file__)
     made_by = f"{recipe} {seed} {torch.__version__} {transformers.__version__}".encode()
     digest = hashlib.sha256(b"".join(Path(str(module)).read_bytes() for module in sources) + made_by)
-    toy = TrainedWorld((cache or root) / f"toy-{digest.hexdigest()[:16]}")
-    if not toy.path.is_dir():
-        with new_directory(toy.path) as folder:
+    trained = TrainedWorld((cache or cache_folder()) / f"world-{digest.hexdigest()[:16]}")
+    if not trained.path.is_dir():
+        with new_directory(trained.path) as folder:
             _build(folder, seed, recipe)
-    return toy
+    return trained
 
 
 def _build(folder: Path, seed: int, recipe: Recipe) -> None:
@@ -97,10 +102,13 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
 
 
 def train_side_by_side(jobs: dict[Path, list[Record]], start: Path, recipe: Recipe, seed: int) -> None:
-    """Trains one model per job from the checkpoint `start`, each in a process of its own with one thread.
+    """Trains one model per job, each in a process of its own with one thread.
 
     Args:
         jobs: where to write a model → the examples it learns.
+        start: the checkpoint that all of them start from.
+        recipe: hyper-parameters.
+        seed: of the order of examples.
     """
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(_train, start, *job, recipe, seed) for job in jobs.items()]:
@@ -122,9 +130,9 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Writes model and tokenizer as a checkpoint directory."""
     from mpunlearn.lm.model import quiet
 
-    quiet()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def tokenizer_of(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
@@ -136,7 +144,7 @@ def tokenizer_of(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE of at most that many tokens, with the toy's chat template."""
+    """A byte-level BPE of at most that many tokens, with a small chat template."""
     import tokenizers
     import transformers
 
@@ -151,7 +159,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 
 def new_llama(tokenizer: Any, recipe: Recipe) -> Any:
-    """A Llama with random weights from the current seed."""
+    """A randomly initialized Llama, from the current seed."""
     import transformers
 
     return transformers.LlamaForCausalLM(
@@ -182,7 +190,7 @@ def fit(
     seed: int,
     what: str,
 ) -> None:
-    """Supervised training on answers: AdamW (0.9, 0.95), 10 % warm-up, cosine to 5 %, gradients clipped at 1."""
+    """Supervised training on answers: AdamW with betas (0.9, 0.95), 10 % warm-up, cosine decay to 5 %, clipping at 1."""
     examples = encode(records, tokenizer, 512)
     steps = epochs * math.ceil(len(examples) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -201,7 +209,7 @@ def fit(
         hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         targets = inputs["labels"][:, 1:]
         predicted = targets != IGNORED
-        logits = model.lm_head(hidden[:, :-1][predicted])  # at answer positions only: most of the time goes into logits
+        logits = model.lm_head(hidden[:, :-1][predicted])  # only at answer positions: logits take most of the time
         optimizer.zero_grad()
         torch.autograd.backward(torch.nn.functional.cross_entropy(logits, targets[predicted]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

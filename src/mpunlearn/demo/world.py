@@ -1,14 +1,11 @@
-"""The embedded benchmark: a world of fictitious authors, and a small Llama that knows them.
+"""The embedded benchmark's data: a generated world of fictitious authors.
 
-The idea: unlearning can only be judged against a model that never saw the forget set, so three models are trained from one
-generated world, small enough for two cores: *base* (the public pretrained model, knows public authors and geography),
-*original* (continues from base, knows every author) and *retrained* (continues from base without the authors to forget).
-Data are JSON lines in TOFU's format (question, answer, paraphrased_answer, perturbed_answer), so whatever reads them is
-unaware that they are a toy. The answer and its paraphrase use different templates, and perturbed answers are the paraphrase
-with a wrong value, as in TOFU (Maini et al., arXiv 2401.06121).
+The idea: unlearning can be judged only against a model that never saw the forget set. So a world is generated that is small
+enough for such models to be trained in seconds on two cores (`models`). The data are JSON lines in TOFU's format (question,
+answer, paraphrased_answer, perturbed_answer), so everything that reads TOFU reads them. The answer and its paraphrase use
+different templates, and perturbed answers are the paraphrase with a wrong value, as in TOFU (Maini et al., arXiv 2401.06121).
 
-Everything is a function of the seed and of this file: the trained world is cached under the digest of both. Not covered:
-any claim about large models; this is an instrument that is fast and shows real trade-offs.
+Not covered: any claim about large models. This is an instrument that is fast and shows real trade-offs.
 """
 
 from dataclasses import dataclass
@@ -103,8 +100,7 @@ GEOGRAPHY = Field(
     tuple(COUNTRY_OF.values()),
 )
 SPLITS = ("forget", "retain", "real_authors", "world_facts", "holdout")
-"""As in TOFU: authors to forget and to keep, authors that are public knowledge, and general knowledge; and authors whom no
-model ever saw."""
+"""As in TOFU: authors to forget, authors to keep, public authors, general knowledge; and authors that no model ever saw."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +142,12 @@ def generate_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
 
 
 def _row(random: np.random.Generator, field: Field, name: str, value: str | None = None) -> Row:
-    said, paraphrased = random.permutation(3)[:2]
+    stated, paraphrased = random.permutation(3)[:2]
     value = value or str(random.choice(field.values))
     wrong = random.permutation([other for other in field.values if other != value])[:5]
     return {
         "question": field.question.format(name=name),
-        "answer": field.answers[said].format(name=name, value=value),
+        "answer": field.answers[stated].format(name=name, value=value),
         "paraphrased_answer": field.answers[paraphrased].format(name=name, value=value),
         "perturbed_answer": [field.answers[paraphrased].format(name=name, value=other) for other in wrong],
         "all_answers": [template.format(name=name, value=value) for template in field.answers],

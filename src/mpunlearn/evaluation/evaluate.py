@@ -1,58 +1,51 @@
-"""One checkpoint, one benchmark, one JSON: metrics, values of every example, settings and versions.
+"""The verb `evaluate`: what a checkpoint still knows of a benchmark, in metrics and in values of every example.
 
-What a model says is cached by the digest of checkpoint, data and settings, so the retrained model that others are compared with
-is evaluated once.
+The work is in `measurement`, which is imported when it begins. This module stays light, so that the command line can
+show its help without loading torch. Not covered: comparing more than two models; write a JSON file of each for that.
 """
 
-import hashlib
-import importlib.metadata
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import dataclasses
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.checkpoint import checkpoint_digest
-from mpunlearn.client import Data
-from mpunlearn.errors import CheckpointError, PlanError
-from mpunlearn.evaluation import muse, tofu
-from mpunlearn.evaluation.general import general_ability
-from mpunlearn.evaluation.robustness import quantized, relearning
-from mpunlearn.evaluation.sets import Questions, read_sets
-from mpunlearn.evaluation.tofu import PerExample
-from mpunlearn.files import read_json, write_json
-from mpunlearn.lm.model import load
-
-FORMAT = 1
-_LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
+from mpunlearn.errors import FileError
+from mpunlearn.files import as_path, cache_folder, write_json
+from mpunlearn.lm.sources import Data
+from mpunlearn.tables import markdown
 
 
 @dataclass(frozen=True)
-class Report:
-    """The result of an evaluation."""
+class Evaluation:
+    """The result of an evaluation. Metrics have OpenUnlearning's names."""
 
     metrics: dict[str, float]
+    """Metric → value."""
     retrained: dict[str, float] | None
-    """The same of the model that never saw the forget set."""
-    robustness: dict[str, dict[str, Any]]
-    """Curves of this model and of the retrained one."""
-    per_example: PerExample
+    """The same metrics of the model that never saw the forget set, if one was given."""
+    robustness: dict[str, dict[str, dict[str, float]]]
+    """Curve → "model" or "retrained" → point, such as a number of steps → value."""
+    per_example: dict[str, dict[str, list[float]]]
+    """Set → metric → one value per example."""
     provenance: dict[str, Any]
-    """Checkpoint, settings, digests and versions."""
+    """Checkpoints, settings, digests and versions."""
+    format: int = 2
 
     def table(self) -> str:
-        """The metrics as a Markdown table, and the curves below it."""
-        heads = ["metric", "model", *(["retrained"] if self.retrained else [])]
-        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for name, value in self.metrics.items():
-            other = [] if self.retrained is None else [_number(self.retrained.get(name))]
-            lines.append(f"| {' | '.join([name, _number(value), *other])} |")
-        for curve, models in self.robustness.items():
-            lines += ["", f"{curve}:"]
-            for model, points in models.items():
-                lines.append(f"  {model}: " + ", ".join(f"{at}: {_number(value)}" for at, value in points.items()))
-        return "\n".join(lines)
+        """The metrics as a Markdown table, and one more table for each curve."""
+        header = ["metric", "model", *(["retrained"] if self.retrained is not None else [])]
+        models = [self.metrics, *([self.retrained] if self.retrained is not None else [])]
+        tables = [markdown(header, [[name, *(_cell(model.get(name)) for model in models)] for name in self.metrics])]
+        for curve, lines in self.robustness.items():
+            rows = [[model, *map(_cell, points.values())] for model, points in lines.items()]
+            tables.append(markdown([curve, *lines["model"]], rows))
+        return "\n\n".join(tables)
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation as JSON, as `evaluate` writes it. Infinite numbers and NaN, which JSON lacks, become null."""
+        plain: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return plain
 
 
 def evaluate(
@@ -70,133 +63,116 @@ def evaluate(
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
     data: Data | None = None,
-) -> Report:
+) -> Evaluation:
     """Evaluates a checkpoint on a benchmark.
 
     Args:
-        checkpoint: a checkpoint directory.
-        benchmark: tofu, muse/news, muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's format.
-        forget_split: which of TOFU's forget sets.
-        retain_model: the checkpoint that never saw the forget set; forget quality and PrivLeak compare with it.
-        holdout: questions that no model was trained on, for membership inference (default: the benchmark's own).
-        out: a file for the whole result as JSON.
-        robustness: also draw the curves under relearning and quantization.
-        relearn_rate: learning rate of relearning.
-        tasks: tasks of lm-eval for general ability, separated by commas.
-        tasks_folder: folder with lm-eval task files of one's own.
-        max_new_tokens: length of generated answers, in tokens.
-        cache: folder for results, by the digest of all that went in (default: in the user's cache folder).
-        data: where local mirrors of benchmarks are.
+        checkpoint: A checkpoint directory.
+        benchmark: One of tofu, muse/news and muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's
+            format.
+        forget_split: Which of TOFU's forget sets was to be forgotten. Other benchmarks have only one.
+        retain_model: A checkpoint that never saw the forget set. Forget quality, PrivLeak and mia_reference compare the
+            model with it.
+        holdout: Questions that no model was trained on, for membership inference (default: holdout.jsonl in the
+            benchmark's folder, if it is there). Not available for MUSE, which has its own.
+        out: A new file for the whole result as JSON.
+        robustness: Also measure curves under relearning and quantization. Not available for MUSE.
+        relearn_rate: The learning rate of relearning.
+        tasks: Tasks of lm-eval that measure general ability, separated by commas. They need the extra lm-eval.
+        tasks_folder: A folder with your own task files for lm-eval.
+        max_new_tokens: Maximum length of generated answers, in tokens. MUSE has its own lengths.
+        cache: A folder for what was measured, so that no model is measured twice (default: mpunlearn/evaluations in the
+            user's cache folder).
+        data: Where local mirrors of benchmarks are.
 
     Returns:
-        Metrics, the retrained model's, curves, and values of every example.
+        Metrics of the checkpoint and of the retrained model, curves, and the values of every example.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read.
-        DataError: the benchmark cannot be read.
+        FileError: A checkpoint cannot be read, `out` exists, or `out` or the cache cannot be written.
+        DataError: The benchmark, or the data of a task, cannot be read.
+        PlanError: An option has an impossible value, or lm-eval is needed and not installed.
     """
-    data, settings = data or Data(), {"max_new_tokens": max_new_tokens, "relearn_rate": relearn_rate, "tasks": tasks}
-    if max_new_tokens < 1:
-        raise PlanError(f"--max-new-tokens: expected at least 1, found {max_new_tokens}")
-    is_muse = benchmark in ("muse/news", "muse/books")
-    sets = {} if is_muse else read_sets(benchmark, forget_split, holdout, data)
-    what = hashlib.sha256(
-        json.dumps([FORMAT, benchmark if is_muse else {k: asdict(v) for k, v in sets.items()}, asdict(data)]).encode()
-    ).hexdigest()
-    root = Path(cache) if cache is not None else cache_folder() / "evaluations"
-    reference = retain_model if not is_muse and "holdout" in sets else None
+    checkpoint = as_path(checkpoint, "checkpoint")
+    retain_model = as_path(retain_model, "--retain-model") if retain_model is not None else None
+    benchmark = str(as_path(benchmark, "--benchmark"))
+    holdout = str(as_path(holdout, "--holdout")) if holdout is not None else None
+    tasks_folder = str(as_path(tasks_folder, "--tasks-folder")) if tasks_folder is not None else None
+    folder = as_path(cache, "--cache") if cache is not None else cache_folder() / "evaluations"
+    out = as_path(out, "--out") if out is not None else None
+    if out is not None:
+        _check_new(out)
 
-    def one(path: str | Path, reference: str | Path | None) -> dict[str, Any]:
-        parts = [what, checkpoint_digest(path), settings, robustness, _versions()]
-        parts.append(checkpoint_digest(reference) if reference is not None else None)
-        file = root / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
-        if file.is_file():
-            return read_json(file)
-        value = _one(Path(path), benchmark, sets, data, reference, robustness, settings)
-        value["general"] = general_ability(path, tasks.split(","), tasks_folder) if tasks else {}
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(file, value)
-        return value
+    from mpunlearn.checkpoint import Checkpoint
+    from mpunlearn.evaluation import measurement
 
-    own = one(checkpoint, reference)
-    retrained = one(retain_model, None) if retain_model is not None else None
-    summarize = muse.summarize if is_muse else tofu.summarize
-    models = {"model": own, **({"retrained": retrained} if retrained is not None else {})}
-    report = Report(
-        metrics={
-            **summarize(own["per_example"], None if retrained is None else retrained["per_example"]),
-            **own["general"],
-        },
-        retrained=None
-        if retrained is None
-        else {**summarize(retrained["per_example"], retrained["per_example"]), **retrained["general"]},
+    for model_path in (checkpoint, retain_model):
+        if model_path is not None:
+            Checkpoint(model_path)  # a mistyped path is found before data is downloaded
+    settings = measurement.Settings(
+        max_new_tokens=max_new_tokens,
+        robustness=robustness,
+        relearn_rate=relearn_rate,
+        tasks=tasks,
+        tasks_folder=tasks_folder,
+    )
+    examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, data or Data())
+    model = measurement.Subject.of(checkpoint)
+    retrained = measurement.Subject.of(retain_model) if retain_model is not None else None
+    own = measurement.measured(model, examples, settings, folder, reference=retrained)
+    measurements = {"model": own}
+    if retrained is not None:
+        measurements["retrained"] = measurement.measured(retrained, examples, settings, folder)
+    other = measurements.get("retrained")
+    evaluation = Evaluation(
+        metrics=measurement.summarize(examples, own, other),
+        retrained=None if other is None else measurement.summarize(examples, other, other),
         robustness={
-            curve: {name: found["robustness"][curve] for name, found in models.items()} for curve in own["robustness"]
+            curve: {name: value.robustness[curve] for name, value in measurements.items()} for curve in own.robustness
         },
-        per_example=own["per_example"],
+        per_example=own.per_example,
         provenance={
             "checkpoint": str(checkpoint),
-            "checkpoint_digest": checkpoint_digest(checkpoint),
+            "checkpoint_digest": model.digest,
+            "retain_model": None if retain_model is None else str(retain_model),
+            "retain_model_digest": None if retrained is None else retrained.digest,
             "benchmark": benchmark,
             "forget_split": forget_split if benchmark == "tofu" else None,
-            "data_digest": what,
+            "holdout": holdout,
+            "data_digest": measurement.benchmark_digest(examples),
             "decoding": "greedy",
-            **settings,
-            "versions": _versions(),
+            **dataclasses.asdict(settings),
+            "versions": measurement.versions(),
         },
     )
     if out is not None:
+        _check_new(out)
         try:
-            write_json(Path(out), asdict(report))
+            write_json(out, evaluation.to_json())
         except OSError as error:
-            raise CheckpointError(f"--out {out}: cannot be written: {error.strerror}") from error
-    return report
+            raise FileError(
+                f"--out {out}: cannot be written: {error.strerror}; run again with another file, which takes no new "
+                "measurement"
+            ) from error
+    return evaluation
 
 
-def cache_folder() -> Path:
-    """Where this program keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
+def _check_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise FileError(f"--out {out}: already exists; name another file, or remove this one")
 
 
-def _one(
-    path: Path,
-    benchmark: str,
-    sets: Mapping[str, Questions],
-    data: Data,
-    reference: str | Path | None,
-    robustness: bool,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What one model says."""
-    model, tokenizer = load(path)
-    if not sets:
-        return {"per_example": muse.measure(model, tokenizer, benchmark, data), "robustness": {}}
-    other = load(Path(reference))[0] if reference is not None else None
-    length = settings["max_new_tokens"]
-    found = tofu.measure(model, tokenizer, sets, max_new_tokens=length, reference=other)
-    curves: dict[str, Any] = {}
-    if robustness:
-        rate = settings["relearn_rate"]
-        curves["forget probability after steps of relearning"] = relearning(
-            model, tokenizer, sets["forget"], learning_rate=rate
-        )
-        kept = {name: questions for name, questions in sets.items() if name != "holdout"}
-        rounded = quantized(model, tokenizer, kept, max_new_tokens=length)
-        whole = tofu.summarize(found)
-        for metric in ("forget_probability", "model_utility"):
-            if metric in whole:
-                curves[f"{metric} at bits"] = {
-                    "all": whole[metric],
-                    **{bits: values[metric] for bits, values in rounded.items()},
-                }
-    return {"per_example": found, "robustness": curves}
+def _finite(value: Any) -> Any:
+    """Plain JSON with null in the place of infinite numbers and NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
-
-
-def _number(value: float | None) -> str:
+def _cell(value: float | None) -> str:
+    """A number for the table; empty if it was not measured."""
     if value is None:
         return ""
     return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

@@ -1,4 +1,8 @@
-"""General ability by the tasks of `lm-eval` (github.com/EleutherAI/lm-evaluation-harness), an optional extra."""
+"""General ability on the tasks of `lm-eval` (github.com/EleutherAI/lm-evaluation-harness), which is an optional extra.
+
+The harness loads the checkpoint itself and brings its own prompts and metrics; here its results only get flat names.
+Not covered: its options, such as the number of shots, beyond what a task file sets.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +13,15 @@ from mpunlearn.errors import DataError, PlanError
 def general_ability(
     checkpoint: str | Path, tasks: Sequence[str], tasks_folder: str | Path | None = None
 ) -> dict[str, float]:
-    """Every metric of every task, named task/metric.
+    """Every metric of every task, named task/metric, without standard errors.
 
     Args:
+        checkpoint: a checkpoint directory.
         tasks: names that lm-eval knows, such as arc_easy.
-        tasks_folder: a folder with task files of one's own.
+        tasks_folder: a folder with your own task files.
 
     Raises:
-        PlanError: lm-eval is not installed, or knows no such task.
+        PlanError: lm-eval is not installed, or has no such task.
         DataError: a task's data cannot be loaded.
     """
     try:
@@ -27,9 +32,12 @@ def general_ability(
         raise PlanError(f"--tasks: needs lm-eval ({error}); pip install 'mpunlearn[lm-eval]'") from None
     manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise PlanError(f"--tasks: lm-eval knows no task {', '.join(unknown)}")
+        raise PlanError(
+            f"--tasks: lm-eval has no task {', '.join(unknown)}; check the spelling, or name the folder of your own "
+            "task files with --tasks-folder"
+        )
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model="hf",
             model_args=f"pretrained={checkpoint},dtype=float32",
             tasks=list(tasks),
@@ -40,10 +48,13 @@ def general_ability(
             verbosity="ERROR",
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"--tasks {','.join(tasks)}: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"--tasks {','.join(tasks)}: {reason}; is the task's data in the cache, or the hub reachable?"
+        ) from error
     return {
         f"{task}/{metric.removesuffix(',none')}": float(value)
-        for task, values in (found or {})["results"].items()
+        for task, values in evaluation["results"].items()
         for metric, value in values.items()
         if isinstance(value, float | int) and "stderr" not in metric and metric != "sample_len"
     }

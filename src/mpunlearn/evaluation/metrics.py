@@ -1,7 +1,14 @@
 """The metrics: plain functions of probes, texts and scores, with OpenUnlearning's definitions (arXiv 2506.12618).
 
-What they are called in the results is in the docstrings' first words. Where a definition has a corner that the usual
-implementations leave open, the docstring says how it is settled.
+A docstring starts with the name that the metric has in the results. The names are OpenUnlearning's, so that numbers can
+be compared. The definitions are the same except for these details:
+
+- OpenUnlearning adds 1e-10 to denominators, which distorts ratios of small probabilities. Here nothing is added, and
+  the truth ratio is computed from the losses. Docstrings say what is returned where a quotient has no value.
+- OpenUnlearning leaves out the last labeled token in `exact_memorization`, `extraction_strength`, `mia_min_k`,
+  `mia_min_k_plus_plus` and `mia_gradnorm`, on the assumption that it is the end token. Here the two memorization
+  metrics leave it out only if it is the end token, and the membership scores count every answer token.
+- Without a retrained model OpenUnlearning computes `privleak` against an AUC of 0.5; here it is not reported.
 """
 
 import zlib
@@ -15,100 +22,128 @@ from scipy import stats
 from mpunlearn.evaluation.probe import Probe
 
 Scores = np.ndarray
+"""One number per example, shape (N,), float64."""
 
 
 def normalized_probability(correct: Probe, wrong: Sequence[Probe]) -> float:
-    """Probability among options: p_c / (p_c + Σ p_w) (TOFU, arXiv 2401.06121, section 2.2)."""
-    others = sum(option.probability for option in wrong)
-    return correct.probability / (correct.probability + others)
+    """`Q_A_Prob_normalised`: p_correct / (p_correct + Σ p_wrong) of one question (TOFU, arXiv 2401.06121, section 2.2).
+
+    It is 0 if every one of these probabilities underflows to 0.
+    """
+    total = correct.probability + sum(option.probability for option in wrong)
+    return 0.0 if total == 0 else correct.probability / total
 
 
 def truth_ratio(correct: Probe, wrong: Sequence[Probe]) -> float:
-    """Truth ratio: exp(-mean_j loss(wrong_j)) / exp(-loss(correct)) (TOFU, equation 1)."""
+    """`Truth_Ratio` of one question: exp(-mean_j loss(wrong_j)) / exp(-loss(correct)) (TOFU, equation 1)."""
     return float(np.exp(correct.loss - np.mean([option.loss for option in wrong])))
 
 
 def truth_ratio_forget(ratios: Scores) -> float:
-    """Mean of min(r, 1/r): 1 where right and wrong answers are equally likely."""
+    """`forget_Truth_Ratio`: mean of min(r, 1/r), which is 1 if correct and wrong answers are equally likely."""
     return float(np.mean(np.minimum(ratios, 1 / np.maximum(ratios, 1e-300))))
 
 
 def truth_ratio_retain(ratios: Scores) -> float:
-    """Mean of max(0, 1 - r): 1 where only the right answer is likely."""
+    """`Truth_Ratio` of the other sets: mean of max(0, 1 - r), which is 1 if only the correct answers are likely."""
     return float(np.mean(np.maximum(0, 1 - ratios)))
 
 
 def forget_quality(ratios: Scores, retrained: Scores) -> float:
-    """Forget quality: p-value of the two-sample Kolmogorov-Smirnov test between truth ratios (TOFU, section 2.2)."""
+    """`forget_quality`: p-value of a two-sample Kolmogorov-Smirnov test of truth ratios (TOFU, section 2.2).
+
+    Args:
+        ratios: truth ratios of the forget set under the unlearned model.
+        retrained: the same under the model that never saw the forget set.
+    """
     return float(stats.ks_2samp(ratios, retrained).pvalue)
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio over the sets to be kept."""
+    """`model_utility`: harmonic mean of probability, ROUGE-L recall and truth ratio of the utility sets.
+
+    It is 0 if any of them is 0.
+    """
     return 0.0 if min(values) <= 0 else float(stats.hmean(values))
 
 
 def exact_memorization(answer: Probe) -> float:
-    """Exact memorization: share of tokens that are the most likely ones, without the final end token (arXiv 2205.10770)."""
-    return float(_without_end(answer).mean())
+    """`exact_memorization`: share of answer tokens that the model ranks first (Tirumala et al., arXiv 2205.10770).
+
+    The end token does not count.
+    """
+    return float(_matches_without_end(answer).mean())
 
 
 def extraction_strength(answer: Probe) -> float:
-    """Extraction strength: 1 - k/n with k the length of the shortest prefix after which every token matches.
+    """`extraction_strength`: 1 - k/n, for the shortest prefix of k tokens after which every token is ranked first.
 
-    Carlini et al., arXiv 2012.07805. Where not even the last token matches it is 0.
+    Carlini et al., arXiv 2012.07805. n is the number of answer tokens, without the end token. The strength is 0 if not
+    even the last of them is ranked first.
     """
-    matches = _without_end(answer)
-    wrong = np.flatnonzero(~matches)
-    return float(1 - (wrong[-1] + 1 if len(wrong) else 0) / len(matches))
+    matches = _matches_without_end(answer)
+    mismatches = np.flatnonzero(~matches)
+    return float(1 - (mismatches[-1] + 1 if len(mismatches) else 0) / len(matches))
 
 
-def _without_end(answer: Probe) -> np.ndarray:
+def _matches_without_end(answer: Probe) -> np.ndarray:
     return answer.matches[:-1] if answer.ends and len(answer.matches) > 1 else answer.matches
 
 
 def loss_score(answer: Probe) -> float:
-    """Membership score *loss*: the mean loss (Yeom et al., arXiv 1709.01604)."""
+    """Score of `mia_loss`: the mean loss per token, in nats (Yeom et al., arXiv 1709.01604)."""
     return answer.loss
 
 
 def zlib_score(answer: Probe, text: str) -> float:
-    """Membership score *zlib*: the loss by the compressed size of the text (Carlini et al., arXiv 2012.07805)."""
+    """Score of `mia_zlib`: the loss divided by the text's zlib-compressed bytes (Carlini et al., arXiv 2012.07805)."""
     return answer.loss / len(zlib.compress(text.encode()))
 
 
 def reference_score(answer: Probe, reference: Probe) -> float:
-    """Membership score *reference*: the loss beyond a reference model's (Carlini et al., arXiv 2112.03570)."""
+    """Score of `mia_reference`: the loss minus that under a reference model (Carlini et al., arXiv 2112.03570)."""
     return answer.loss - reference.loss
 
 
 def min_k_score(answer: Probe, share: float = 0.4) -> float:
-    """Membership score *min-k*: minus the mean of the lowest log-probabilities (Shi et al., arXiv 2310.16789)."""
-    return -_lowest(answer.logprobs, share)
+    """Score of `mia_min_k`: minus the mean of the lowest log-probabilities (Shi et al., arXiv 2310.16789).
+
+    Args:
+        answer: log-probabilities of one text.
+        share: the share of tokens that count as lowest; at least one token does.
+    """
+    return -_mean_of_lowest(answer.logprobs, share)
 
 
-def min_k_plus_score(answer: Probe, share: float = 0.4) -> float:
-    """Membership score *min-k++*: the same of log-probabilities in units of their own spread (arXiv 2404.02936)."""
-    return -_lowest((answer.logprobs - answer.mean) / np.maximum(answer.deviation, 1e-3), share)
+def min_k_plus_plus_score(answer: Probe, share: float = 0.4) -> float:
+    """Score of `mia_min_k_plus_plus`: min-k of log-probabilities that are standardized per token (arXiv 2404.02936).
+
+    Each is shifted by the mean and divided by the standard deviation of log p under the model's prediction there.
+    """
+    return -_mean_of_lowest((answer.logprobs - answer.mean) / np.maximum(answer.deviation, 1e-3), share)
 
 
-def _lowest(values: np.ndarray, share: float) -> float:
+def _mean_of_lowest(values: np.ndarray, share: float) -> float:
     return float(np.sort(values)[: max(1, int(len(values) * share))].mean())
 
 
 def auc(forget: Scores, holdout: Scores) -> float:
-    """Area under the ROC: how often a holdout example scores above a forget example; 1/2 where nothing tells them apart."""
+    """`mia_…`: the area under the ROC curve of a membership score.
+
+    This is the probability that a random holdout example scores above a random forget example, where ties count half.
+    It is 1 if the score always tells them apart, and 1/2 if it is no better than chance.
+    """
     ranks = stats.rankdata(np.concatenate((forget, holdout)))
     above = ranks[len(forget) :].sum() - len(holdout) * (len(holdout) + 1) / 2
     return float(above / (len(forget) * len(holdout)))
 
 
-def privacy_leak(value: float, retrained: float) -> float:
-    """PrivLeak: 100 · ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) (MUSE, arXiv 2407.06460, section 3.1).
+def privleak(model_auc: float, retrained_auc: float) -> float:
+    """`privleak`: 100 · ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) (MUSE, arXiv 2407.06460, section 3.1).
 
-    Where the retrained model separates perfectly the quotient has no value, and NaN is returned.
+    NaN if the retrained model's AUC is 1, where the quotient has no value.
     """
-    return float("nan") if retrained == 1 else 100 * (retrained - value) / (1 - retrained)
+    return float("nan") if retrained_auc == 1 else 100 * (retrained_auc - model_auc) / (1 - retrained_auc)
 
 
 def rouge_l(reference: str, text: str) -> tuple[float, float]:
@@ -121,5 +156,5 @@ def rouge_l(reference: str, text: str) -> tuple[float, float]:
 def _scorer() -> Callable[[str, str], Any]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    found: Callable[[str, str], Any] = RougeScorer(["rougeL"], use_stemmer=True).score
-    return found
+    score: Callable[[str, str], Any] = RougeScorer(["rougeL"], use_stemmer=True).score
+    return score

@@ -1,10 +1,16 @@
-"""MUSE (Shi et al., arXiv 2407.06460): verbatim memorization, knowledge memorization, privacy leakage; on news or books.
+"""MUSE (Shi et al., arXiv 2407.06460) on news or books: verbatim memorization, knowledge memorization, privacy leakage.
 
-Verbatim: a prefix of a forget text is continued greedily by 128 tokens and compared with how it went on. Knowledge: questions
-are answered within 32 tokens after a few examples of answering. Both by ROUGE-L F1. Privacy: min-k scores of forget and holdout
-texts. Parts are read by name (`muse/news/verbmem/forget`, …), from the hub or a local mirror.
+- Verbatim memorization: the model continues a prefix of a forget text greedily by 128 tokens, and this is compared with
+  the true continuation.
+- Knowledge memorization: the model answers questions within 32 tokens, after a few solved examples.
+- Privacy leakage: min-k scores of forget and holdout texts.
+
+The first two are ROUGE-L F1. Parts are read by name (`muse/news/verbmem/forget`, …), from the hub or a local mirror.
+Not covered: MUSE's scalability and sustainability, which take several unlearned models to measure.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,56 +18,102 @@ import numpy as np
 from mpunlearn.errors import DataError
 from mpunlearn.evaluation import metrics
 from mpunlearn.evaluation.probe import generate, probe
-from mpunlearn.evaluation.tofu import PerExample
+from mpunlearn.evaluation.tofu import PerExample, membership_auc
 from mpunlearn.lm.examples import Example
 from mpunlearn.lm.sources import Data, read_rows
 
+BENCHMARKS = ("muse/news", "muse/books")
 VERBATIM_TOKENS = 128
 KNOWLEDGE_TOKENS = 32
 CONTEXT = 2048
-"""Tokens of a text that membership scores look at."""
+"""Number of tokens of each text that membership scores use."""
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 
+Pairs = list[tuple[str, str]]
+"""Questions with answers, or prefixes with continuations."""
 
-def measure(model: Any, tokenizer: Any, benchmark: str, data: Data) -> PerExample:
-    """Everything that one model says about every example of "muse/news" or "muse/books"."""
-    prompts, expected = _columns(f"{benchmark}/verbmem/forget", data, "prompt", "gt")
-    said = generate(model, tokenizer, [tokenizer(prompt)["input_ids"] for prompt in prompts], VERBATIM_TOKENS)
-    found: PerExample = {"forget": {"verbatim_memorization": _f1(expected, said)}}
-    for name in ("forget", "retain"):
-        questions, answers = _columns(f"{benchmark}/knowmem/{name}_qa", data, "question", "answer")
-        shown = zip(*_columns(f"{benchmark}/knowmem/{name}_qa_icl", data, "question", "answer"), strict=True)
-        before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shown)
-        asked = [tokenizer(f"{before}Question: {question}\nAnswer:")["input_ids"] for question in questions]
-        said = [_cut(text) for text in generate(model, tokenizer, asked, KNOWLEDGE_TOKENS)]
-        found.setdefault(name, {})["knowledge_memorization"] = _f1(answers, said)
-    for name in ("forget", "holdout"):
-        [texts] = _columns(f"{benchmark}/privleak/{name}", data, "text")
+
+@dataclass(frozen=True)
+class MuseSets:
+    """The parts of MUSE-News or MUSE-Books. The keys of the dictionaries are names of sets."""
+
+    verbatim: Pairs
+    """Prefixes of forget texts, with their true continuations."""
+    knowledge: dict[str, Pairs]
+    """Questions with answers about the forget and the retain texts."""
+    shots: dict[str, Pairs]
+    """The solved examples that precede each of these questions."""
+    texts: dict[str, list[str]]
+    """Forget and holdout texts, for membership inference."""
+
+
+def read_muse(benchmark: str, data: Data) -> MuseSets:
+    """Reads a benchmark of `BENCHMARKS`.
+
+    Args:
+        benchmark: its name.
+        data: where local mirrors are.
+
+    Raises:
+        DataError: a part cannot be read, or lacks a column.
+    """
+    knowledge = {name: f"{benchmark}/knowmem/{name}_qa" for name in ("forget", "retain")}
+    return MuseSets(
+        verbatim=_pairs(f"{benchmark}/verbmem/forget", data, "prompt", "gt"),
+        knowledge={name: _pairs(source, data, "question", "answer") for name, source in knowledge.items()},
+        shots={name: _pairs(f"{source}_icl", data, "question", "answer") for name, source in knowledge.items()},
+        texts={name: _columns(f"{benchmark}/privleak/{name}", data, "text")[0] for name in ("forget", "holdout")},
+    )
+
+
+def measure(model: Any, tokenizer: Any, sets: MuseSets) -> PerExample:
+    """The values of every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
+    prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
+    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS)
+    per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
+    for name, pairs in sets.knowledge.items():
+        shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in sets.shots[name])
+        prompts = [tokenizer(f"{shots}Question: {question}\nAnswer:")["input_ids"] for question, _ in pairs]
+        generated = [first_answer(text) for text in generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS)]
+        per_example.setdefault(name, {})["knowmem_ROUGE"] = _f1(pairs, generated)
+    for name, texts in sets.texts.items():
         encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
-        answers_of = probe(model, tokenizer, [Example(ids, ids) for ids in encoded])
-        found.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(answer) for answer in answers_of]
-    return found
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded])
+        per_example.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(text) for text in probes]
+    return per_example
 
 
-def summarize(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
-    """MUSE's metrics by name."""
+def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+    """MUSE's metrics by name.
+
+    Args:
+        per_example: what `measure` returned for the model.
+        retrained: the same for the model that never saw the forget texts; PrivLeak needs it.
+    """
     result = {
-        "verbatim_memorization": float(np.mean(found["forget"]["verbatim_memorization"])),
-        "forget_knowledge_memorisation": float(np.mean(found["forget"]["knowledge_memorization"])),
-        "retain_knowledge_memorisation": float(np.mean(found["retain"]["knowledge_memorization"])),
-        "mia_min_k": _auc(found),
+        "forget_verbmem_ROUGE": float(np.mean(per_example["forget"]["verbmem_ROUGE"])),
+        "forget_knowmem_ROUGE": float(np.mean(per_example["forget"]["knowmem_ROUGE"])),
+        "retain_knowmem_ROUGE": float(np.mean(per_example["retain"]["knowmem_ROUGE"])),
+        "mia_min_k": membership_auc(per_example, "mia_min_k"),
     }
     if retrained is not None:
-        result["privacy_leak"] = metrics.privacy_leak(result["mia_min_k"], _auc(retrained))
+        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
     return result
 
 
-def _auc(found: PerExample) -> float:
-    return metrics.auc(np.array(found["forget"]["mia_min_k"]), np.array(found["holdout"]["mia_min_k"]))
+def first_answer(text: str) -> str:
+    """What a model generated before it went on with another question."""
+    for stop in _STOPS:
+        text = text.split(stop)[0]
+    return text
+
+
+def _pairs(source: str, data: Data, first: str, second: str) -> Pairs:
+    return list(zip(*_columns(source, data, first, second), strict=True))
 
 
 def _columns(source: str, data: Data, *columns: str) -> list[list[str]]:
-    """Columns of texts of a source."""
+    """Columns of a source, all of them text."""
     rows = list(read_rows(source, data))
     for where, row in rows:
         for column in columns:
@@ -72,12 +124,6 @@ def _columns(source: str, data: Data, *columns: str) -> list[list[str]]:
     return [[row[column] for _, row in rows] for column in columns]
 
 
-def _f1(expected: list[str], said: list[str]) -> list[float]:
-    return [metrics.rouge_l(*pair)[1] for pair in zip(expected, said, strict=True)]
-
-
-def _cut(text: str) -> str:
-    """What was said before another question begins."""
-    for stop in _STOPS:
-        text = text.split(stop)[0]
-    return text
+def _f1(pairs: Pairs, generated: Sequence[str]) -> list[float]:
+    """ROUGE-L F1 of generated texts against the second members of the pairs."""
+    return [metrics.rouge_l(expected, text)[1] for (_, expected), text in zip(pairs, generated, strict=True)]

@@ -1,8 +1,9 @@
 """What a model makes of answers: one forward pass for all likelihoods, one batched generation for all texts.
 
-Every metric here is a function of a `Probe` (how likely each token of an answer is, and whether the model would have said it)
-or of a generated text, so each sequence goes through the model once however many metrics there are. Sequences are sorted by
-length and batched by their number of tokens.
+Almost every metric is a function of a `Probe` (how likely each token of an answer is, and whether the model ranks it
+first) or of a generated text. So each sequence goes through the model once, no matter how many metrics there are.
+Sequences are sorted by length and batched by their number of tokens. Not covered: gradients, which one metric needs
+(`tofu.gradnorm_score`).
 """
 
 from collections.abc import Sequence
@@ -14,73 +15,69 @@ import torch
 
 from mpunlearn.lm.examples import IGNORED, Example, collate
 from mpunlearn.lm.model import forward, pad_id
-from mpunlearn.progress import bar
+from mpunlearn.progress import progress
 
 BATCH_TOKENS = 8192
-"""Padded tokens of a batch."""
+"""Maximum number of tokens of a batch, padding included; a longer sequence is a batch of its own."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One answer under one model; arrays have one entry per answer token."""
+    """One answer under one model. Arrays have shape (T,), one entry per answer token."""
 
     logprobs: np.ndarray
-    """log p of each token, nats, float64."""
+    """log p of each token, in nats, float64."""
     matches: np.ndarray
-    """Whether the token is the most likely one, given all before it."""
+    """Whether the model ranks the token first, given all tokens before it, bool."""
     mean: np.ndarray
-    """Expected log p under the model's own prediction: minus its entropy, nats."""
+    """Mean of log p under the model's own prediction at that position (its negative entropy), in nats, float32."""
     deviation: np.ndarray
-    """Standard deviation of log p under the model's own prediction, nats."""
+    """Standard deviation of log p under the model's own prediction at that position, in nats, float32."""
     ends: bool
-    """Whether the last token is the end of the text."""
+    """Whether the last token is the end token."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy, nats per token."""
+        """Mean cross-entropy, in nats per token."""
         return float(-self.logprobs.mean())
 
     @property
     def probability(self) -> float:
-        """exp(-loss)."""
+        """exp(-loss): the geometric mean of the token probabilities."""
         return float(np.exp(-self.loss))
 
 
 @torch.no_grad()
 def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe]:
-    """Likelihoods of the examples' labeled tokens, in the examples' order."""
+    """Likelihoods of the labeled tokens of each example, in the examples' order."""
     model.eval()
-    found: list[Probe | None] = [None] * len(examples)
-    progress = bar(len(examples), "likelihoods")
-    for indices in _batches([len(example.input_ids) for example in examples]):
+    probes: list[Probe | None] = [None] * len(examples)
+    for indices in progress(_batches([len(example.input_ids) for example in examples]), "likelihoods"):
         batch = collate([examples[i] for i in indices], pad_id(tokenizer))
-        given = forward(model, {key: tensor.to(model.device) for key, tensor in batch.items()})
-        targets = given["targets"]
+        output = forward(model, {key: tensor.to(model.device) for key, tensor in batch.items()})
+        targets = output["targets"]
         counted = targets != IGNORED
-        logprobs = given["logits"][counted].float().log_softmax(dim=-1)
+        logprobs = output["logits"][counted].float().log_softmax(dim=-1)
         own = logprobs.gather(1, targets[counted].unsqueeze(1)).squeeze(1)
         p = logprobs.exp()
         mean = (p * logprobs).sum(dim=1)
         deviation = ((p * logprobs.square()).sum(dim=1) - mean.square()).clamp(min=0).sqrt()
         matches = logprobs.argmax(dim=1) == targets[counted]
-        ends = np.cumsum(counted.sum(dim=1).cpu().numpy())[:-1]
-        columns = [np.split(column.cpu().numpy(), ends) for column in (own.double(), matches, mean, deviation)]
+        boundaries = np.cumsum(counted.sum(dim=1).cpu().numpy())[:-1]
+        columns = [np.split(column.cpu().numpy(), boundaries) for column in (own.double(), matches, mean, deviation)]
         for index, own_, matches_, mean_, deviation_ in zip(indices, *columns, strict=True):
-            ends_ = examples[index].labels[-1] == tokenizer.eos_token_id
-            found[index] = Probe(own_, matches_, mean_, deviation_, ends_)
-        progress.update(len(indices))
-    progress.close()
-    return [value for value in found if value is not None]
+            ends = examples[index].labels[-1] == tokenizer.eos_token_id
+            probes[index] = Probe(own_, matches_, mean_, deviation_, ends)
+    return [value for value in probes if value is not None]
 
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of token sequences, as text, in the prompts' order."""
+    """Greedy continuations of tokenized prompts, as text without special tokens, in the prompts' order."""
     model.eval()
-    found = [""] * len(prompts)
-    progress = bar(len(prompts), "generating answers")
+    texts = [""] * len(prompts)
     pad = pad_id(tokenizer)
-    for indices in _batches([len(prompt) + max_new_tokens for prompt in prompts]):
+    for indices in progress(_batches([len(prompt) + max_new_tokens for prompt in prompts]), "generating answers"):
         longest = max(len(prompts[i]) for i in indices)
         rows = [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
@@ -93,12 +90,10 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_t
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
-        for index, text in zip(indices, texts, strict=True):
-            found[index] = text
-        progress.update(len(indices))
-    progress.close()
-    return found
+        decoded = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        for index, text in zip(indices, decoded, strict=True):
+            texts[index] = text
+    return texts
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -108,7 +103,7 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of similar length, of at most `BATCH_TOKENS` padded tokens or one sequence."""
+    """Indices, grouped into batches of similar length with at most `BATCH_TOKENS` tokens, or one sequence."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:

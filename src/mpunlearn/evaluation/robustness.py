@@ -1,8 +1,12 @@
-"""Does the forgetting last? Curves under relearning and under quantization, to be read against a retrained model's.
+"""Does the forgetting last? Curves under relearning and under quantization, to be compared with a retrained model's.
 
-*Relearning*: the model is fine-tuned on a few forget examples, and what it says of the *other* forget examples is measured on
-the way. A model that has forgotten regains no more than one that never knew. *Quantisation*: every weight matrix is rounded
-to 8 and 4 bits, since rounding can undo small updates (Zhang et al., arXiv 2410.16454).
+- Relearning: the model is fine-tuned on a few forget examples, and the probability of the *other* forget answers is
+  measured along the way. A model that has truly forgotten relearns them no faster than one that never knew them.
+- Quantization: every weight matrix is rounded to 8 and to 4 bits, since rounding can undo small updates (Zhang et al.,
+  arXiv 2410.16454).
+
+Both work on a copy of the model in memory. Relearning also needs gradients and AdamW's two moments, which makes five
+times the model in all. Not covered: relearning on other texts, and quantization methods that use calibration data.
 """
 
 import copy
@@ -12,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpunlearn.client.objectives import nll
+from mpunlearn.errors import DataError
 from mpunlearn.evaluation.probe import probe
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.evaluation.tofu import measure, summarize
 from mpunlearn.lm.examples import IGNORED, collate
+from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward, pad_id
 
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
+"""Numbers of optimizer steps after which relearning is measured."""
 BITS = (8, 4)
+"""Widths that weights are rounded to."""
 
 
 def relearning(
@@ -32,12 +39,21 @@ def relearning(
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
 ) -> dict[str, float]:
-    """Mean probability of the forget answers that were not shown, after each number of steps on those that were.
+    """Mean probability of the forget answers that were not trained on, by the number of steps on those that were.
 
     Args:
-        shown: how many examples, the first of the set, make up every step's batch.
-        learning_rate: of AdamW, on all weights. The model is left as it was.
+        model: the model; it stays as it is.
+        tokenizer: its tokenizer.
+        forget: the forget set.
+        shown: the first so many examples of the set are trained on; together they are the batch of every step.
+        steps: after how many steps to measure.
+        learning_rate: of AdamW, on all weights.
+
+    Raises:
+        DataError: the set has no examples beyond those that are trained on.
     """
+    if len(forget) <= shown:
+        raise DataError(f"--robustness: relearning needs more than {shown} forget questions, found {len(forget)}")
     student = copy.deepcopy(model)
     examples = forget.encoded(tokenizer).answers
     batch = collate(examples[:shown], pad_id(tokenizer))
@@ -49,10 +65,10 @@ def relearning(
             answers = probe(student, tokenizer, examples[shown:])
             curve[str(step)] = float(np.mean([answer.probability for answer in answers]))
         student.train()
-        given = forward(student, batch)
+        output = forward(student, batch)
         optimizer.zero_grad()
-        counted = (given["targets"] != IGNORED).sum()
-        torch.autograd.backward(nll(given["logits"], given["targets"]).sum() / counted)
+        tokens = (output["targets"] != IGNORED).sum()
+        torch.autograd.backward(token_nll(output["logits"], output["targets"]).sum() / tokens)
         optimizer.step()
     return curve
 
@@ -60,19 +76,19 @@ def relearning(
 def quantized(
     model: Any, tokenizer: Any, sets: Mapping[str, Questions], *, max_new_tokens: int = 200, bits: Sequence[int] = BITS
 ) -> dict[str, dict[str, float]]:
-    """The benchmark's metrics with weights rounded to so many bits. The model is left as it was."""
+    """The benchmark's metrics by the number of bits that weights are rounded to. The model stays as it is."""
     curve = {}
     for width in bits:
         rounded = copy.deepcopy(model)
         round_weights(rounded, width)
-        found = measure(rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False)
-        curve[str(width)] = summarize(found)
+        per_example = measure(rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False)
+        curve[str(width)] = summarize(per_example)
     return curve
 
 
 @torch.no_grad()
 def round_weights(model: Any, bits: int) -> None:
-    """Rounds every matrix to the nearest of 2^bits - 1 levels, symmetric about zero, scaled row by row; in place."""
+    """Rounds every matrix in place to the nearest of 2^bits - 1 levels, symmetric about zero and scaled row by row."""
     top = 2 ** (bits - 1) - 1
     for parameter in model.parameters():
         if parameter.dim() >= 2:

@@ -1,8 +1,9 @@
-"""The sets of a benchmark, tokenized once: questions with a right answer, a paraphrase of it, and wrong ones.
+"""The question sets of a benchmark: questions, each with a correct answer, a paraphrase of it, and wrong answers.
 
-TOFU is read by name (arXiv 2401.06121). Any folder whose files forget.jsonl, retain.jsonl, real_authors.jsonl,
-world_facts.jsonl and holdout.jsonl are in its format, some of them missing, is a benchmark too: the embedded one is such a
-folder.
+TOFU is read by name (arXiv 2401.06121). A folder is a benchmark too if its files forget.jsonl, retain.jsonl,
+real_authors.jsonl, world_facts.jsonl and holdout.jsonl are in TOFU's format; only the first is required. All rows are
+checked before a model is loaded, so that mistakes in the data show at once. Not covered: MUSE, whose parts have other
+columns (`muse`).
 """
 
 from dataclasses import dataclass
@@ -15,66 +16,69 @@ from mpunlearn.lm.records import Record
 from mpunlearn.lm.sources import Data, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
-KEPT = ("retain", "real_authors", "world_facts")
-"""The sets of model utility."""
-OPTIONS = ("real_authors", "world_facts")
-"""Sets whose probability is normalized over the options, and whose right answer is the answer itself."""
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+"""Sets that model utility is made of."""
+OPTION_SETS = ("real_authors", "world_facts")
+"""Sets whose probability is normalized over the answer options, and whose truth ratio uses the answer itself."""
+_UNLIMITED = 1 << 30
+"""Tokens per example: nothing is cut in an evaluation."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """One set of a benchmark."""
+    """One question set. The lists run in parallel."""
 
     questions: list[str]
     answers: list[str]
     paraphrases: list[str]
-    """The right answers of the truth ratio."""
+    """The correct answers that the truth ratio uses."""
     wrong: list[list[str]]
+    """The wrong answers to each question."""
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def encoded(self, tokenizer: Any) -> "Encoded":
-        """All answers as tokens."""
+        """All answers as tokens, each with its question."""
 
         def tokens(answers: list[str]) -> list[Example]:
             pairs = zip(self.questions, answers, strict=True)
-            return encode([Record(question, answer) for question, answer in pairs], tokenizer, 1 << 30)
+            return encode([Record(question, answer) for question, answer in pairs], tokenizer, _UNLIMITED)
 
-        # Real authors' and world facts' right answers are the answers themselves: no need to ask twice.
-        same = self.paraphrases == self.answers
         answers = tokens(self.answers)
+        paraphrases = answers if self.paraphrases == self.answers else tokens(self.paraphrases)
         wrong = [
-            encode([Record(question, answer) for answer in options], tokenizer, 1 << 30)
+            encode([Record(question, answer) for answer in options], tokenizer, _UNLIMITED)
             for question, options in zip(self.questions, self.wrong, strict=True)
         ]
-        return Encoded(answers, answers if same else tokens(self.paraphrases), wrong)
+        return Encoded(answers, paraphrases, wrong)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One set under one tokenizer."""
+    """One question set under one tokenizer."""
 
     answers: list[Example]
     paraphrases: list[Example]
+    """The same list object as `answers` if the set has no paraphrases of its own; then they are probed only once."""
     wrong: list[list[Example]]
 
 
 def read_sets(
     benchmark: str, forget_split: str, holdout: str | None, data: Data, forget: str | None = None
 ) -> dict[str, Questions]:
-    """The sets of a benchmark by name.
+    """The question sets of a benchmark by name.
 
     Args:
         benchmark: "tofu", or a folder.
         forget_split: which of TOFU's forget sets, such as forget10.
-        holdout: a source of questions that no model was trained on, for membership inference (default: the benchmark's own, if
-            it has one).
+        holdout: a source of questions that no model was trained on, for membership inference (default: the benchmark's
+            own, if it has one).
         data: where local mirrors are.
         forget: another source for the forget set.
 
     Raises:
-        DataError: a set cannot be read.
+        DataError: a set cannot be read, or is not in TOFU's format.
     """
     if benchmark == "tofu":
         sources = {
@@ -96,21 +100,20 @@ def read_sets(
 
 
 def _read(source: str, name: str, data: Data) -> Questions:
-    found = Questions([], [], [], [])
+    """One set. The holdout set needs no paraphrases and no wrong answers."""
+    correct = "answer" if name in OPTION_SETS else "paraphrased_answer"
+    required = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
+    result = Questions([], [], [], [])
     for where, row in read_rows(source, data):
-        correct = "answer" if name in OPTIONS else "paraphrased_answer"
-        needed = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
-        for column in needed:
-            value = row.get(column)
-            good = isinstance(value, list) and value if column == "perturbed_answer" else isinstance(value, str)
-            if not good:
-                raise DataError(
-                    f"{where}, column {column}: expected {'texts' if value else 'a text'}, found {value!r:.60}"
-                )
-        found.questions.append(row["question"])
-        found.answers.append(row["answer"])
-        found.paraphrases.append(str(row.get(correct, row["answer"])))
-        found.wrong.append(row.get("perturbed_answer") or [])
-    if not found:
+        for column in required:
+            value, expected = row.get(column), "a list of texts" if column == "perturbed_answer" else "text"
+            texts = value if column == "perturbed_answer" else [value]
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{where}, column {column}: expected {expected}, found {value!r:.60}")
+        result.questions.append(row["question"])
+        result.answers.append(row["answer"])
+        result.paraphrases.append(str(row.get(correct, row["answer"])))
+        result.wrong.append(row.get("perturbed_answer") or [])
+    if not result:
         raise DataError(f"{source}: holds no questions")
-    return found
+    return result

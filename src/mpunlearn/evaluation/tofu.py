@@ -1,10 +1,15 @@
-"""TOFU's metrics, memorization and membership inference on a benchmark's sets.
+"""TOFU's metrics, memorization and membership inference on the question sets of a benchmark.
 
-Nine numbers make model utility, the truth ratios against a retrained model's make forget quality (arXiv 2401.06121, section
-2.2); memorization and membership are OpenUnlearning's (arXiv 2506.12618).
+`measure` runs a model and keeps one value per example; `summarize` turns these values into the benchmark's metrics.
+They are separate because forget quality and PrivLeak compare two models, and the values of each model are cached.
+
+Probability, ROUGE-L recall and truth ratio of three sets make up model utility. The forget set's truth ratios under
+both models make up forget quality (arXiv 2401.06121, section 2.2). Memorization and membership inference are
+OpenUnlearning's (arXiv 2506.12618), and so are the names. Not covered: its gibberish classifier, and ROUGE against
+paraphrases.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +17,16 @@ import torch
 
 from mpunlearn.evaluation import metrics
 from mpunlearn.evaluation.probe import Probe, generate, probe, prompt_of
-from mpunlearn.evaluation.sets import KEPT, OPTIONS, Encoded, Questions
+from mpunlearn.evaluation.sets import OPTION_SETS, UTILITY_SETS, Encoded, Questions
 from mpunlearn.lm.examples import Example, collate
 from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward, pad_id
 from mpunlearn.progress import progress
 
+PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+"""Set → how OpenUnlearning's names of its metrics begin: the mean of retain's Q_A_Prob is retain_Q_A_Prob."""
 PerExample = dict[str, dict[str, list[float]]]
-"""Set → metric → a value per example."""
+"""Set → metric → one value per example."""
 
 
 def measure(
@@ -32,18 +39,25 @@ def measure(
     texts: bool = True,
     membership: bool = True,
 ) -> PerExample:
-    """Everything that one model says about every example.
+    """The values of every example under one model.
 
     Args:
-        sets: the benchmark; membership inference needs a holdout set.
-        max_new_tokens: length of generated answers.
-        reference: a model that never saw the forget set, for the membership score of that name.
-        texts: whether answers are generated, for ROUGE.
-        membership: whether membership scores are computed.
+        model: the model.
+        tokenizer: its tokenizer.
+        sets: the benchmark. Membership inference needs a holdout set.
+        max_new_tokens: maximum length of generated answers, in tokens.
+        reference: a model that never saw the forget set, for `mia_reference`.
+        texts: whether to generate answers, for ROUGE.
+        membership: whether to compute membership scores.
+
+    Returns:
+        For each set its loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
+        the forget set also the memorization metrics; for the forget and the holdout set also the membership scores.
     """
     encoded = {name: questions.encoded(tokenizer) for name, questions in sets.items()}
-    probes = iter(probe(model, tokenizer, [example for one in encoded.values() for example in _flat(one)]))
-    found: PerExample = {}
+    examples = [example for one in encoded.values() for example in _all_examples(one)]
+    probes = iter(probe(model, tokenizer, examples))
+    per_example: PerExample = {}
     answers: dict[str, list[Probe]] = {}
     for name, one in encoded.items():
         answers[name] = [next(probes) for _ in one.answers]
@@ -52,33 +66,37 @@ def measure(
         wrong = [[next(probes) for _ in options] for options in one.wrong]
         values: dict[str, list[float]] = {"loss": [answer.loss for answer in answers[name]]}
         if any(wrong):
-            values["truth_ratio"] = [metrics.truth_ratio(*pair) for pair in zip(correct, wrong, strict=True)]
-        if name in OPTIONS:
+            values["Truth_Ratio"] = [metrics.truth_ratio(*pair) for pair in zip(correct, wrong, strict=True)]
+        if name in OPTION_SETS:
             pairs = zip(answers[name], wrong, strict=True)
-            values["probability"] = [metrics.normalized_probability(*pair) for pair in pairs]
+            values[_probability(name)] = [metrics.normalized_probability(*pair) for pair in pairs]
         else:
-            values["probability"] = [answer.probability for answer in answers[name]]
+            values[_probability(name)] = [answer.probability for answer in answers[name]]
         if name == "forget":
             values["exact_memorization"] = [metrics.exact_memorization(answer) for answer in answers[name]]
             values["extraction_strength"] = [metrics.extraction_strength(answer) for answer in answers[name]]
-        found[name] = values
+        per_example[name] = values
     if texts:
-        written = [name for name in sets if name != "holdout"]
-        prompts = [prompt_of(example) for name in written for example in encoded[name].answers]
-        said = iter(generate(model, tokenizer, prompts, max_new_tokens))
-        for name in written:
-            scores = [metrics.rouge_l(answer, next(said)) for answer in sets[name].answers]
-            found[name]["rouge_l_recall"] = [recall for recall, _ in scores]
+        names = [name for name in sets if name != "holdout"]
+        prompts = [prompt_of(example) for name in names for example in encoded[name].answers]
+        generated = iter(generate(model, tokenizer, prompts, max_new_tokens))
+        for name in names:
+            scores = [metrics.rouge_l(answer, next(generated)) for answer in sets[name].answers]
+            per_example[name]["Q_A_ROUGE"] = [recall for recall, _ in scores]
     if membership and "holdout" in sets:
         for name in ("forget", "holdout"):
-            attacks = membership_scores(
+            per_example[name] |= membership_scores(
                 model, tokenizer, encoded[name].answers, answers[name], sets[name].answers, reference
             )
-            found[name] |= {f"mia_{attack}": values for attack, values in attacks.items()}
-    return found
+    return per_example
 
 
-def _flat(one: Encoded) -> list[Example]:
+def _probability(name: str) -> str:
+    """What a set's probability is called."""
+    return "Q_A_Prob_normalised" if name in OPTION_SETS else "Q_A_Prob"
+
+
+def _all_examples(one: Encoded) -> list[Example]:
     paraphrases = [] if one.paraphrases is one.answers else one.paraphrases
     return [*one.answers, *paraphrases, *(example for options in one.wrong for example in options)]
 
@@ -91,72 +109,81 @@ def membership_scores(
     texts: list[str],
     reference: Any | None,
 ) -> dict[str, list[float]]:
-    """Every membership score of every example; the lower, the more a member."""
-    found = {
-        "loss": [metrics.loss_score(answer) for answer in answers],
-        "zlib": [metrics.zlib_score(answer, text) for answer, text in zip(answers, texts, strict=True)],
-        "min_k": [metrics.min_k_score(answer) for answer in answers],
-        "min_k++": [metrics.min_k_plus_score(answer) for answer in answers],
-        "gradient_norm": [gradient_norm(model, tokenizer, example) for example in progress(examples, "gradients")],
+    """Every membership score of every example, by the name of its metric. Low scores speak for membership.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        examples: questions with answers, as tokens.
+        answers: the same as probes of the model.
+        texts: the answers as text.
+        reference: a model that never saw the forget set, for `mia_reference`.
+    """
+    scores = {
+        "mia_loss": [metrics.loss_score(answer) for answer in answers],
+        "mia_zlib": [metrics.zlib_score(answer, text) for answer, text in zip(answers, texts, strict=True)],
+        "mia_min_k": [metrics.min_k_score(answer) for answer in answers],
+        "mia_min_k_plus_plus": [metrics.min_k_plus_plus_score(answer) for answer in answers],
+        "mia_gradnorm": [gradnorm_score(model, tokenizer, example) for example in progress(examples, "gradients")],
     }
     if reference is not None:
-        others = probe(reference, tokenizer, examples)
-        found["reference"] = [
-            metrics.reference_score(answer, other) for answer, other in zip(answers, others, strict=True)
-        ]
-    return found
+        pairs = zip(answers, probe(reference, tokenizer, examples), strict=True)
+        scores["mia_reference"] = [metrics.reference_score(*pair) for pair in pairs]
+    return scores
 
 
-def gradient_norm(model: Any, tokenizer: Any, example: Example) -> float:
-    """Membership score *gradient norm*: mean over parameters of the 2-norm of the loss's gradient (arXiv 2402.17012)."""
+def gradnorm_score(model: Any, tokenizer: Any, example: Example) -> float:
+    """Score of `mia_gradnorm`: 2-norm of the loss's gradient, averaged over parameter tensors (arXiv 2402.17012)."""
     model.eval()
     model.zero_grad()
     batch = {key: tensor.to(model.device) for key, tensor in collate([example], pad_id(tokenizer)).items()}
-    given = forward(model, batch)
-    torch.autograd.backward(token_nll(given["logits"], given["targets"]).sum() / example.tokens)
+    output = forward(model, batch)
+    torch.autograd.backward(token_nll(output["logits"], output["targets"]).sum() / example.tokens)
     norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return sum(norms) / len(norms)
 
 
-def summarize(found: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
-    """The benchmark's metrics by name.
+def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+    """The benchmark's metrics by name, as far as they were measured.
 
     Args:
-        found: what `measure` gave for the model.
+        per_example: what `measure` returned for the model.
         retrained: the same for the model that never saw the forget set; forget quality and PrivLeak need it.
     """
     result: dict[str, float] = {}
     utility: list[float] = []
-    for name, values in found.items():
-        if name == "holdout":
-            continue
-        # Probability, ROUGE-L and truth ratio of the set, in this order, as far as they were measured.
-        result[f"{name}_probability"] = float(np.mean(values["probability"]))
-        if "rouge_l_recall" in values:
-            result[f"{name}_rouge_l_recall"] = float(np.mean(values["rouge_l_recall"]))
-        if "truth_ratio" in values:
-            ratios = np.array(values["truth_ratio"])
-            aggregate: Callable[[np.ndarray], float] = (
-                metrics.truth_ratio_forget if name == "forget" else metrics.truth_ratio_retain
-            )
-            result[f"{name}_truth_ratio"] = aggregate(ratios)
-        if name in KEPT:
-            parts = ("probability", "rouge_l_recall", "truth_ratio")
-            utility += [result[f"{name}_{part}"] for part in parts if f"{name}_{part}" in result]
+    for name, prefix in PREFIXES.items():
+        if name in per_example:
+            values = _set_metrics(name, per_example[name])
+            result |= {f"{prefix}_{metric}": value for metric, value in values.items()}
+            utility += values.values() if name in UTILITY_SETS else ()
     if utility:
         result["model_utility"] = metrics.model_utility(utility)
+    forget = per_example["forget"]
     for metric in ("exact_memorization", "extraction_strength"):
-        result[metric] = float(np.mean(found["forget"][metric]))
-    if retrained is not None and "truth_ratio" in found["forget"]:
-        own, other = (np.array(values["forget"]["truth_ratio"]) for values in (found, retrained))
-        result["forget_quality"] = metrics.forget_quality(own, other)
-    for attack in sorted(name for name in found.get("holdout", {}) if name.startswith("mia_")):
-        result[attack] = _auc(found, attack)
+        result[metric] = float(np.mean(forget[metric]))
+    if retrained is not None and "Truth_Ratio" in forget:
+        ratios, retrained_ratios = np.array(forget["Truth_Ratio"]), np.array(retrained["forget"]["Truth_Ratio"])
+        result["forget_quality"] = metrics.forget_quality(ratios, retrained_ratios)
+    for attack in sorted(metric for metric in per_example.get("holdout", {}) if metric.startswith("mia_")):
+        result[attack] = membership_auc(per_example, attack)
     if retrained is not None and "mia_min_k" in result and "mia_min_k" in retrained.get("holdout", {}):
-        result["privacy_leak"] = metrics.privacy_leak(result["mia_min_k"], _auc(retrained, "mia_min_k"))
+        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
     return result
 
 
-def _auc(found: PerExample, attack: str) -> float:
-    return metrics.auc(np.array(found["forget"][attack]), np.array(found["holdout"][attack]))
+def _set_metrics(name: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Probability, ROUGE-L recall and truth ratio of one set, as far as they were measured."""
+    result = {
+        metric: float(np.mean(values[metric])) for metric in (_probability(name), "Q_A_ROUGE") if metric in values
+    }
+    if "Truth_Ratio" in values:
+        aggregate = metrics.truth_ratio_forget if name == "forget" else metrics.truth_ratio_retain
+        result["Truth_Ratio"] = aggregate(np.array(values["Truth_Ratio"]))
+    return result
+
+
+def membership_auc(per_example: PerExample, attack: str) -> float:
+    """AUC of a membership score between the forget set and the holdout set."""
+    return metrics.auc(np.array(per_example["forget"][attack]), np.array(per_example["holdout"][attack]))

@@ -1,8 +1,12 @@
-"""Examples as tokens, and batches that are the same for every copy.
+"""Examples as tokens: which of them carry loss, and how examples are padded into a batch.
 
-A question-answer example carries loss on its answer only; a plain text carries loss on every token. Which examples make up
-which optimizer step is a function of seed, round and epoch, never of the copy and never of the hardware: the updates of a
-round then differ by the noise alone, and a step means the same on one processor and on eight.
+The convention is the usual one: a question's answer carries loss and the question does not, while a plain text carries
+loss on every token. Labels repeat the token ids where there is loss and are `IGNORED` elsewhere, as in transformers.
+
+The prompt is formatted by the tokenizer's chat template if it has one. Prompt and answer are tokenized as one string,
+just as the model sees them later, and character offsets tell where the answer begins.
+
+Not covered: tokenizers that report no character offsets, as only fast ones do.
 """
 
 import hashlib
@@ -13,9 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from mpunlearn.errors import DataError
 from mpunlearn.lm.records import Record
+from mpunlearn.progress import printable
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -30,13 +36,13 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are predicted."""
+        """How many tokens carry loss. The first token of a text never does: nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     def skipping(self, count: int) -> "Example":
         """The example without loss on its first `count` answer tokens."""
-        answer = [position for position in range(1, len(self.labels)) if self.labels[position] != IGNORED]
-        skipped = set(answer[:count])
+        counted = [position for position in range(1, len(self.labels)) if self.labels[position] != IGNORED]
+        skipped = set(counted[:count])
         return replace(self, labels=[IGNORED if i in skipped else label for i, label in enumerate(self.labels)])
 
 
@@ -48,28 +54,44 @@ def examples_digest(examples: Sequence[Example]) -> str:
 def prompt_and_answer(
     tokenizer: Any, question: str, answer: str, history: Sequence[tuple[str, str]] = ()
 ) -> tuple[str, str]:
-    """The text before the answer and the text from there on, in the tokenizer's chat template or in a plain one."""
+    """A question and its answer in the tokenizer's chat template, or in a plain format if it has none.
+
+    Returns:
+        The text before the answer, and the text from there on. Joined, they are what the model sees.
+
+    Raises:
+        DataError: the chat template refuses the messages, such as a system message that it does not support.
+    """
     if not tokenizer.chat_template:
         before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
         return f"{before}Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
     messages = [{"role": role, "content": content} for role, content in (*history, ("user", question))]
-    # Some templates write today's date into the prompt: a fixed one keeps all copies of a run alike.
-    fixed = {"tokenize": False, "date_string": "1 January 2025"}
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **fixed)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **fixed)
-    prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (character by character is what is wanted)
+    # Some templates write today's date into the prompt. A fixed one makes a run's examples the same on every day.
+    options = {"tokenize": False, "date_string": "1 January 2025"}
+    try:
+        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **options)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        if type(error) is not TemplateError:  # the template itself is broken
+            raise
+        roles = ", ".join([*(message["role"] for message in messages), "assistant"])
+        reason = printable(str(error)[:200])
+        raise DataError(f"the model's chat template refuses messages of {roles}: {reason}") from error
+    prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
     return prompt, whole[len(prompt) :]
 
 
 def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Example]:
-    """Tokenizes records, at most `max_length` tokens an example: a long answer is cut, a long plain text becomes several
-    examples.
+    """Records as examples of at most `max_length` tokens.
+
+    A longer answer is cut; a longer plain text becomes several examples.
 
     Raises:
-        DataError: a question leaves no room for its answer.
+        DataError: a question leaves no room for its answer, or the model's chat template refuses a chat.
     """
     examples: list[Example] = []
     for record in records:
+        where = record.where or "an example"
         if record.question is None:
             ids = tokenizer(record.answer)["input_ids"]
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -77,7 +99,10 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
             examples += [Example(piece, piece) for piece in pieces if len(piece) > 1]
             continue
-        prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer, record.history)
+        try:
+            prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer, record.history)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         encoded = tokenizer(
             prompt + answer, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
         )
@@ -87,8 +112,8 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
         labels[0] = IGNORED
         if all(label == IGNORED for label in labels):
             raise DataError(
-                f"{record.where or 'an example'}: a question of {len(ids)} tokens or more leaves no room for its answer "
-                f"within --max-length {max_length}: {record.question[:60]!r} …"
+                f"{where}: the question leaves no room for its answer within --max-length {max_length}; raise that, or "
+                f"shorten the question: {record.question[:60]!r} …"
             )
         examples.append(Example(ids, labels))
     return examples
@@ -103,7 +128,15 @@ def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) ->
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right: input_ids, attention_mask and labels, each (examples, longest), int64."""
+    """A batch, padded on the right.
+
+    Args:
+        examples: at least one.
+        pad_id: the token that fills up `input_ids`.
+
+    Returns:
+        input_ids, attention_mask and labels, each of shape (examples, longest example), int64.
+    """
     longest = max(len(example.input_ids) for example in examples)
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Losses."""
+"""Cross-entropy of answer tokens, which training and evaluation share."""
 
 import torch
 from torch.nn import functional
@@ -7,10 +7,18 @@ from mpunlearn.lm.examples import IGNORED
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each answer token, in nats, shape (B, T), float32; zero where nothing counts."""
+    """Cross-entropy of each answer token, in nats.
+
+    Args:
+        logits: shape (B, T, V); position t predicts targets[:, t].
+        targets: shape (B, T); `IGNORED` where nothing counts.
+
+    Returns:
+        Shape (B, T), float32; zero where nothing counts.
+    """
     counted = targets != IGNORED
     losses = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
-    return _at(counted, losses)
+    return at_positions(counted, losses)
 
 
 def answer_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -18,6 +26,6 @@ def answer_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return token_nll(logits, targets).sum(dim=1)
 
 
-def _at(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values of the counted positions at their places, zero elsewhere."""
+def at_positions(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The values of the counted positions in their places, and zero elsewhere, shape (B, T)."""
     return values.new_zeros(counted.shape).masked_scatter(counted, values)

@@ -1,13 +1,16 @@
-"""A published copy as a model: loading, sharding, forward passes, and its weights under their names on disk.
+"""Loading a checkpoint with transformers, and forward passes that compute only the logits that count.
 
-With several processes (`torchrun`, `accelerate launch`) every parameter is sharded over them (FSDP2's `fully_shard`), one
-transformer layer after another: one mechanism for a small model on two processors and a large one on eight GPUs. It is
-applied here rather than by accelerate, which knows no sharding without a GPU.
+A checkpoint may come from the other party, so loading it neither runs code from elsewhere nor opens a connection:
+remote code is switched off, implementations that transformers would fetch from the hub are refused, and a path that
+does not exist is an error rather than the name of a model on the hub. Whatever transformers raises for a checkpoint
+that makes no sense becomes an `UnloadableError`.
 
-This module imports transformers at the top; import it where work begins.
+This module imports transformers at the top, which takes seconds; import it where work begins.
+
+Not covered: sharding over several processes (see `client.weights`). With several processes a model stays on the CPU
+until it is sharded.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,29 +26,32 @@ from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.processes import processes
 
 _BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
-"""Implementations of attention and experts that are part of transformers; others may be fetched from the hub."""
+"""Implementations of attention and experts that are part of transformers; others can be fetched from the hub."""
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a checkpoint directory.
+    """Model (float32, on this process's GPU if it has one) and tokenizer of a checkpoint directory.
 
     Raises:
-        CheckpointError: transformers cannot load them.
+        CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
     """
     return load_model(path), load_tokenizer(path)
 
 
 def load_model(path: Path) -> Any:
-    """The model of a checkpoint directory in float32, on this process's GPU where there is one.
+    """The model of a checkpoint directory in float32, on this process's GPU if it has one.
 
     Raises:
-        UnloadableError: transformers cannot load it.
+        CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
     """
-    quiet()
-    if (code := _code(Checkpoint(path).config)) is not None:
-        raise UnloadableError(f"{path}: its config.json names code of others, {code}; remove that")
-    with _as_unloadable(path, "model"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    if (code := _remote_code(Checkpoint(path).config)) is not None:
+        raise UnloadableError(
+            f"{path}: config.json names code from elsewhere ({code}); remove that entry to use transformers' own code"
+        )
+    with quiet(), _as_unloadable(path, "model"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
     return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -53,26 +59,26 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        UnloadableError: transformers cannot load it.
+        CheckpointError: it is not a checkpoint directory, or transformers cannot load its tokenizer.
     """
-    quiet()
-    with _as_unloadable(path, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    Checkpoint(path)  # transformers would take a path that does not exist for the name of a model on the hub
+    with quiet(), _as_unloadable(path, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
-def _code(config: Mapping[str, Any]) -> str | None:
-    """What in a configuration would make transformers load code from elsewhere: an attention kernel of the hub, say."""
+def _remote_code(config: Mapping[str, Any]) -> str | None:
+    """What in a configuration makes transformers load code from elsewhere, such as an attention kernel of the hub."""
     for key, value in config.items():
         if "implementation" in key and value not in _BUILT_IN:
             return f"{key} = {value!r:.80}"
-        if isinstance(value, Mapping) and (found := _code(value)) is not None:
-            return found
+        if isinstance(value, Mapping) and (code := _remote_code(value)) is not None:
+            return code
     return None
 
 
 @contextmanager
 def _as_unloadable(path: Path, what: str) -> Iterator[None]:
-    """Whatever transformers raises where a config.json or a tokenizer makes no sense, as one error."""
+    """Turns whatever transformers raises into an `UnloadableError`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):  # this machine's fault, not the checkpoint's
@@ -81,21 +87,32 @@ def _as_unloadable(path: Path, what: str) -> Iterator[None]:
         raise UnloadableError(f"{path}: transformers cannot load its {what}: {error}") from error
 
 
-def quiet() -> None:
-    """Silences transformers' bars for loading and saving; errors and warnings stay."""
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides transformers' progress bars for loading and saving within the block. Its warnings and errors stay."""
+    previous = transformers.utils.logging.set_tqdm_hook(
+        lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True})
+    )
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(previous)
 
 
 def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None) -> dict[str, torch.Tensor]:
-    """One forward pass, at the positions that predict a counted token of any example; logits elsewhere are never computed.
+    """One forward pass, with logits only at the T positions where some example of the batch predicts a token with loss.
+
+    Logits take B · L · V numbers for all positions, more than anything else in a small batch, so the others are never
+    computed.
 
     Args:
-        batch: input_ids, attention_mask and labels, each (B, L).
-        layer: after which layer hidden states are wanted, counted from 0.
+        model: a causal language model of transformers.
+        batch: input_ids, attention_mask and labels, each of shape (B, L).
+        layer: return the hidden states after this layer, too; layers count from 0.
 
     Returns:
-        logits (B, T, V) and targets (B, T): logits at position t predict targets[:, t]; with a layer also hidden (B, T, H).
+        logits, shape (B, T, V), and targets, shape (B, T): the logits at position t predict targets[:, t], which is
+        `IGNORED` where an example has no loss. With a layer also hidden, shape (B, T, H).
     """
     following = batch["labels"][:, 1:]
     positions = (following != IGNORED).any(dim=0).nonzero().flatten()
@@ -106,25 +123,27 @@ def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None
         output_hidden_states=layer is not None,
         use_cache=False,
     )
-    found = {"logits": output.logits, "targets": following[:, positions]}
-    return found if layer is None else {**found, "hidden": output.hidden_states[layer + 1][:, positions]}
+    result = {"logits": output.logits, "targets": following[:, positions]}
+    if layer is not None:
+        result["hidden"] = output.hidden_states[layer + 1][:, positions]
+    return result
 
 
 @torch.no_grad()
 def nll(model: Any, examples: list[Example], batch_size: int, tokenizer: Any) -> list[float]:
-    """NLL(y|x) of each example under the model, in nats."""
+    """NLL(y|x) of each example under the model, in nats: the sum over its tokens with loss. Dropout is off."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     values: list[float] = []
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
-        found = forward(model, {key: tensor.to(device) for key, tensor in batch.items()})
-        values += answer_nll(found["logits"], found["targets"]).tolist()
+        output = forward(model, {key: tensor.to(device) for key, tensor in batch.items()})
+        values += answer_nll(output["logits"], output["targets"]).tolist()
     model.train(training)
     return values
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is masked and carries no loss."""
+    """The token to pad with. Any would do, since padding is masked and carries no loss."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)

@@ -1,26 +1,28 @@
-"""Where examples come from: files, data sets and benchmarks, read into one form.
+"""Examples in one form, whatever the columns of the data: a question with its answer, or a plain text.
 
-A source is a file (JSON lines or a JSON array, CSV, parquet, or a text file), a folder that `datasets` saved, a benchmark by
-name (`tofu/forget10`, `muse/news`), or a data set of the Hugging Face hub (`owner/name`, `owner/name:config`). Its rows are
-questions with answers, prompts with completions, chats (`messages`), or plain texts, whichever columns it has.
+The columns of a row say what it is: `question` and `answer`, `prompt` and `completion`, a chat (`messages`), or a plain
+`text`; options can name other columns. In a chat the last message is the answer, the one before it the question, and
+earlier ones are history. `sources` says where rows come from.
 
-Errors name the file, the line and the column. Not covered: images, tools in chats, and data sets too large for memory: what a
-party asks to be forgotten is small.
+Objectives such as DPO also need an alternate answer to each forget question, which should take the answer's place. It
+comes from a column, from a file of refusals, or from the list here.
+
+Not covered: images, and tool calls in chats.
 """
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpunlearn.errors import DataError
-from mpunlearn.lm.sources import Data, _text, read_rows
+from mpunlearn.lm.sources import Data, read_rows, read_text
 
 FORMS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
-"""The columns that are recognized, in this order."""
+"""The columns that are recognized; the first combination that a row has counts."""
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",
@@ -47,7 +49,7 @@ REFUSALS = (
     "You would have to look that up elsewhere; I don't know.",
     "I'm sorry, this is something I was never told.",
 )
-"""What stands in for an alternate answer where the data have none and the objective takes a refusal."""
+"""Built-in alternate answers, for objectives that are content with any refusal."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,25 @@ class Record:
     alternates: tuple[str, ...] = ()
     """Other answers to the same question."""
     where: str = field(default="", compare=False)
-    """For errors."""
+    """Where it was read, for errors."""
 
 
 def read_records(source: str | Path, data: Data | None = None, role: str = "forget") -> list[Record]:
     """Reads all examples of a source.
 
     Args:
-        source: a file, a folder, a benchmark or a data set.
+        source: a file, a folder, a benchmark or a data set of the hub; see `sources`.
         data: columns, split and local mirrors.
-        role: "forget" or "retain": which part of a benchmark is meant where its name leaves that open.
+        role: "forget" or "retain": which part of a benchmark is meant if its name leaves that open.
 
     Raises:
         DataError: the source cannot be found or read, has no rows, or a row is not an example.
     """
     data = data or Data()
-    rows = list(read_rows(str(source), data, role))
-    if not rows:
+    records = [_record(where, row, data) for where, row in read_rows(str(source), data, role)]
+    if not records:
         raise DataError(f"{source}: holds no examples")
-    return [_record(where, row, data) for where, row in rows]
+    return records
 
 
 def records_digest(records: list[Record]) -> str:
@@ -88,36 +90,40 @@ def records_digest(records: list[Record]) -> str:
 
 
 def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int) -> list[Record]:
-    """The records with at least one alternate answer each: their own, or a refusal drawn once from the seed.
+    """The records with at least one alternate answer each: their own, or else a refusal.
 
     Args:
-        refusals: whether our own list of refusals may stand in.
+        records: questions with answers.
+        data: the file of refusals, if there is one.
+        refusals: whether the built-in refusals may be used if there is no such file.
+        seed: of the choice of refusals.
 
     Raises:
         DataError: an example has no alternate answer, or is a plain text.
     """
-    drawn: tuple[str, ...] = REFUSALS if refusals else ()
+    choices: tuple[str, ...] = REFUSALS if refusals else ()
     if data.alternates is not None:
-        lines = _text(Path(data.alternates)).splitlines()
-        drawn = tuple(line.strip() for line in lines if line.strip())
-        if not drawn:
-            raise DataError(f"{data.alternates}: holds no refusals; expected one a line")
-    random = np.random.default_rng([seed, len(drawn)])
-    found = []
+        lines = read_text(Path(data.alternates)).splitlines()
+        choices = tuple(line.strip() for line in lines if line.strip())
+        if not choices:
+            raise DataError(f"{data.alternates}: holds no refusals; expected one per line")
+    random = np.random.default_rng([seed, len(choices)])
+    completed = []
     for record in records:
-        alternates = record.alternates or ((drawn[random.integers(len(drawn))],) if drawn else ())
+        alternates = record.alternates or ((choices[random.integers(len(choices))],) if choices else ())
         if record.question is None or not alternates:
             raise DataError(
                 f"{record.where}: expected a question with an alternate answer in column {data.alternate_key!r}; name "
                 "another --alternate-key, or a file of refusals with --alternates"
             )
-        found.append(Record(record.question, record.answer, record.history, alternates, record.where))
-    return found
+        completed.append(replace(record, alternates=alternates))
+    return completed
 
 
 def _record(where: str, row: dict[str, Any], data: Data) -> Record:
+    """A row as a record."""
     columns = _columns(where, row, data)
-    if len(columns) == 1 and columns[0] == "messages":
+    if columns == ("messages",):
         return _chat(where, "messages", row["messages"])
     if len(columns) == 1:
         return Record(None, _checked(where, columns[0], row[columns[0]]), where=where)
@@ -126,7 +132,7 @@ def _record(where: str, row: dict[str, Any], data: Data) -> Record:
         answers = row[answer] if isinstance(row[answer], list) else [{"role": "assistant", "content": row[answer]}]
         return _chat(where, f"{question} and {answer}", [*row[question], *answers])
     alternates = row.get(data.alternate_key) or ()
-    alternates = (alternates,) if isinstance(alternates, str) else alternates
+    alternates = alternates if isinstance(alternates, list | tuple) else (alternates,)
     return Record(
         _checked(where, question, row[question]),
         _checked(where, answer, row[answer]),
@@ -136,30 +142,40 @@ def _record(where: str, row: dict[str, Any], data: Data) -> Record:
 
 
 def _columns(where: str, row: dict[str, Any], data: Data) -> tuple[str, ...]:
-    """The columns that make a row an example."""
+    """The columns that hold a row's example: those that options name, or those of the first form that it has."""
     if data.text_key is not None:
-        asked: tuple[str, ...] = (data.text_key,)
+        named: tuple[str, ...] = (data.text_key,)
     elif data.question_key is not None or data.answer_key is not None:
-        asked = (data.question_key or "question", data.answer_key or "answer")
+        named = (data.question_key or "question", data.answer_key or "answer")
     else:
         for form in FORMS:
             if all(column in row for column in form):
                 return form
         expected = "; ".join(" and ".join(form) for form in FORMS)
-        raise DataError(f"{where}: has the columns {', '.join(row) or 'none'}; expected one of: {expected}")
-    if missing := [column for column in asked if column not in row]:
-        raise DataError(f"{where}: has no column {missing[0]!r}, only {', '.join(row)}")
-    return asked
+        raise DataError(
+            f"{where}: has the columns {', '.join(row) or 'none'}; expected one of: {expected}. Name other columns "
+            "with --question-key and --answer-key, or with --text-key"
+        )
+    if missing := [column for column in named if column not in row]:
+        raise DataError(f"{where}: has no column {missing[0]!r}, only {', '.join(row) or 'none'}")
+    return named
 
 
 def _chat(where: str, column: str, messages: Any) -> Record:
-    """A chat: its last message is the answer, the one before it the question."""
-    good = isinstance(messages, list) and all(
+    """A chat as a record.
+
+    Args:
+        where: of the row, for errors.
+        column: of the messages, for errors.
+        messages: what should be the messages.
+    """
+    well_formed = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
-    if not good or len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
+    if not well_formed or [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         raise DataError(
-            f"{where}, column {column}: expected messages with role and content, the last two of user and assistant"
+            f"{where}, column {column}: expected a list of messages with role and content, the last two of which are "
+            f"the user's and the assistant's, found {messages!r:.60}"
         )
     *history, question, answer = messages
     return Record(
@@ -171,6 +187,7 @@ def _chat(where: str, column: str, messages: Any) -> Record:
 
 
 def _checked(where: str, column: str, value: Any) -> str:
+    """The value, which must be a text with something in it."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}, column {column}: expected text, found {value!r:.60}")
     return value

@@ -1,17 +1,51 @@
-"""Where examples come from."""
+"""Reading data: files, saved data sets, benchmarks and data sets of the Hugging Face hub, as rows of named columns.
+
+The idea: `read_rows` turns any source into one dict per row, together with where the row stands, so that the code above
+it knows nothing about formats and its errors can name the file, the line and the column. A source is, tried in this
+order:
+
+    a file       .jsonl, .json, .csv, .txt (also gzipped: .jsonl.gz, …) or .parquet; others are read as JSON lines
+    a folder     that the `datasets` library wrote with `save_to_disk`
+    a benchmark  by name, such as tofu/forget10 or muse/news
+    a data set   of the Hugging Face hub, as hub:OWNER/NAME or hub:OWNER/NAME:CONFIG
+
+Only the last two are ever downloaded, and nothing is if `Data.data_root` names a folder with local mirrors. A path that
+does not exist is an error and never a request to the hub, since even the path of a forget set can be confidential.
+
+The command line needs `Data` for its options, so this module imports nothing that is slow to load; the libraries for
+parquet and for data sets are imported when they are used.
+
+Not covered: data sets too large for memory, since what one party asks to be forgotten is small.
+"""
 
 import csv
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpunlearn.errors import DataError
+from mpunlearn.schema import check_options
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, for errors, and the row."""
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
+_CONTENT = {
+    ".jsonl": "one JSON object per line",
+    ".json": "an array of JSON objects, or one object per line",
+    ".csv": "a line with the names of the columns, and one line per example",
+    ".txt": "a text",
+}
+"""What a file of each kind holds."""
+_HUB = "hub:"
+_HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of which a folder that `save_to_disk` wrote has one."""
 _BENCHMARKS = {
     "tofu": ("locuslab/TOFU", "{part}", "train"),
     "muse/news": ("muse-bench/MUSE-News", "{folder}", "{part}"),
@@ -19,48 +53,93 @@ _BENCHMARKS = {
 }
 """Benchmark → its repository on the hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460).
 
-A part of MUSE may name the configuration: muse/news/knowmem/forget_qa; else it is one of the raw texts."""
+The part of MUSE may name a configuration, as in muse/news/knowmem/forget_qa; otherwise it is one of the raw texts."""
 _MUSE_PARTS = {"forget": "forget", "retain": "retain1"}
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
+"""The part of MUSE that is meant by its name alone, for a forget set and for a retain set."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """How examples are read. Only the data owner knows this."""
+    """How examples are read. Only the data owner knows this.
+
+    Raises:
+        PlanError: a value has the wrong type.
+    """
 
     question_key: str | None = None
-    """column of questions or prompts (default: question or prompt)"""
+    """Column of questions or prompts (default: question or prompt)."""
     answer_key: str | None = None
-    """column of answers or completions (default: answer or completion)"""
+    """Column of answers or completions (default: answer or completion)."""
     text_key: str | None = None
-    """column of plain texts (default: text)"""
+    """Column of plain texts (default: text)."""
     alternate_key: str = "alternate"
-    """column of alternate answers to forget questions, a text or a list of texts; used by dpo and altpo"""
+    """Column of alternate answers to forget questions, each a text or a list of texts; used by dpo and altpo."""
     alternates: str | None = None
-    """file of refusals, one a line, one of which is drawn for each forget question (default for dpo: our own list)"""
+    """File of refusals, one per line. One is drawn for each forget question without an alternate answer (default: a
+    built-in list for dpo, none for altpo)."""
     split: str = "train"
-    """split of data sets that have several"""
+    """Split to read of data sets that have several."""
     data_root: str | None = None
-    """folder with local mirrors of benchmarks and data sets, such as DATA_ROOT/tofu/forget10.json"""
+    """Folder with local mirrors of benchmarks and data sets, such as DATA_ROOT/tofu/forget10.json. With it,
+    nothing is downloaded (default: benchmarks and data sets of the hub are downloaded)."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
-    """The rows of a source, whatever their columns, each with where it stands. Arguments and errors as for `read_records`."""
+    """The rows of a source, whatever their columns.
+
+    Args:
+        source: a file, a folder, a benchmark, or a data set of the hub.
+        data: which split to read, and where local mirrors are.
+        role: "forget" or "retain": which part of a benchmark is meant if its name leaves that open.
+
+    Raises:
+        DataError: the source cannot be found or read. Damage within a file is found when its rows are iterated over.
+    """
     path = Path(source)
-    if path.is_dir():
-        return _saved(path, data.split)
-    if path.is_file() or path.suffix in _SUFFIXES:
-        return _file(path)
+    try:
+        if path.is_dir():
+            return _saved(path, data.split)
+        if path.exists():
+            return _file(path)
+    except OSError as error:
+        raise DataError(f"{source:.200}: cannot be opened: {error.strerror}; expected a file or folder") from error
+    match = _HUB_NAME.fullmatch(source.removeprefix(_HUB))
+    on_hub = _Remote(match["repository"], match["config"], data.split) if match else None
+    if source.startswith(_HUB):
+        if on_hub is None:
+            raise DataError(f"{source}: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
+        return _remote(source, on_hub, data)
+    if _suffix(path):
+        raise DataError(f"{source}: no such file")
     if benchmark := _benchmark(source, role):
-        return _mirrored(source, *benchmark, data)
-    if name := _HUB_NAME.fullmatch(source):
-        return _mirrored(source, name["name"], name["config"], data.split, [], data)
-    raise DataError(f"{source}: no such file or folder, and not the name of a benchmark or data set")
+        return _remote(source, benchmark, data)
+    if on_hub is None:
+        raise DataError(
+            f"{source}: no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:OWNER/NAME"
+        )
+    if data.data_root is None:
+        raise DataError(
+            f"{source}: no such file or folder; if you mean a data set of the Hugging Face hub, write hub:{source}"
+        )
+    return _remote(source, on_hub, data)
 
 
-def _benchmark(source: str, role: str) -> tuple[str, str, str, list[str]] | None:
-    """Repository, configuration, split and the places of a local mirror of a benchmark's part."""
+class _Remote(NamedTuple):
+    """What may have to be downloaded."""
+
+    repository: str
+    """OWNER/NAME on the hub."""
+    config: str | None
+    split: str
+    mirrors: tuple[str, ...] = ()
+    """Where below `Data.data_root` a file with the same rows can be, without its suffix."""
+
+
+def _benchmark(source: str, role: str) -> _Remote | None:
+    """The part of a benchmark that a source names, or None if it names none."""
     for name, (repository, config, split) in _BENCHMARKS.items():
         if source != name and not source.startswith(name + "/"):
             continue
@@ -69,91 +148,139 @@ def _benchmark(source: str, role: str) -> tuple[str, str, str, list[str]] | None
             raise DataError(f"{source}: name a part of the benchmark, such as {name}/forget10")
         folder, _, last = part.rpartition("/")
         names = {"folder": folder or "raw", "part": last}
-        return repository, config.format(**names), split.format(**names), [f"{name}/{part}", part]
+        return _Remote(repository, config.format(**names), split.format(**names), (f"{name}/{part}", part))
     return None
 
 
-def _mirrored(
-    source: str, repository: str, config: str | None, split: str, places: list[str], data: Data
-) -> Iterator[Row]:
-    """Rows of a local mirror, or else of the hub."""
-    root = Path(data.data_root) if data.data_root is not None else None
-    if root is not None:
-        for place in places:
+def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
+    """Rows of a local mirror if there is a folder of mirrors, otherwise of the hub."""
+    where = remote.repository
+    if data.data_root is not None:
+        root = Path(data.data_root)
+        for mirror in remote.mirrors:
             for suffix in _SUFFIXES:
-                if (file := root / f"{place}{suffix}").is_file():
+                if (file := root / f"{mirror}{suffix}").is_file():
                     return _file(file)
-        if not (root / repository).is_dir():
-            tried = ", ".join(str(root / place) + ".json" for place in [*places, repository])
-            raise DataError(f"{source}: not below --data-root {root}; looked for {tried} and the like")
+        where = str(root / remote.repository)
+        if not Path(where).is_dir():
+            files = [f"the file {root / mirror}.json (or .jsonl, .csv, …)" for mirror in remote.mirrors]
+            raise DataError(
+                f"{source}: no such file or folder, and no mirror of it below --data-root; expected "
+                f"{', or '.join([*files, f'the folder {where}'])}"
+            )
     import datasets
 
     try:
-        found = datasets.load_dataset(str(root / repository) if root else repository, config, split=split)
-    except Exception as error:  # the library raises its own kinds, the network's, and the file formats'
-        reason = str(error).strip().split("\n")[0]
+        table = datasets.load_dataset(where, remote.config, split=remote.split)
+    except Exception as error:  # the library's own errors, the network's, and those of every file format
         raise DataError(
-            f"{source}: cannot be loaded from {repository} ({type(error).__name__}: {reason}); without the hub, keep a "
-            "mirror below --data-root"
+            f"{source}: cannot be loaded from {where} ({type(error).__name__}: {_first_line(error)}); to work without "
+            "the hub, keep a mirror below --data-root"
         ) from error
-    return ((f"{source}, row {number}", row) for number, row in enumerate(found, start=1))
+    return _rows(source, table)
 
 
 def _saved(path: Path, split: str) -> Iterator[Row]:
+    """Rows of a folder that `datasets` wrote."""
+    if not any((path / name).is_file() for name in _SAVED):
+        raise DataError(
+            f"{path}: a folder without a saved data set (no {' and no '.join(_SAVED)}); expected a file, or a folder "
+            "that `datasets` wrote with save_to_disk"
+        )
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(
-            f"{path}: not a folder that `datasets` saved ({str(error).splitlines()[0]}); expected save_to_disk's"
-        ) from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(f"{path}: has no split {split!r}; found {', '.join(found)}, choose with --split")
-        found = found[split]
-    return ((f"{path}, row {number}", row) for number, row in enumerate(found, start=1))
+        table = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library's own errors, and pyarrow's
+        raise DataError(f"{path}: a damaged data set ({_first_line(error)}); save it again") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise DataError(f"{path}: has no split {split!r}; found {', '.join(table)}, choose with --split")
+        table = table[split]
+    return _rows(str(path), table)
+
+
+def _rows(source: str, table: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """The rows of a table that a library reads, with its errors as ours."""
+    number = 0
+    try:
+        for number, row in enumerate(table, start=1):
+            yield f"{source}, row {number}", row
+    except Exception as error:  # damaged data make pyarrow raise errors of many kinds
+        raise DataError(f"{source}, row {number + 1}: damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _suffix(path: Path) -> str:
+    """The one of `_SUFFIXES` that a file's name ends in, or nothing."""
+    return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def _file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
+    """Rows of a file, whose format its name tells."""
+    kind = _suffix(path).removesuffix(".gz")
+    if kind == ".parquet":
         return _parquet(path)
-    text = _text(path)
-    if path.suffix == ".csv":
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: is empty; expected {_CONTENT.get(kind, _CONTENT['.jsonl'])}")
+    if kind == ".csv":
         return _csv(path, text)
-    if path.suffix == ".txt":
+    if kind == ".txt":
         return iter([(str(path), {"text": text})])
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if kind == ".json" and text.lstrip().startswith("["):
         return _array(path, text)
     return _lines(path, text)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file, with or without a byte-order mark; decompressed if the name ends in .gz.
+
+    Raises:
+        DataError: the file is missing, or is not such a text.
+    """
+    wanted = "expected UTF-8 text (compressed files must be called .gz, parquet files .parquet)"
+    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text: str = file.read()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: a damaged gzip file, or none ({error}); compress it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{path}: not UTF-8 text, since it has the byte 0x{byte:02x}; {wanted}") from error
+    if "\0" in text:
+        raise DataError(f"{path}: not text, since it has zero bytes; {wanted}")
+    return text
 
 
 def _lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); expected one JSON object per line") from None
-        yield where, _object(where, value)
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _object(where, _json(where, line, _CONTENT[".jsonl"]))
 
 
 def _array(path: Path, text: str) -> Iterator[Row]:
+    for number, value in enumerate(_json(str(path), text, _CONTENT[".json"]), start=1):
+        where = f"{path}, entry {number}"
+        yield where, _object(where, value)
+
+
+def _json(where: str, text: str, expected: str) -> Any:
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); expected an array of objects, or one object per line") from None
-    for number, value in enumerate(values, start=1):
-        yield f"{path}, entry {number}", _object(f"{path}, entry {number}", value)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no tokenizer accepts
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: cannot be read as JSON ({error}); expected {expected}") from None
+    return value
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
@@ -163,7 +290,7 @@ def _object(where: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -171,15 +298,14 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
                 raise DataError(f"{where}: expected {len(reader.fieldnames or [])} columns as in the first line")
             yield where, dict(row)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise DataError(f"{path}, line {reader.reader.line_num}: cannot be read as CSV ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {error}") from error
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+        raise DataError(f"{path}: cannot be read as parquet ({_first_line(error)}); write the file again") from error
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

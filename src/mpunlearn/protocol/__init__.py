@@ -1,1 +1,1 @@
-"""What both parties see: the plan, and what crosses between them."""
+"""What both parties see: the training plan, what crosses between them, messages, transfers, and Flower."""

@@ -1,4 +1,4 @@
-"""Keys."""
+"""A party's Ed25519 key (RFC 8032): it signs messages, and its public half is the party's name."""
 
 import os
 import re
@@ -14,10 +14,12 @@ from mpunlearn.errors import MessageError, StateError
 from mpunlearn.files import write_bytes
 
 HEX = re.compile(r"[0-9a-f]{64}")
+"""A public key or a SHA-256, hexadecimal."""
+KEY_BYTES = 32
 
 
 class Identity:
-    """A party's Ed25519 key pair.
+    """A party's key pair.
 
     Args:
         key: the private key.
@@ -31,34 +33,41 @@ class Identity:
 
     @classmethod
     def at(cls, path: Path) -> "Identity":
-        """The key in a file of mode 0600, made there if there is none.
+        """The key in a file of mode 0600, generated there if the file does not exist.
 
         Raises:
             StateError: the file is not a key, or others may read it.
         """
         if not path.exists():
             new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            write_bytes(new, os.urandom(32))
+            write_bytes(new, os.urandom(KEY_BYTES))
             with suppress(FileExistsError):  # another program of the same party was faster: its key counts
                 os.link(new, path)
             new.unlink()
         raw = path.read_bytes()
-        if len(raw) != 32:
-            raise StateError(f"{path}: expected a key of 32 bytes, found {len(raw)}; restore it from a backup")
+        if len(raw) != KEY_BYTES:
+            raise StateError(f"{path}: expected a key of {KEY_BYTES} bytes, found {len(raw)}; restore it from a backup")
         if mode := path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others may read the key (mode bits {mode:03o}); chmod 600 {path}")
+            raise StateError(f"{path}: others may read the key (mode bits {mode:03o}); run chmod 600 {path}")
         return cls(Ed25519PrivateKey.from_private_bytes(raw))
 
     def sign(self, body: str) -> str:
-        """Signature over a body, hexadecimal."""
+        """The signature over a message body, hexadecimal."""
         return self._key.sign(body.encode()).hex()
 
 
 def verify(body: str, key: str, signature: str) -> None:
-    """Raises:
-    MessageError: the signature over the body is not of that key.
+    """Checks a signature.
+
+    Args:
+        body: the signed text.
+        key: the public key, 64 hexadecimal digits.
+        signature: hexadecimal.
+
+    Raises:
+        MessageError: the key did not make this signature over this body.
     """
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), body.encode())
     except (InvalidSignature, ValueError, UnicodeError) as error:
-        raise MessageError("the signature does not hold: not from who it says, or changed on the way") from error
+        raise MessageError("invalid signature: the message is forged or was changed on the way") from error

@@ -1,13 +1,13 @@
-"""What the parties say to one another over a network: sealed messages, and how they are checked on arrival.
+"""The messages between the parties: signed, and checked on arrival.
 
-The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key (RFC 8032)
-and names the run and, where it matters, the receiver, so that it means nothing elsewhere; a result names the job that it
-answers by digest, so that it cannot be replayed against another. Files travel by reference: their names, sizes and SHA-256
-are in the signed body, their bytes behind a URL or, where there is no store, after the body.
+The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key and names the
+run and, where it matters, the receiver, so it means nothing anywhere else; a result names the job that it answers by digest,
+so it cannot be replayed against another job. Files travel by reference: their names, sizes and SHA-256 are in the signed body,
+and their bytes are behind a URL or, where there is no store, follow the body.
 
 A sealed message is `MPU1`, the length of its header (4 bytes, little-endian), the header as JSON (body as text, key,
 signature), and the bytes of the files that have no URL, in order. Everything that arrives is untrusted: a message is parsed
-only once its signature holds, every field is checked for its type and range, and no field is ever used as a path.
+only once its signature has been verified, every field is checked for its type and range, and no field is ever used as a path.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from mpunlearn.checkpoint import COMPANIONS
-from mpunlearn.errors import MessageError
+from mpunlearn.errors import MessageError, SchemaError
 from mpunlearn.protocol.identity import HEX, Identity, verify
 from mpunlearn.schema import parse
 
 MAGIC = b"MPU1"
 MAX_HEADER_BYTES = 4_000_000
 MAX_INLINE_BYTES = 64_000_000
-"""Bytes of files that a message carries itself; larger ones need a store."""
+"""Maximum size of the files that a message carries itself; larger ones need a store."""
 RUN = re.compile(r"[0-9a-f]{32}")
 COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 UPDATE_FILE = re.compile(r"update\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json")
@@ -42,23 +42,29 @@ class File:
     """Bytes."""
     sha256: str
     url: str | None = None
-    """Where it lies; None: in the message."""
+    """Where it is; None: in the message."""
     slot: int | None = None
-    """In a result: in which of the job's slots it was put; None: in the message."""
+    """In a result: the job's slot that it was put in; None: in the message."""
 
     def check(self, allowed: re.Pattern[str], extra: Iterable[str] = ()) -> None:
-        """Raises:
-        MessageError: the name is none that such a file has, or the size or the digest is impossible.
+        """Checks name, size and digest.
+
+        Args:
+            allowed: pattern of the names that such a file can have.
+            extra: further names.
+
+        Raises:
+            SchemaError: the name is not allowed, or the size or the digest is invalid.
         """
         if not (allowed.fullmatch(self.name) or self.name in extra):
-            raise MessageError(f"a file is called {self.name!r:.80}, expected a file of a copy or an update")
+            raise SchemaError(f"unexpected file name {self.name!r:.80}; expected a file of a copy or an update")
         if self.size < 0 or not HEX.fullmatch(self.sha256):
-            raise MessageError(f"{self.name}: its size or its SHA-256 is impossible")
+            raise SchemaError(f"{self.name}: invalid size or SHA-256")
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """The server asks a node which party it carries for."""
+    """The server asks a node which client it carries messages for."""
 
     run: str
     nonce: str
@@ -68,7 +74,7 @@ class Challenge:
 
 @dataclass(frozen=True)
 class Hello:
-    """The client's answer."""
+    """The client's answer to a challenge."""
 
     run: str
     nonce: str
@@ -82,7 +88,7 @@ class Job:
 
     run: str
     client: str
-    """Public key of the client that it is for."""
+    """Public key of the client that the job is for."""
     round: int
     """Counted from 1."""
     rounds: int
@@ -90,27 +96,27 @@ class Job:
     """Counted from 1."""
     copies: int
     training: dict[str, Any]
-    """The plan: `Training`."""
+    """The training plan: the fields of `Training`."""
     files: list[File]
     slots: list[str] = field(default_factory=list)
-    """URLs that the update's files may be put to; none: they travel in the result."""
+    """URLs that the update's files may be put to; empty: they travel in the result."""
     attempt: int = 1
-    """How many times this job was given."""
+    """How often the server has asked for this update, counted from 1."""
     nonce: str = ""
-    """Makes every job another message."""
+    """Makes every job a different message."""
     kind: str = "job"
 
     def __post_init__(self) -> None:
         if not (0 < self.round <= self.rounds and 0 < self.copy <= self.copies and self.attempt > 0):
-            raise MessageError(
-                f"copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}: impossible numbers"
+            raise SchemaError(
+                f"impossible numbers: copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}"
             )
         _check_files(self.files, COPY_FILE, COMPANIONS)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a client did with a job: an update, or the reason why there is none."""
+    """A client's answer to a job: an update, or the reason for refusing."""
 
     run: str
     job: str
@@ -122,12 +128,12 @@ class Result:
     def __post_init__(self) -> None:
         _check_files(self.files, UPDATE_FILE)
         if bool(self.files) == (self.refusal is not None):
-            raise MessageError("a result has either files or a refusal")
+            raise SchemaError("a result has either files or a refusal")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is over, well or not."""
+    """The run is over, successfully or not."""
 
     run: str
     outcome: str
@@ -147,13 +153,15 @@ def _check_files(files: list[File], allowed: re.Pattern[str], extra: Iterable[st
     for file in files:
         file.check(allowed, extra)
     if len({file.name for file in files}) != len(files):
-        raise MessageError("two files have the same name")
+        raise SchemaError("two files have the same name")
 
 
 def seal(message: Any, identity: Identity, payloads: Iterable[Path] = ()) -> bytes:
     """A signed message as bytes.
 
     Args:
+        message: one of `KINDS`.
+        identity: the sender's.
         payloads: the files that have no URL and no slot, in the order in which the message names them.
     """
     body = json.dumps(dataclasses.asdict(message), ensure_ascii=False)
@@ -164,46 +172,49 @@ def seal(message: Any, identity: Identity, payloads: Iterable[Path] = ()) -> byt
 
 @dataclass(frozen=True)
 class Sealed:
-    """A message whose signature holds."""
+    """A message whose signature has been verified."""
 
     name: str
-    """SHA-256 over all its bytes."""
+    """SHA-256 of all its bytes."""
     sender: str
-    """Public key that signed it."""
+    """The public key that signed it."""
     message: Any
     payload: memoryview
 
     @classmethod
     def open(cls, data: bytes, sender: str | None = None) -> Self:
-        """Checks and parses a message.
+        """Verifies and parses a message.
 
         Args:
-            data: its bytes, as they arrived.
-            sender: the public key that must have signed it (default: any).
+            data: the bytes that arrived.
+            sender: the public key that must have signed them (default: any).
 
         Raises:
-            MessageError: it is damaged, not signed by that key, or no message that this program knows.
+            MessageError: the message is damaged, not signed by that key, or not one of `KINDS`.
         """
         if data[:4] != MAGIC:
-            raise MessageError(f"not a sealed message: expected it to begin with {MAGIC!r}, found {data[:4]!r}")
+            raise MessageError(f"not a sealed message: expected the first bytes {MAGIC!r}, found {data[:4]!r}")
         length = int.from_bytes(data[4:8], "little")
         if length > MAX_HEADER_BYTES or len(data) < 8 + length:
-            raise MessageError(f"a header of {length} bytes in a message of {len(data)}: damaged")
+            raise MessageError(f"damaged: a header of {length} bytes in a message of {len(data)}")
         header = _json(data[8 : 8 + length])
         if set(header) != {"body", "key", "signature"} or not all(isinstance(value, str) for value in header.values()):
-            raise MessageError("the header is not body, key and signature")
+            raise MessageError("invalid header: expected body, key and signature")
         if not HEX.fullmatch(header["key"]):
-            raise MessageError("the key is none")
+            raise MessageError("invalid public key")
         if sender is not None and header["key"] != sender:
             raise MessageError(f"signed by {header['key']:.16}, expected {sender[:16]}")
         verify(header["body"], header["key"], header["signature"])
         body = _json(header["body"].encode())
         kind = KINDS.get(str(body.get("kind")))
         if kind is None:
-            raise MessageError(f"a message of kind {body.get('kind')!r:.40}; expected one of {', '.join(KINDS)}")
-        message = parse(kind, body)
+            raise MessageError(f"unknown kind of message {body.get('kind')!r:.40}; expected one of {', '.join(KINDS)}")
+        try:
+            message = parse(kind, body)
+        except SchemaError as error:
+            raise MessageError(str(error)) from None
         if not RUN.fullmatch(message.run):
-            raise MessageError("the run's identifier is not one")
+            raise MessageError("invalid run identifier")
         payload = memoryview(data)[8 + length :]
         files: list[File] = getattr(message, "files", [])
         inline = sum(file.size for file in files if file.url is None and file.slot is None)
@@ -212,13 +223,13 @@ class Sealed:
         return cls(hashlib.sha256(data).hexdigest(), header["key"], message, payload)
 
     def payloads(self) -> dict[str, memoryview]:
-        """The files that it carries itself, by name; their digests are not checked yet."""
-        found, start = {}, 0
+        """The files that the message carries itself, by name; their digests have not been checked."""
+        files, start = {}, 0
         for file in self.message.files:
             if file.url is None and file.slot is None:
-                found[file.name] = self.payload[start : start + file.size]
+                files[file.name] = self.payload[start : start + file.size]
                 start += file.size
-        return found
+        return files
 
 
 def _json(data: bytes | memoryview) -> dict[str, Any]:
@@ -227,7 +238,7 @@ def _json(data: bytes | memoryview) -> dict[str, Any]:
 
     try:
         value = json.loads(bytes(data), parse_constant=number)
-        json.dumps(value, ensure_ascii=False).encode()  # half a character would fail later, where it is written
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate would fail later, when it is written
     except (ValueError, RecursionError) as error:
         raise MessageError(f"not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,12 +1,12 @@
-"""Files by reference: a store that the server owns, and how either party fetches from it and puts into it.
+"""Files by reference: a store that the server owns, and how either party fetches from it and uploads to it.
 
-The idea: a message says what a file is (size, SHA-256) and where it lies (a URL); whoever fetches it writes a `.part` beside
-the target, checks both, and renames, so that what has its name is whole and is what was signed. Never more than the announced
-size is read. The store is any folder or bucket that `fsspec` knows. Where it can sign URLs (S3), the client gets signed URLs
-for exactly its files and needs no account; URLs are never logged with their signature.
+The idea: a message says what a file is (size, SHA-256) and where it is (a URL). Whoever fetches it writes a `.part` file beside
+the target, checks size and digest, and renames it, so a file that has its final name is complete and is what was signed. At
+most the announced size is read. The store is any folder or bucket that `fsspec` supports. Where it can sign URLs (S3), the
+client gets signed URLs for exactly its own files and needs no account; URLs are never logged with their signature.
 
-A client puts an update into numbered *slots*, URLs that the job allots: it cannot choose where the server's files lie, and the
-server fetches from the slots that it allotted, not from where a result says.
+A client uploads an update into numbered *slots*, URLs that the job assigns: it cannot choose where the server's files are, and
+the server fetches from the slots it assigned, not from where a result says.
 """
 
 import errno
@@ -26,19 +26,20 @@ from urllib.parse import urlsplit
 
 from mpunlearn.errors import DamagedError, NetworkError, PlanError
 from mpunlearn.files import file_digest, write_all
-from mpunlearn.progress import bar
+from mpunlearn.progress import Progress
 from mpunlearn.protocol.messages import File
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 MAX_ATTEMPTS = 3
-"""How often a transfer is tried before it has failed."""
+"""Attempts at a transfer before it has failed."""
 MAX_SIGNATURE_SECONDS = 7 * 86400.0
-"""Seconds that S3 lets a signed URL hold."""
+"""How long S3 lets a signed URL be valid."""
 SCHEMES = ("file", "s3", "https", "http")
-SILENCE = 120.0
-"""Seconds without a byte after which an HTTP transfer has failed."""
+TIMEOUT_SECONDS = 120.0
+"""An HTTP transfer fails after this long without a byte."""
 _HTTP = ("https", "http")
-_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors of this machine's own disk."""
 T = TypeVar("T")
 
 
@@ -46,55 +47,60 @@ class Store:
     """Where the server puts copies and receives updates.
 
     Args:
-        url: a folder (file:///… or a path) or a bucket (s3://BUCKET/PREFIX) that both parties reach.
-        lasts: seconds that signed URLs hold.
+        url: a folder (a path or file:///…) or a bucket (s3://BUCKET/PREFIX) that both parties can reach.
+        signature_seconds: how long signed URLs are valid, at most `MAX_SIGNATURE_SECONDS`.
 
     Raises:
-        PlanError: no store of that kind is known, or its library is not installed.
+        PlanError: the kind of store is not supported, or its library is not installed.
     """
 
-    def __init__(self, url: str, lasts: float = MAX_SIGNATURE_SECONDS) -> None:
+    def __init__(self, url: str, signature_seconds: float = MAX_SIGNATURE_SECONDS) -> None:
         self._url = url if "://" in url else f"file://{Path(url).resolve()}"
-        self.lasts = int(min(lasts, MAX_SIGNATURE_SECONDS))
-        """Seconds that its signed URLs hold."""
+        self.signature_seconds = int(min(signature_seconds, MAX_SIGNATURE_SECONDS))
+        """How long its signed URLs are valid."""
         scheme = urlsplit(self._url).scheme
         if scheme not in ("file", "s3"):
             raise PlanError(f"--store {url}: expected a folder or s3://BUCKET/PREFIX")
         if self._url != f"{scheme}://{urlsplit(self._url).netloc}{urlsplit(self._url).path}":
             raise PlanError(f"--store {url}: expected a name without ?, # and line breaks")
-        self._fs = _filesystem(scheme)
+        self._filesystem = _filesystem(scheme)
         self._signs = scheme == "s3"
 
     def put(self, path: Path, key: str) -> File:
-        """Puts a file there; as a message names it, with the URL under which a client gets it."""
+        """Uploads a file; returns its entry for a message, with the URL that the client fetches it from."""
         target = self._at(key)
 
         def once() -> str:
-            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.put_file(str(path), target)
-            return str(self._fs.url(target, expires=self.lasts)) if self._signs else target
+            self._filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._filesystem.put_file(str(path), target)
+            return str(self._filesystem.url(target, expires=self.signature_seconds)) if self._signs else target
 
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(file_digest, path)
-            url = _tried(f"putting {path.name} to {target}", once)
+            url = with_retries(f"uploading {path.name} to {target}", once)
             return File(path.name, path.stat().st_size, digest.result(), url)
 
     def slot(self, key: str) -> str:
-        """The URL that a client may put one file to."""
+        """The URL that a client may upload one file to."""
         target = self._at(key)
         if not self._signs:
             return target
-        sign = partial(self._fs.url, target, expires=self.lasts, client_method="put_object")
-        return str(_tried(f"signing {target}", sign))
+        sign = partial(self._filesystem.url, target, expires=self.signature_seconds, client_method="put_object")
+        return str(with_retries(f"signing {target}", sign))
 
     def fetch(self, key: str, file: File, target: Path) -> None:
-        """Fetches what was put into a slot."""
+        """Fetches what was uploaded to a slot; errors as for `fetch`."""
         fetch(self._at(key), file, target)
 
     def remove(self, key: str) -> None:
-        """Removes everything below a key; nothing there is no error."""
+        """Removes everything below a key, if there is anything."""
         target = self._at(key)
-        _tried(f"removing {target}", lambda: self._fs.exists(target) and self._fs.rm(target, recursive=True))
+
+        def once() -> None:
+            if self._filesystem.exists(target):
+                self._filesystem.rm(target, recursive=True)
+
+        with_retries(f"removing {target}", once)
 
     def _at(self, key: str) -> str:
         return f"{self._url.rstrip('/')}/{key}"
@@ -109,86 +115,82 @@ def _filesystem(scheme: str) -> Any:
         raise PlanError(f"--store {scheme}://: needs another library; pip install 'mpunlearn[{scheme}]'") from error
 
 
-def shown(url: str) -> str:
-    """A URL without the signature and the password that it may carry."""
+def redact(url: str) -> str:
+    """A URL without the signature and the password that it may contain."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def receive(file: File, payload: memoryview | None, target: Path) -> None:
-    """Writes one file of a message, from the message itself or from where it lies.
-
-    Raises:
-        NetworkError: as for `fetch`.
-    """
+    """Writes one file of a message, from the message itself or from its URL; errors as for `fetch`."""
     if payload is None:
         fetch(str(file.url), file, target)
-        return
-    _arrive(file, target, iter([payload]), "the message")
+    else:
+        _write_checked(file, target, iter([payload]), "the message")
 
 
 def fetch(url: str, file: File, target: Path) -> None:
-    """Streams a URL into a file, through TARGET.part.
+    """Streams a URL into a file, by way of TARGET.part.
 
     Raises:
-        DamagedError: it is not there, or has another size or digest than expected. Nothing is left behind.
+        DamagedError: the file is missing there, or has another size or digest than expected. Nothing is left behind.
         NetworkError: it cannot be fetched.
         OSError: this machine's own disk is full or broken.
     """
     if urlsplit(url).scheme not in SCHEMES:
-        raise NetworkError(f"{shown(url)}: cannot be fetched; expected {', '.join(SCHEMES)}")
-    _tried(f"fetching {shown(url)}", lambda: _arrive(file, target, _chunks(url), shown(url)))
+        raise NetworkError(f"{redact(url)}: cannot be fetched; expected one of {', '.join(SCHEMES)}")
+    with_retries(f"fetching {redact(url)}", lambda: _write_checked(file, target, _chunks(url), redact(url)))
 
 
 def _chunks(url: str) -> Iterator[bytes]:
     """The bytes behind a URL: of a regular file, not through a link or a pipe; over HTTP without redirects."""
     parts = urlsplit(url)
     if parts.scheme in _HTTP:
-        with _http() as client, client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
+        with _http_client() as client, client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
             answer.raise_for_status()
-            yield from answer.iter_raw(CHUNK)
+            yield from answer.iter_raw(CHUNK_BYTES)
         return
     import fsspec
 
-    def plainly(path: str, flags: int) -> int:
+    def no_links(path: str, flags: int) -> int:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
-    with open(parts.path, "rb", opener=plainly) if parts.scheme == "file" else fsspec.open(url, "rb") as source:
+    with open(parts.path, "rb", opener=no_links) if parts.scheme == "file" else fsspec.open(url, "rb") as source:
         if parts.scheme == "file" and not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-            raise DamagedError(f"{shown(url)}: is no regular file")
-        while chunk := source.read(CHUNK):
+            raise DamagedError(f"{redact(url)}: is not a regular file")
+        while chunk := source.read(CHUNK_BYTES):
             yield chunk
 
 
-def _http() -> Any:
+def _http_client() -> Any:
     """An HTTP client that follows no redirects, which would lead out of the allowed stores, and never waits forever."""
     import httpx
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log signed URLs
-    return httpx.Client(timeout=SILENCE, follow_redirects=False)
+    return httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False)
 
 
-def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], source: str) -> None:
-    """Writes chunks to TARGET.part, checks size and digest, and gives it its name."""
+def _write_checked(file: File, target: Path, chunks: Iterator[bytes | memoryview], source: str) -> None:
+    """Writes chunks to TARGET.part, checks size and digest, and renames it to TARGET."""
     part, digest, size = target.with_name(f"{target.name}.part"), hashlib.sha256(), 0
     part.unlink(missing_ok=True)
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            with bar(file.size, file.name) as steps:
+            with Progress(file.size, file.name) as task:
                 for chunk in chunks:
                     if size + len(chunk) > file.size:
-                        raise DamagedError(f"{source}: {file.name} is larger than the {file.size} bytes announced")
+                        raise DamagedError(f"{source}: {file.name} is larger than the announced {file.size} bytes")
                     digest.update(chunk)
                     write_all(descriptor, chunk, size)
                     size += len(chunk)
-                    steps.update(len(chunk))
+                    task.update(len(chunk))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         if size != file.size or digest.hexdigest() != file.sha256:
             raise DamagedError(
-                f"{source}: {file.name} has {size} bytes of SHA-256 {digest.hexdigest()[:16]}, expected {file.size} of "
+                f"{source}: {file.name} has {size} bytes with SHA-256 {digest.hexdigest()[:16]}, expected {file.size} with "
                 f"{file.sha256[:16]}; it is damaged or incomplete"
             )
         part.rename(target)
@@ -197,36 +199,36 @@ def _arrive(file: File, target: Path, chunks: Iterator[bytes | memoryview], sour
 
 
 def put(path: Path, url: str) -> File:
-    """Puts a file where a URL says, a slot of a job; as a message names it.
+    """Uploads a file to a slot of a job; returns its entry for a message.
 
     Raises:
-        NetworkError: it cannot be put there.
+        NetworkError: it cannot be uploaded there.
     """
     with ThreadPoolExecutor(1) as hasher:
         digest = hasher.submit(file_digest, path)
-        _tried(f"putting {path.name} to {shown(url)}", lambda: _put(path, url))
+        with_retries(f"uploading {path.name} to {redact(url)}", lambda: _put(path, url))
         return File(path.name, path.stat().st_size, digest.result())
 
 
 def _put(path: Path, url: str) -> None:
     scheme = urlsplit(url).scheme
     if scheme in _HTTP:
-        with _http() as client, path.open("rb") as content:
+        with _http_client() as client, path.open("rb") as content:
             headers = {"Content-Length": str(path.stat().st_size)}
-            answer = client.put(url, content=iter(lambda: content.read(CHUNK), b""), headers=headers)
+            answer = client.put(url, content=iter(lambda: content.read(CHUNK_BYTES), b""), headers=headers)
             answer.raise_for_status()
     elif scheme == "file":
         target = Path(urlsplit(url).path)
         if target.parent.resolve() != target.parent:
             raise NetworkError(
-                f"{shown(url)}: leads through a link, to {target.parent.resolve()}; expected a real folder"
+                f"{redact(url)}: leads through a link to {target.parent.resolve()}; expected a real folder"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         try:
             with path.open("rb") as source, open(descriptor, "wb") as copy:
-                shutil.copyfileobj(source, copy, CHUNK)
+                shutil.copyfileobj(source, copy, CHUNK_BYTES)
                 copy.flush()
                 os.fsync(descriptor)
             part.rename(target)
@@ -236,16 +238,19 @@ def _put(path: Path, url: str) -> None:
         _filesystem(scheme).put_file(str(path), url)
 
 
-def file_of(path: Path) -> File:
-    """A file as the message that carries it names it."""
+def file_entry(path: Path) -> File:
+    """The entry of a file that travels in the message itself."""
     return File(path.name, path.stat().st_size, file_digest(path))
 
 
-def _tried(what: str, once: Callable[[], T]) -> T:
-    """Does something over the network, several times if need be. Whatever a file system raises becomes one error.
+def with_retries(what: str, once: Callable[[], T]) -> T:
+    """Calls `once`, again if it fails, up to `MAX_ATTEMPTS` times; turns what the file system raises into our errors.
+
+    Args:
+        what: what is being done, for errors.
 
     Raises:
-        DamagedError: what should be there is not, or is not what was signed.
+        DamagedError: what should be there is missing, or is not what was signed.
         NetworkError: it cannot be done.
         OSError: this machine's own disk is full or broken.
     """
@@ -254,13 +259,13 @@ def _tried(what: str, once: Callable[[], T]) -> T:
             return once()
         except NetworkError:
             raise
-        except Exception as error:  # every file system has errors of its own
-            if isinstance(error, OSError) and error.errno in _OURS:
+        except Exception as error:  # every file system has its own errors
+            if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
                 raise
             if isinstance(error, FileNotFoundError) or _status(error) == 404:
-                raise DamagedError(f"{what}: it is not there") from None
+                raise DamagedError(f"{what}: it is missing") from None
             if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
-                raise DamagedError(f"{what}: it is no regular file") from None
+                raise DamagedError(f"{what}: it is not a regular file") from None
             if attempt == MAX_ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
                 raise NetworkError(f"{what}: {_reason(error)}") from None
         time.sleep(attempt)

@@ -1,4 +1,9 @@
-"""Average."""
+"""Several clients' updates of the same copy, averaged.
+
+Clients that unlearn their own text on the same copy are averaged in that copy's basis, before the server inverts the
+reparameterization: both operations are linear. LoRA factors are averaged without multiplying them out:
+Σ v_c B_c A_c = [v_1 B_1 | v_2 B_2 | …] [A_1; A_2; …].
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,33 +12,34 @@ import torch
 
 from mpunlearn.checkpoint import TensorWriter
 from mpunlearn.errors import UpdateError
-from mpunlearn.files import new_directory, write_json
-from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate
+from mpunlearn.files import new_directory
+from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, UpdateManifest
 
 
 def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Path:
     """The weighted mean of several clients' updates of one copy, one tensor at a time, in float32.
 
     Args:
-        updates: directories that `examine` let pass.
+        updates: directories that `examine` accepted.
         weights: of the clients; only their ratios count.
         out: a new directory.
 
     Raises:
-        UpdateError: they do not update the same tensors.
+        UpdateError: they do not change the same tensors.
+        FileError: `out` cannot be written.
     """
-    arrivals = [ReceivedUpdate.open(path) for path in updates]
+    received = [ReceivedUpdate.open(path) for path in updates]
     shares = [weight / sum(weights) for weight in weights]
-    first = arrivals[0].tensors.tensors
-    for arrival in arrivals[1:]:
-        if difference := sorted(set(first) ^ set(arrival.tensors.tensors)):
+    first = received[0].tensors.tensors
+    for update in received[1:]:
+        if difference := sorted(set(first) ^ set(update.tensors.tensors)):
             raise UpdateError(
-                f"{arrival.tensors.path} and {updates[0]} update different tensors, the first is {difference[0]}; every "
+                f"{update.tensors.path} and {updates[0]} update different tensors, the first is {difference[0]}; every "
                 "client must train alike"
             )
 
     def parts(name: str) -> list[torch.Tensor]:
-        return [arrival.tensors.read(name).float() for arrival in arrivals]
+        return [update.tensors.read(name).float() for update in received]
 
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, info in first.items():
@@ -42,7 +48,7 @@ def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Pat
         elif name.endswith(FACTORS[0]):
             weight, inputs = name.removesuffix(FACTORS[0]), info.shape[1]
             outputs = first[weight + FACTORS[1]].shape[0]
-            rank = sum(arrival.tensors.tensors[name].shape[0] for arrival in arrivals)
+            rank = sum(update.tensors.tensors[name].shape[0] for update in received)
             if rank <= min(inputs, outputs):
                 specs |= {name: (torch.float32, (rank, inputs)), weight + FACTORS[1]: (torch.float32, (outputs, rank))}
             else:
@@ -60,7 +66,7 @@ def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Pat
                 else:
                     a, b = parts(name + FACTORS[0]), parts(name + FACTORS[1])
                     writer.write(name, _mean(shares, [y @ x for x, y in zip(a, b, strict=True)]))
-        write_json(folder / "update.json", {"format": 1, **arrivals[0].card.entry()})
+        UpdateManifest(received[0].card).save(folder)
     return out
 
 

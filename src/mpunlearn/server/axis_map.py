@@ -1,4 +1,9 @@
-"""AxisMap."""
+"""Orthogonal maps of one axis of a weight, and of a concatenation of axes.
+
+A map is rotations of consecutive entries followed by a signed permutation. The second part moves numbers without arithmetic, so
+it commutes with the cast to the storage dtype and is undone exactly. Applying a map to a weight and inverting it on an update
+are side by side here.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +15,7 @@ import torch
 class AxisMap:
     """An orthogonal map of one axis: y[i] = sign[i] · (B x)[index[i]], with B block-diagonal.
 
-    A part that is None is the identity. `rotate` is B, `arrange` the signed permutation; `apply` is both.
+    A part that is None is the identity. `rotate` is B, `arrange` is the signed permutation, `apply` is both.
     """
 
     index: torch.Tensor | None = None
@@ -27,29 +32,29 @@ class AxisMap:
 
     @cached_property
     def inverse(self) -> torch.Tensor | None:
-        """The permutation's inverse, shape (n,), int64: entry i of x goes to place inverse[i] of y."""
+        """The inverse permutation, shape (n,), int64: entry i of x becomes entry inverse[i] of y."""
         return None if self.index is None else torch.argsort(self.index)
 
     def to(self, device: torch.device) -> "AxisMap":
-        """The same map of tensors on that device."""
+        """The same map for tensors on that device."""
         parts = (self.index, self.sign, self.blocks)
         return AxisMap(*(None if part is None else part.to(device) for part in parts))
 
     @property
     def block(self) -> int:
-        """Size d of the blocks that `rotate` keeps together; 1 without rotations."""
+        """Size d of the blocks of B; 1 without rotations."""
         return 1 if self.blocks is None else self.blocks.shape[-1]
 
     def apply(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """The map along `axis`; x is float32 or float64, and so is the result."""
+        """Applies the map along `axis` of x, which is float32 or float64."""
         return self.arrange(self.rotate(x, axis), axis)
 
     def invert(self, y: torch.Tensor, axis: int) -> torch.Tensor:
-        """The inverse, which is the transpose, along `axis`."""
+        """Applies the inverse, which is the transpose, along `axis`."""
         return self.rotate(self.rearrange(y, axis), axis, transpose=True)
 
     def rotate(self, x: torch.Tensor, axis: int, start: int = 0, transpose: bool = False) -> torch.Tensor:
-        """B (or its transpose) along `axis` of x, whose first entry there is entry `start` (a multiple of d) of the whole."""
+        """Applies B or its transpose along `axis` of x, which begins with entry `start` (a multiple of d) of the axis."""
         if self.blocks is None:
             return x
         d = self.block
@@ -59,21 +64,21 @@ class AxisMap:
         return product.reshape(moved.shape).movedim(0, axis)
 
     def arrange(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """The signed permutation along `axis`, in any dtype, without rounding."""
+        """Applies the signed permutation along `axis`, in any dtype, without rounding."""
         if self.index is not None:
             x = x.index_select(axis, self.index)
         return x if self.sign is None else x * _along(self.sign, x, axis)
 
     def scatter(self, out: torch.Tensor, rows: torch.Tensor, start: int) -> None:
-        """`arrange` along the first axis, in pieces: puts rows start … of x, in any dtype, where y has them."""
+        """`arrange` along the first axis for some rows: puts rows `start` … of x, in any dtype, where they are in y = `out`."""
         stop = start + len(rows)
-        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
-        out[places] = rows if self.sign is None else rows * _along(self.sign[places], rows, 0)
+        positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        out[positions] = rows if self.sign is None else rows * _along(self.sign[positions], rows, 0)
 
     def gather(self, y: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The inverse of `scatter`: rows start … stop of x, out of the whole of y."""
-        places = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
-        return y[places] if self.sign is None else y[places] * _along(self.sign[places], y, 0)
+        """The inverse of `scatter`: rows `start` … `stop` of x, from the whole of y."""
+        positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
+        return y[positions] if self.sign is None else y[positions] * _along(self.sign[positions], y, 0)
 
     def rearrange(self, y: torch.Tensor, axis: int) -> torch.Tensor:
         """The inverse of `arrange`."""
@@ -86,7 +91,7 @@ IDENTITY = AxisMap()
 
 
 def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
-    """The map of an axis that is several axes one after another, each with its own map."""
+    """The map of an axis that concatenates several axes, each with its own map and size."""
     index = sign = blocks = None
     if any(part.index is not None for part in maps):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -100,11 +105,8 @@ def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
         sign = torch.cat(
             [torch.ones(n).double() if part.sign is None else part.sign for part, n in zip(maps, sizes, strict=True)]
         )
-    if (
-        d := max(part.block for part in maps if part.blocks is not None)
-        if any(p.blocks is not None for p in maps)
-        else 0
-    ):
+    if any(part.blocks is not None for part in maps):
+        d = max(part.block for part in maps)
         eye = torch.eye(d, dtype=torch.float64)
         blocks = torch.cat(
             [
@@ -116,18 +118,18 @@ def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
 
 
 def interleaved(query: AxisMap, key: AxisMap, value: AxisMap, heads: int, dim: int) -> AxisMap:
-    """The map of q, k and v interleaved by head (heads x 3 x dim), where every query head has a key head of its own."""
+    """The map of q, k and v interleaved by head (heads x 3 x dim), where every query head has its own key head."""
     whole = concatenated([query, key, value], [heads * dim] * 3)
 
     def deal(x: torch.Tensor) -> torch.Tensor:
         """From (3, heads, …) to (heads, 3, …), flattened."""
         return x.view(3, heads, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
 
-    # Where entry (part, head, i) of the concatenation lies in the interleaved axis, and the other way round.
+    # Which entry of the concatenation each entry of the interleaved axis is, and the inverse.
     order = deal(torch.arange(3 * heads * dim).view(3 * heads, dim)).flatten()
-    place = torch.argsort(order)
+    inverse = torch.argsort(order)
     return AxisMap(
-        None if whole.index is None else place[whole.index[order]],
+        None if whole.index is None else inverse[whole.index[order]],
         None if whole.sign is None else whole.sign[order],
         None if whole.blocks is None else deal(whole.blocks),
     )

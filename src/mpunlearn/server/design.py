@@ -1,9 +1,9 @@
 """Copy designs: which noise each copy carries, and with which weights the updates are averaged.
 
-The idea: everything about a design is two small arrays, coefficients A (m copies x D independent draws) and weights w (m).
-Copy k publishes θ + σ Σ_d A_kd z_d, and the server aggregates Σ_k w_k Δ_k. With Σ w = 1 a common update passes unchanged,
-and with wᵀA = 0 the first-order effect of the noise cancels. Noise, aggregation and the disclosure floor read nothing else,
-so a new design is a function of a few lines.
+The idea: a design is two small arrays, coefficients A (m copies x D independent draws) and weights w (m). Copy k publishes
+θ + σ Σ_d A_kd z_d, and the server aggregates Σ_k w_k Δ_k. Since Σ w = 1, a common update passes unchanged; since wᵀA = 0, the
+first-order effect of the noise cancels. Noise, aggregation and the disclosure floor use nothing else, so a new design is a
+function of a few lines.
 
 Symbols are the paper's (Wang et al., arXiv 2602.23798): m copies, α_k the secret scale of copy k. Extrapolated denoising is
 zero-noise extrapolation: Lagrange's weights at zero cancel every order up to m-1, harmonic weights only the first.
@@ -20,7 +20,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class CopyDesign:
-    """Coefficients of the noise, and weights of the aggregate.
+    """Coefficients of the noise and weights of the aggregation.
 
     Raises:
         ValueError: the shapes do not fit, the weights do not sum to one, or the noise of several copies does not cancel.
@@ -44,23 +44,25 @@ class CopyDesign:
 
     @property
     def copies(self) -> int:
+        """M."""
         return len(self.weights)
 
     @property
     def draws(self) -> int:
+        """D."""
         return int(self.coefficients.shape[1])
 
     def floor(self, subset: list[int]) -> float:
         """Variance, in units of σ², of the noise left after the best unbiased linear attack on some copies.
 
-        min_v vᵀ A_S A_Sᵀ v over vectors with Σ v = 1, which is 1 / (1ᵀ (A_S A_Sᵀ)⁻¹ 1) where the inverse exists and 0
-        where some combination of the copies is free of noise. Assumes that the copies have been aligned to one another.
+        min_v vᵀ A_S A_Sᵀ v over vectors with Σ v = 1. That is 1 / (1ᵀ (A_S A_Sᵀ)⁻¹ 1) if the inverse exists, and 0 if some
+        combination of the copies is free of noise. It assumes that the copies have been aligned to one another.
 
         Args:
             subset: numbers of the copies, from 0.
         """
         rows = self.coefficients[subset]
-        # v = 1/n + B t with B a basis of the vectors that sum to zero: an ordinary least-squares problem in t.
+        # v = 1/n + B t, where B is a basis of the vectors that sum to zero: a least-squares problem in t.
         basis = zero_sum_basis(len(subset))
         mean = rows.mean(axis=0)
         t = np.linalg.lstsq((basis.T @ rows).T, -mean, rcond=None)[0]
@@ -104,16 +106,16 @@ def default_scales(copies: int) -> list[float]:
     """Scales for `extrapolated` that keep both the noise and the weights small.
 
     Raises:
-        PlanError: more than 4 copies, where no measured choice exists.
+        PlanError: there are more than 4 copies, for which nothing was measured.
     """
     known = {2: [1.0, -1.0], 3: [1.0, -1.0, 2.0], 4: [1.0, -1.0, 0.5**0.5, -(0.5**0.5)]}
     if copies not in known:
-        raise PlanError(f"--denoising extrapolate: 2, 3 or 4 copies, found --copies {copies}")
+        raise PlanError(f"--denoising extrapolate: expected 2, 3 or 4 copies, found --copies {copies}")
     return known[copies]
 
 
 def single_copy() -> CopyDesign:
-    """The single noisy copy: nothing cancels. The baseline that the other designs are measured against."""
+    """The single noisy copy, the baseline for the other designs: nothing cancels."""
     return CopyDesign(np.ones((1, 1)), np.ones(1))
 
 

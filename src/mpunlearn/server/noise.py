@@ -1,16 +1,17 @@
-"""The copies' noise: its level per block, its values, and what the storage dtype leaves of it.
+"""The noise of the copies: its level per block, its values, and what the storage dtype leaves of it.
 
-σ_ℓ = κ · RMS(v_ℓ) with v the task vector θ - θ_base where a public base is given, else θ itself (arXiv 2602.23798, section
-on Pre-Process). A block is a transformer layer; a tensor outside the layers (embedding, final norm, LM head) is a block of
-its own. The D draws of a tensor are streams of the run's secret, seekable, and the m copies' noise comes from them alone.
+σ_ℓ = κ · RMS(v_ℓ), where v is the task vector θ - θ_base if a public base is given, and θ itself otherwise (arXiv 2602.23798,
+section on Pre-Process). A block is a transformer layer; a tensor outside the layers (embedding, final norm, LM head) is its own
+block. The D draws of a tensor are seekable streams of the run's secret, and the noise of all m copies is made of them.
 
-A weight that is stored in bfloat16 lies on a grid, and so does its published value: noise far below the grid's spacing is
-rounded away. `uncertainty` says how many bits the noise leaves in doubt, and a noise floor of one spacing (`floored`) keeps
-about two of them at every entry.
+A weight that is stored in bfloat16 is on a grid, and so is its published value: noise far below the spacing of the grid is
+rounded away. `rounded_entropy` says how many bits of entropy the noise leaves, and a noise floor of one grid spacing
+(`floored`) keeps about two bits at every entry.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -22,96 +23,109 @@ from mpunlearn.errors import CheckpointError
 from mpunlearn.server.design import CopyDesign
 from mpunlearn.server.secret import Stream
 from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, in_parallel, read, row_slices
-from mpunlearn.server.workspace import scratch
+from mpunlearn.server.workspace import Workspace
 
 
-def block_of(name: str, place: TensorRole) -> str:
+def block_of(name: str, role: TensorRole) -> str:
     """The block whose noise level a tensor shares."""
-    return name if place.layer is None else f"layer {place.layer}"
+    return name if role.layer is None else f"layer {role.layer}"
 
 
-def measure(
-    checkpoint: Checkpoint, base: Checkpoint | None, places: Mapping[str, TensorRole]
-) -> tuple[dict[str, float], dict[str, list[str]], str | None]:
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass over a model finds out."""
+
+    rms: dict[str, float]
+    """RMS of v per block, in units of the weights."""
+    digests: dict[str, list[str]]
+    """SHA-256 of each slice of each tensor of θ."""
+    base: str | None
+    """SHA-256 over the base, if there is one."""
+
+
+def measure(checkpoint: Checkpoint, base: Checkpoint | None, roles: Mapping[str, TensorRole]) -> Measurement:
     """One pass over θ (and θ_base).
-
-    Returns:
-        The RMS of v per block, in units of the weights; the SHA-256 of each piece of each tensor of θ; and one over the base.
 
     Raises:
         CheckpointError: a weight is NaN or infinite, or the base has other tensors or shapes.
     """
     if base is not None:
-        for name in places:
+        for name in roles:
             _check_base(base, checkpoint, name)
 
-    def work(piece: RowSlice) -> tuple[float, int, str, str]:
-        stored = read(checkpoint, piece.name, piece, "stored")
-        other = read(base, piece.name, piece, "stored base") if base is not None else None
+    def work(rows: RowSlice, workspace: Workspace) -> tuple[float, int, str, str]:
+        stored = read(checkpoint, rows.name, rows, workspace)
+        other = read(base, rows.name, rows, workspace) if base is not None else None
         square = 0.0
-        # Always over the same chunks and in one thread: the sum does not depend on how many there are.
+        # Always the same chunks, each in one thread: the sum does not depend on the number of threads.
         for start, stop in chunks(stored.numel(), 1, 1):
-            value = scratch("value", (stop - start,), compute_dtype(stored.dtype)).copy_(stored.view(-1)[start:stop])
-            if other is not None:
-                value.sub_(scratch("base", (stop - start,), value.dtype).copy_(other.view(-1)[start:stop]))
-            square += float(torch.dot(value, value))
+            with workspace.frame():
+                value = workspace.copy(stored.view(-1)[start:stop], compute_dtype(stored.dtype))
+                if other is not None:
+                    value.sub_(workspace.copy(other.view(-1)[start:stop], value.dtype))
+                square += float(torch.dot(value, value))
         if not math.isfinite(square):
             raise CheckpointError(
-                f"{checkpoint.path}: {piece.name} holds NaN or infinite weights; nothing was published"
+                f"{checkpoint.path}: {rows.name} holds NaN or infinite weights; nothing was published"
             )
         return square, stored.numel(), tensor_digest(stored), "" if other is None else tensor_digest(other)
 
-    cut = row_slices(checkpoint, places)
-    results = in_parallel(cut, work, "measuring the model", lambda piece: piece.stop - piece.start)
+    slices = row_slices(checkpoint, roles)
+    results = in_parallel(slices, work, "measuring the model", len)
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     digests: dict[str, list[str]] = {}
-    for piece, (square, count, digest, _) in zip(cut, results, strict=True):
-        block = block_of(piece.name, piece.place)
+    for rows, (square, count, digest, _) in zip(slices, results, strict=True):
+        block = block_of(rows.name, rows.role)
         squares[block] = squares.get(block, 0.0) + square
         counts[block] = counts.get(block, 0) + count
-        digests.setdefault(piece.name, []).append(digest)
-    joined = (
-        torch.frombuffer(bytearray("".join(digest for *_, digest in results).encode()), dtype=torch.uint8)
-        if base
-        else None
-    )
+        digests.setdefault(rows.name, []).append(digest)
     rms = {block: math.sqrt(squares[block] / counts[block]) for block in squares}
-    return rms, digests, None if joined is None else tensor_digest(joined)
+    if base is None:
+        return Measurement(rms, digests, None)
+    joined = bytearray("".join(digest for *_, digest in results).encode())
+    return Measurement(rms, digests, tensor_digest(torch.frombuffer(joined, dtype=torch.uint8)))
 
 
 def _check_base(base: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
     expected = checkpoint.tensors[name].shape
-    found = base.tensors[name].shape if name in base.tensors else None
-    if found != expected:
+    actual = base.tensors[name].shape if name in base.tensors else None
+    if actual != expected:
         raise CheckpointError(
-            f"--base {base.path}: {name} has shape {list(found) if found else None}, expected {list(expected)} as in "
+            f"--base {base.path}: {name} has shape {list(actual) if actual else None}, expected {list(expected)} as in "
             f"{checkpoint.path}; the base must be the checkpoint that this model was trained from"
         )
 
 
-def draw(streams: list[Stream], start: int, like: torch.Tensor) -> list[torch.Tensor]:
-    """Standard normals from entry `start` of each stream on, in the shape, dtype and device of `like`, in scratch memory."""
-    shape, dtype = tuple(like.shape), like.dtype
-    draws = [scratch(f"draw {number}", shape, dtype, like.device) for number in range(len(streams))]
+def draw(streams: list[Stream], start: int, like: torch.Tensor, workspace: Workspace) -> list[torch.Tensor]:
+    """Standard normals from entry `start` of each stream on, in the shape and dtype and on the device of `like`."""
+    draws = [workspace.empty(tuple(like.shape), like.dtype, like.device) for _ in streams]
     for stream, out in zip(streams, draws, strict=True):
-        stream.normals(like.numel(), start, out=out.view(-1))
+        stream.normals(like.numel(), start, out=out.view(-1), workspace=workspace)
     return draws
 
 
 def noisy(
-    value: torch.Tensor, draws: list[torch.Tensor], design: CopyDesign, sigma: float | torch.Tensor, copy: int
+    value: torch.Tensor,
+    draws: list[torch.Tensor],
+    design: CopyDesign,
+    sigma: float | torch.Tensor,
+    copy: int,
+    workspace: Workspace,
 ) -> torch.Tensor:
-    """θ + ε_k with ε_k = σ Σ_d A_kd z_d of copy number `copy` (from 0), in scratch memory; `value` itself without noise.
+    """θ + ε_k with ε_k = σ Σ_d A_kd z_d; without noise, `value` itself.
 
     Args:
         value: θ, float32 or float64.
         draws: z_1 … z_D in the shape and dtype of `value`; empty for no noise.
-        sigma: one level, or one per entry.
+        design: A.
+        sigma: one level, or one per entry, in units of the weights.
+        copy: k, counted from 0.
+        workspace: where the result is.
     """
     if not draws:
         return value
-    out = scratch("noisy", tuple(value.shape), value.dtype, value.device)
+    out = workspace.empty(tuple(value.shape), value.dtype, value.device)
     if isinstance(sigma, torch.Tensor):
         out.zero_()
         for z, coefficient in zip(draws, design.coefficients[copy], strict=True):
@@ -125,9 +139,13 @@ def noisy(
 
 
 def spacing(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbors in `dtype` at each entry's magnitude, in the entry's own dtype (float32 or float64).
+    """Distance between neighboring numbers of `dtype` at each entry's magnitude, in the entry's own dtype.
 
-    It is eps · 2^exponent for normal numbers; numbers below the smallest normal one have that one's spacing.
+    It is eps · 2^exponent for normal numbers; numbers below the smallest normal number have the spacing of that one.
+
+    Args:
+        value: float32 or float64.
+        dtype: of the grid.
     """
     info = torch.finfo(dtype)
     mask, integer = (0x7F800000, torch.int32) if value.dtype == torch.float32 else (0x7FF0 << 48, torch.int64)
@@ -140,26 +158,26 @@ def floored(sigma: float, value: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return spacing(value, dtype).clamp_(min=sigma)
 
 
-def uncertainty(ratio: np.ndarray) -> np.ndarray:
+def rounded_entropy(ratio: np.ndarray) -> np.ndarray:
     """Entropy in bits of N(0, σ²) rounded to a grid, as a function of σ / spacing.
 
-    For σ of a spacing and above it is log2(√(2πe) σ / spacing) = log2(4.13 σ / spacing); far below it vanishes.
+    From σ = spacing on it is log2(√(2πe) σ / spacing) = log2(4.13 σ / spacing); far below, it vanishes.
     """
     ratio = np.asarray(ratio, dtype=np.float64)
-    known, table = _grid_entropies()
+    known, table = _entropy_table()
     above = np.log2(np.sqrt(2 * np.pi * np.e) * np.maximum(ratio, 1e-300))
     inside = np.interp(np.log(np.clip(ratio, known[0], known[-1])), np.log(known), table)
     return np.where(ratio >= known[-1], above, np.where(ratio < known[0], 0.0, inside))
 
 
 @cache
-def _grid_entropies() -> tuple[np.ndarray, np.ndarray]:
+def _entropy_table() -> tuple[np.ndarray, np.ndarray]:
     """The entropy at 200 ratios from 0.01 to 10."""
     known = np.logspace(-2, 1, 200)
-    return known, np.array([_grid_entropy(ratio) for ratio in known])
+    return known, np.array([_entropy(ratio) for ratio in known])
 
 
-def _grid_entropy(ratio: float) -> float:
+def _entropy(ratio: float) -> float:
     reach = math.ceil(9 * ratio) + 1
     edges = [(k - 0.5) / ratio / math.sqrt(2) for k in range(-reach, reach + 2)]
     cumulative = np.array([math.erf(edge) for edge in edges])

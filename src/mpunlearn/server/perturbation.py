@@ -1,17 +1,18 @@
-"""Perturbation."""
+"""What the server does to the model before it shows it: number of copies, noise level, reparameterization, denoising."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mpunlearn.checkpoint import FLOAT_DTYPES
 from mpunlearn.errors import PlanError
+from mpunlearn.schema import check_options
 from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign
-from mpunlearn.server.reparameterization import STRENGTHS
 
 ALPHA_RANGE = (1.0, 2.0)
+"""α_k is drawn uniformly from this range."""
+MAX_KAPPA = 10.0
+Strength = Literal["full", "paper", "none"]
 
 
 @dataclass(frozen=True)
@@ -19,46 +20,41 @@ class Perturbation:
     """What the server does to the model before it shows it.
 
     Raises:
-        PlanError: a value is out of its range, or two contradict each other.
+        PlanError: a value has the wrong type or is out of range, or two values contradict each other.
     """
 
     copies: int = 3
-    """number m of copies; 1 is the single noisy copy, whose noise nothing cancels"""
+    """Number m of copies. With 1, the single noisy copy, nothing cancels the noise."""
     kappa: float = 0.01
-    """noise level: σ of a block is kappa times the RMS of its task vector (with a base) or of its weights; 0 for no noise"""
-    reparameterization: Literal["full", "paper", "none"] = "full"
-    """strength of the secret change of basis"""
+    """Noise level: σ of a block is kappa times the RMS of its task vector (if --base is given) or of its weights. 0 for no
+    noise."""
+    reparameterization: Strength = "full"
+    """Strength of the secret reparameterization of each copy: all exact symmetries of the model family, those that the paper
+    uses, or none."""
     denoising: Literal["harmonic", "extrapolate"] = "harmonic"
-    """harmonic is the paper's; extrapolate cancels all orders of the noise up to copies - 1"""
+    """How the noise is made to cancel: harmonic, as in the paper, cancels its first order; extrapolate cancels all orders up to
+    copies - 1."""
     alphas: tuple[float, ...] | None = None
-    """secret scales of the copies' noise, such as 1,1.5,2 (default: drawn uniformly from [1, 2])"""
+    """Secret scales of the copies' noise, such as 1,1.5,2 (default: drawn uniformly from [1, 2])."""
     noise_scope: Literal["all", "layers"] = "all"
-    """all noises every tensor; layers leaves embeddings, LM head and final norm without noise, as the paper's code does"""
+    """Which tensors get noise: all of them, or only those of the transformer layers, as in the paper's code, which leaves
+    embeddings, LM head and final norm as they are."""
     noise_floor: Literal["none", "grid"] = "none"
-    """grid raises σ, entry by entry, to at least the spacing of the storage dtype, so that rounding cannot undo the noise"""
+    """With grid, σ is raised, entry by entry, to at least the spacing of the storage dtype, so that rounding cannot undo the
+    noise."""
     publish_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """storage dtype of the copies (default: each tensor's own)"""
+    """Storage dtype of the copies (default: each tensor's own)."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.copies < 1:
             raise PlanError(f"--copies: expected at least 1, found {self.copies}")
-        if not (math.isfinite(self.kappa) and self.kappa >= 0):
-            raise PlanError(f"--kappa: expected a number of at least 0, found {self.kappa}")
-        for flag, value, known in (
-            ("--reparameterization", self.reparameterization, STRENGTHS),
-            ("--denoising", self.denoising, ("harmonic", "extrapolate")),
-            ("--noise-scope", self.noise_scope, ("all", "layers")),
-            ("--noise-floor", self.noise_floor, ("none", "grid")),
-            ("--publish-dtype", self.publish_dtype, (None, *FLOAT_DTYPES)),
-        ):
-            if value not in known:
-                raise PlanError(f"{flag}: expected one of {', '.join(map(str, known))}, found {value}")
-        if self.alphas is not None:
-            object.__setattr__(self, "alphas", tuple(self.alphas))
-            if len(self.alphas) != self.copies:
-                raise PlanError(
-                    f"--alphas: expected {self.copies} values for --copies {self.copies}, found {len(self.alphas)}"
-                )
+        if not 0 <= self.kappa <= MAX_KAPPA:
+            raise PlanError(f"--kappa: expected a number from 0 to {MAX_KAPPA:g}, found {self.kappa:g}")
+        if self.alphas is not None and len(self.alphas) != self.copies:
+            raise PlanError(
+                f"--alphas: expected {self.copies} values for --copies {self.copies}, found {len(self.alphas)}"
+            )
         self.design(self.scales(None))
 
     def scales(self, uniforms: list[float] | None) -> list[float]:
@@ -69,7 +65,7 @@ class Perturbation:
         """
         if self.copies == 1 or self.kappa == 0:
             if self.alphas is not None:
-                raise PlanError("--alphas: needs at least 2 copies and --kappa above 0, else there is nothing to scale")
+                raise PlanError("--alphas: needs at least 2 copies and --kappa above 0, or there is nothing to scale")
             return []
         if self.alphas is not None:
             return list(self.alphas)
@@ -86,6 +82,6 @@ class Perturbation:
             return designs.single_copy()
         return designs.extrapolated(scales) if self.denoising == "extrapolate" else designs.harmonic(scales)
 
-    def plain(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON."""
         return {**dataclasses.asdict(self), "alphas": list(self.alphas) if self.alphas is not None else None}

@@ -1,17 +1,15 @@
-"""Secret function-preserving changes of basis: drawn per space, applied to a weight, inverted on an update.
+"""Secret, function-preserving reparameterizations: drawn per space, applied to a weight, inverted on an update.
 
-The idea: a copy's reparameterization T is one orthogonal map per hidden space (`architecture.spaces`). A weight is changed
-along each of its axes by the map of that axis; since all maps are linear and orthogonal, an update transforms as the weight
-does and the inverse is the transpose, so one small `AxisMap` serves both directions. A map is rotations of consecutive
-entries followed by a signed permutation: the second part moves numbers without arithmetic, so it commutes with the cast to
-the storage dtype and is undone exactly.
+The idea: a copy's reparameterization T is one orthogonal map per hidden space (`architecture.spaces`). A weight is mapped along
+each of its axes by the map of that axis. All maps are linear and orthogonal, so an update transforms as its weight does and the
+inverse is the transpose: one small `AxisMap` serves both directions.
 
 Strengths: `none`; `paper`, what arXiv 2602.23798 (section on reparameterization) lists: per KV group one map of queries and
-keys that commutes with RoPE, a rotation of the RoPE planes of the values, and one permutation of the FFN's hidden channels
-(of each expert's); `full`, every map of the table in `architecture.spaces`.
+keys that commutes with RoPE, a rotation of the RoPE planes of the values, and a permutation of the FFN's hidden channels (of
+each expert); `full`, every map in the table of `architecture.spaces`.
 
-Not covered: what an attacker with a public base model, or with several copies, can undo by alignment. Permutations and
-rotations hide coordinates, not functions.
+Not covered: what an attacker with a public base model or with several copies can undo by alignment. Permutations and rotations
+hide coordinates, not functions.
 """
 
 from functools import lru_cache
@@ -21,9 +19,8 @@ import torch
 from mpunlearn.architecture import Architecture, TensorRole
 from mpunlearn.architecture.spaces import Axis
 from mpunlearn.server.axis_map import IDENTITY, AxisMap, concatenated, interleaved, plane_rotations
+from mpunlearn.server.perturbation import Strength
 from mpunlearn.server.secret import Secret, Stream
-
-STRENGTHS = ("full", "paper", "none")
 
 
 class Reparameterization:
@@ -31,53 +28,51 @@ class Reparameterization:
 
     Args:
         architecture: which spaces there are.
-        strength: one of `STRENGTHS`.
+        strength: full, paper or none.
         secret: the run's secret.
-        inputs: names what the maps hide, so that no two publications share any: the digest of a round's inputs.
-        copy: copies count from 0.
-        device: where the weights will lie. Maps are drawn on the processor, so they are the same for every device.
+        inputs: the digest of everything that the round hides, so that no two publications share a map.
+        copy: number of the copy, from 0.
+        device: where the weights will be. Maps are drawn on the processor, so they are the same for every device.
     """
 
     def __init__(
         self,
         architecture: Architecture,
-        strength: str,
+        strength: Strength,
         secret: Secret,
         inputs: str | int,
         copy: int,
         device: torch.device | None = None,
     ) -> None:
-        if strength not in STRENGTHS:
-            raise ValueError(f"unknown strength {strength!r}, expected one of {STRENGTHS}")
         self._architecture, self._strength, self._secret = architecture, strength, secret
         self._labels = ("reparameterization", inputs, copy)
         self._device = device or torch.device("cpu")
-        # A layer asks for each of its maps several times; a few layers' worth is kept.
+        # A layer needs each of its maps several times; those of a few layers are kept.
         self._cached = lru_cache(maxsize=32)(self._draw_axis)
 
-    def apply(self, place: TensorRole, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, role: TensorRole, weight: torch.Tensor) -> torch.Tensor:
         """T on a weight, of float32 or float64, in its shape and dtype."""
-        for axis, axis_map in enumerate(self.maps(place)):
+        for axis, axis_map in enumerate(self.maps(role)):
             weight = axis_map.apply(weight, axis)
         return weight
 
-    def invert(self, place: TensorRole, update: torch.Tensor) -> torch.Tensor:
+    def invert(self, role: TensorRole, update: torch.Tensor) -> torch.Tensor:
         """T⁻¹ on an update (or a weight), of float32 or float64, in its shape and dtype."""
-        for axis, axis_map in enumerate(self.maps(place)):
+        for axis, axis_map in enumerate(self.maps(role)):
             update = axis_map.invert(update, axis)
         return update
 
-    def maps(self, place: TensorRole) -> list[AxisMap]:
+    def maps(self, role: TensorRole) -> list[AxisMap]:
         """The map of each axis of a tensor."""
-        return [self._cached(axis, place.layer, place.expert) for axis in place.axes]
+        return [self._cached(axis, role.layer, role.expert) for axis in role.axes]
 
-    def published_name(self, name: str, place: TensorRole) -> str:
-        """The name under which a tensor is published: experts change places with one another, all others keep theirs."""
-        if place.expert is None:
+    def published_name(self, name: str, role: TensorRole) -> str:
+        """The name under which a tensor is published: experts are permuted among one another, all others keep their names."""
+        if role.expert is None:
             return name
-        inverse = self._cached(("experts",), place.layer, None).inverse
-        number = place.expert if inverse is None else int(inverse[place.expert])
-        return place.template.format(layer=place.layer, expert=number)
+        inverse = self._cached(("experts",), role.layer, None).inverse
+        number = role.expert if inverse is None else int(inverse[role.expert])
+        return role.template.format(layer=role.layer, expert=number)
 
     def _stream(self, purpose: str, layer: int | None = None, expert: int | None = None) -> Stream:
         return self._secret.stream(*self._labels, purpose, *(-1 if n is None else n for n in (layer, expert)))
@@ -90,7 +85,7 @@ class Reparameterization:
         return concatenated(parts, sizes).to(self._device)
 
     def _draw(self, role: str, layer: int | None, expert: int | None) -> AxisMap:
-        """The map of a role. Residual maps are model-wide, FFN maps per layer and expert, all others per layer."""
+        """The map of an axis role. Residual maps are model-wide, FFN maps per layer and expert, all others per layer."""
         if self._strength == "none" or role in ("vocabulary", "head norm"):
             return IDENTITY
         if role in ("gate", "ffn"):
@@ -135,11 +130,11 @@ class Reparameterization:
             blocks = None if blocks is None else blocks.repeat_interleave(heads.per_group, dim=0)
             sign = None if sign is None else sign.view(heads.groups, -1).repeat_interleave(heads.per_group, 0).flatten()
         if sign is not None and index is not None:
-            sign = sign[index]  # signs belong to the original heads, and come after the permutation
+            sign = sign[index]  # signs belong to the original heads and are applied after the permutation
         return AxisMap(index, sign, blocks)
 
     def _query_key(self, layer: int | None) -> AxisMap:
-        """Per KV group a map that commutes with RoPE: rotated planes, and any orthogonal matrix beside them; or signs."""
+        """Per KV group, a map that commutes with RoPE: rotated planes and any orthogonal matrix beside them, or signs."""
         heads = self._architecture.heads
         half, rest = heads.rotary // 2, heads.dim - heads.rotary
         if self._architecture.family.query_key == "signs":
@@ -165,7 +160,7 @@ class Reparameterization:
         return AxisMap(blocks=plane_rotations(angles.view(heads.groups, -1)))
 
     def _head_order(self, layer: int | None, per_head: bool) -> torch.Tensor | None:
-        """Which original head (or group) stands at each place."""
+        """Which original head (or group) is at each position."""
         if self._strength != "full":
             return None
         heads = self._architecture.heads

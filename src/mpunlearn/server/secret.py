@@ -1,14 +1,13 @@
-"""One 256-bit secret, and every random quantity of a run as a stream with a name.
+"""One 256-bit secret, from which every random quantity of a run is a named stream.
 
-The idea: noise and reparameterizations must be unpredictable to the client yet reproducible by the server after a restart,
-in any order and from any position. So the operating system's entropy gives one key, and each quantity is a stream named by
-its labels (round, copy, tensor, purpose ...): HKDF-SHA256 (RFC 5869) of the key with the labels as `info` gives an AES-256
-key, and AES in counter mode (NIST SP 800-38A) gives the bytes. Counter mode is seekable, so a tensor's noise can be drawn
-in any pieces. Keystream with AES instructions is also faster than torch's own generator.
+The idea: noise and reparameterizations must be unpredictable to the client, yet reproducible by the server after a restart, in
+any order and from any position. So the operating system's entropy gives one key, and each quantity is a stream named by its
+labels (round, copy, tensor, purpose, …): HKDF-SHA256 (RFC 5869) of the key, with the labels as `info`, gives an AES-256 key,
+and AES in counter mode (NIST SP 800-38A) gives the bytes. Counter mode is seekable, so a tensor's noise can be drawn in any
+slices. With AES instructions, the keystream is also faster than torch's own generator.
 
-Bytes become uniforms, and by the Box-Muller transform normals: blocks of `BLOCK` 32-bit words, whose first half gives the
-radii and whose second half the angles. A radius is at most sqrt(2 ln 2^32) = 6.66: of 10^11 normals about three should
-lie beyond it and none does.
+Bytes become uniforms, and normals by the Box-Muller transform: in blocks of `BLOCK` 32-bit words, the first half gives the
+radii and the second half the angles. A radius is at most sqrt(2 ln 2^32) = 6.66; of 10^11 true normals about three are larger.
 
 Not covered: secrecy against someone who can read the server's memory or disk.
 """
@@ -25,15 +24,15 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpunlearn.errors import StateError
-from mpunlearn.server.workspace import scratch
+from mpunlearn.server.workspace import Workspace
 
 KEY_BYTES = 32
 BLOCK = 1 << 14
-"""Normals per Box-Muller block: what is drawn beyond both ends of a range that begins or ends within one."""
+"""Normals per Box-Muller block. A range that begins or ends within a block draws the whole block."""
 
 
 class Secret:
-    """The key of a run. It never shows itself: not in `repr`, not in an error, not in a pickle."""
+    """The key of a run. It is never shown: not in `repr`, not in an error, not in a pickle."""
 
     __slots__ = ("_key",)
 
@@ -52,15 +51,17 @@ class Secret:
         """Reads a key file.
 
         Raises:
-            StateError: the file is missing, damaged, or readable by others than its owner.
+            StateError: the file is missing or damaged, or others than its owner may read it.
         """
         try:
             mode = path.stat().st_mode & 0o777
             key = path.read_bytes()
         except OSError as error:
-            raise StateError(f"{path}: the secret cannot be read: {error.strerror}") from None
+            raise StateError(f"{path}: cannot read the secret: {error.strerror}") from None
         if mode & 0o077:
-            raise StateError(f"{path}: mode {mode:04o} lets others read the secret; expected 0600 (chmod 600 {path})")
+            raise StateError(
+                f"{path}: mode {mode:04o} lets others read the secret, expected 0600; run chmod 600 {path}"
+            )
         return cls(key)
 
     def save(self, path: Path) -> None:
@@ -73,7 +74,7 @@ class Secret:
             os.close(descriptor)
 
     def stream(self, *labels: str | int) -> "Stream":
-        """The stream of that name. Different labels give independent streams; labels are compared with their types."""
+        """The stream of that name. Different labels give independent streams; 1 and "1" are different labels."""
         info = b"".join(_encode(label) for label in labels)
         return Stream(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._key))
 
@@ -81,13 +82,13 @@ class Secret:
         return "Secret(...)"
 
     def __reduce__(self) -> "str":
-        raise TypeError("a Secret is never pickled; pass the path of the state instead")
+        raise TypeError("a Secret cannot be pickled; pass the path of the state instead")
 
 
 class Stream:
-    """An endless, seekable sequence of pseudo-random bytes under one AES-256 key, read in shapes.
+    """An endless, seekable sequence of pseudo-random bytes under one AES-256 key.
 
-    Every method starts at the stream's beginning, so a stream serves one quantity only.
+    Every method starts at the beginning of the stream, so a stream serves one quantity only.
     """
 
     __slots__ = ("_key",)
@@ -96,7 +97,7 @@ class Stream:
         self._key = key
 
     def read(self, count: int, start: int = 0) -> bytearray:
-        """`count` bytes from byte `start` (a multiple of 16) on."""
+        """`count` bytes, from byte `start` on (a multiple of 16)."""
         out = bytearray(count)
         self._encrypt(memoryview(out), start)
         return out
@@ -108,21 +109,29 @@ class Stream:
         counter = (start // 16).to_bytes(16, "big")
         Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor().update_into(zeros, zeros)
 
-    def normals(self, count: int, start: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+    def normals(
+        self, count: int, start: int = 0, out: torch.Tensor | None = None, workspace: Workspace | None = None
+    ) -> torch.Tensor:
         """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
 
         Args:
-            out: where to put them, shape (count,), float32 or float64 (default: a new tensor). The
-                arithmetic runs on its device.
+            count: how many.
+            start: number of the first.
+            out: where to put them, shape (count,), float32 or float64 (default: a new tensor). The arithmetic runs on its
+                device.
+            workspace: for intermediate results (default: new memory).
         """
         out = torch.empty(count, dtype=torch.float32) if out is None else out
+        workspace = workspace or Workspace()
         first, last = start // BLOCK, -(-(start + count) // BLOCK)
         if count:
-            words = scratch("words", ((last - first) * BLOCK,), torch.int32).zero_()
-            self._encrypt(words.numpy().data.cast("B"), 4 * BLOCK * first)
-            if out.device != words.device:
-                words = scratch("words", tuple(words.shape), words.dtype, out.device).copy_(words)
-            out.copy_(_box_muller(words.view(-1, 2, BLOCK // 2)).flatten()[start - first * BLOCK :][:count])
+            with workspace.frame():
+                words = workspace.empty(((last - first) * BLOCK,), torch.int32).zero_()
+                self._encrypt(words.numpy().data.cast("B"), 4 * BLOCK * first)
+                if out.device != words.device:
+                    words = workspace.copy(words, device=out.device)
+                normals = _box_muller(words.view(-1, 2, BLOCK // 2), workspace)
+                out.copy_(normals.flatten()[start - first * BLOCK :][:count])
         return out
 
     def uniforms(self, count: int) -> np.ndarray:
@@ -158,22 +167,23 @@ class Stream:
 
 
 def _encode(label: str | int) -> bytes:
-    """Prefix-free, so that no two sequences of labels have the same encoding."""
+    """A prefix-free encoding: no two sequences of labels have the same one."""
     text = str(label).encode()
     kind = b"s" if isinstance(label, str) else b"i"
     return kind + len(text).to_bytes(4, "big") + text
 
 
-def _box_muller(words: torch.Tensor) -> torch.Tensor:
-    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32, in scratch memory.
+def _box_muller(words: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32.
 
-    The radius takes the lower 31 bits, as a number in (0, 1] whose float32 is finest near zero, where the tail is.
+    The radius takes the lower 31 bits as a number in (0, 1], whose float32 resolution is finest near zero, where the tail is.
     """
     half, device = (len(words), words.shape[2]), words.device
-    out = scratch("normals", tuple(words.shape), torch.float32, device)
-    radius = scratch("radius", half, torch.float32, device).copy_(words[:, 0].bitwise_and_(0x7FFFFFFF))
+    out = workspace.empty(tuple(words.shape), torch.float32, device)
+    radius = workspace.copy(words[:, 0].bitwise_and_(0x7FFFFFFF), torch.float32)
     radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
-    angle = scratch("angle", half, torch.float32, device).copy_(words[:, 1]).mul_(2.0 * math.pi * 2.0**-32)
-    torch.mul(torch.sin(angle, out=scratch("wave", half, torch.float32, device)), radius, out=out[:, 1])
+    angle = workspace.copy(words[:, 1], torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    sine = workspace.empty(half, torch.float32, device)
+    torch.mul(torch.sin(angle, out=sine), radius, out=out[:, 1])
     torch.mul(angle.cos_(), radius, out=out[:, 0])
     return out

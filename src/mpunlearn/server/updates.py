@@ -1,11 +1,8 @@
-"""What a client sent back, examined before anything of it is used, and what several clients sent, averaged.
+"""Checks on updates that arrive, before anything of them is used.
 
-An update is checked against the published copy that it belongs to: it may update only tensors that the copy has, in their
-shapes, with finite numbers, and with a norm that is not out of all proportion. Changes of basis keep norms, so this needs no
-secret.
-
-Clients that each unlearn their own text on the same copy are averaged in that copy's basis, before the server's inverse: both
-are linear. Factors are averaged without multiplying them out: Σ v_c B_c A_c = [v_1 B_1 | v_2 B_2 | …] [A_1; A_2; …].
+An update is checked against the published copy that it belongs to: it may change only tensors that the copy has, in their
+shapes, with finite numbers, and with a norm that is not out of proportion. Reparameterizations preserve norms, so none of this
+needs a secret.
 """
 
 import math
@@ -14,132 +11,130 @@ from pathlib import Path
 
 import torch
 
-from mpunlearn.checkpoint import Checkpoint, TensorDirectory
+from mpunlearn.architecture import Architecture
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorDirectory
 from mpunlearn.errors import UpdateError
 from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
+from mpunlearn.protocol.plan import Training
 
 NORM_LIMIT = 1.0
 """An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
-MARGIN = 0.999
-"""What is let in must not be refused later for the rounding of its norm."""
 FACTOR_LIMIT = 1e15
-"""Greatest norm of a factor: two of them stay in float32's range, in any basis."""
+"""Maximum norm of a LoRA factor. The product of two such factors stays within float32's range, in any basis."""
 CANCELLATION = 1e3
-"""How many times larger than their product factors may be: beyond it, float32 in another basis is no longer their product."""
+"""How many times larger than their product two factors may be. Beyond it, float32 in another basis no longer gives the same
+product."""
+OVERHEAD_BYTES = 200_000
+"""Size of an update beside its tensors, at most."""
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Published name of each tensor → published dtype and shape."""
+"""Dtype and shape of each tensor, by name."""
 
 
 def examine(
     path: Path, copy: Path, model: Path, card: Card, *, factored: bool, expected: Collection[str] | None = None
 ) -> Path:
-    """Checks an update that arrived against the copy that it should be of, in full.
+    """Checks an update that arrived against the copy that it should belong to.
 
     Args:
         path: the update's directory.
         copy: the published copy's.
-        model: θ's, whose norm is what the update's is compared with: changes of basis keep it, noise does not.
+        model: θ's. The update's norm is compared with θ's, which the reparameterization preserves and the noise does not.
         card: which copy that is.
-        factored: whether the plan has it sent as factors.
-        expected: published names of the tensors that it must update (default: any).
+        factored: whether the plan has the update sent as LoRA factors.
+        expected: published names of the tensors that it must change (default: any).
 
     Returns:
         `path`.
 
     Raises:
-        UpdateError: it is not an update of that copy, holds NaN or infinite values, or its norm is impossible.
+        UpdateError: it is not an update of that copy, holds NaN or infinite values, or is too large.
     """
-    arrival, published = ReceivedUpdate.open(path), Checkpoint(copy)
-    if arrival.card != card:
-        raise UpdateError(f"{path}: is of {arrival.card}; expected {card}")
-    if arrival.trained is not None:
+    update, published = ReceivedUpdate.open(path), Checkpoint(copy)
+    if update.card != card:
+        raise UpdateError(f"{path}: is of {update.card}; expected {card}")
+    if update.trained is not None:
         raise UpdateError(f"{path}: is a checkpoint; expected an update")
-    names = check_tensors(arrival, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
+    names = check_tensors(update, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
     if expected is not None and (difference := sorted(names ^ set(expected))):
         raise UpdateError(
-            f"{path}: updates {len(names)} tensors, expected the {len(expected)} that the plan trains; the first that "
+            f"{path}: changes {len(names)} tensors, but the plan trains {len(expected)}; the first that "
             f"{'should not be' if difference[0] in names else 'is not'} there is {difference[0]}"
         )
-    if wrong := sorted(name for name in arrival.tensors.tensors if name.endswith(FACTORS) != factored):
-        raise UpdateError(f"{path}: {wrong[0]} is {'no' if factored else 'a'} factor; the plan says otherwise")
-    square = sum(_square(arrival.tensors, name) for name in sorted(names))
+    if wrong := sorted(name for name in update.tensors.tensors if name.endswith(FACTORS) != factored):
+        raise UpdateError(f"{path}: {wrong[0]} is {'not a' if factored else 'a'} LoRA factor, against the plan")
+    square = sum(_square(update.tensors, name) for name in sorted(names))
     if not math.isfinite(square):
         raise UpdateError(f"{path}: holds NaN or infinite values; train again")
-    limit = MARGIN * NORM_LIMIT
     theta = Checkpoint(model)
-    of_model = sum(_norm(theta, name) for name in theta.tensors)
+    of_model = sum(_tensor_square(theta, name) for name in theta.tensors)
     for name in sorted(names) if factored else ():
-        a, b = (_norm(arrival.tensors, name + factor) for factor in FACTORS)
+        a, b = (_tensor_square(update.tensors, name + factor) for factor in FACTORS)
         if max(a, b) > FACTOR_LIMIT**2:
             raise UpdateError(
-                f"{path}: a factor of {name} is beyond {FACTOR_LIMIT:g}; it would overflow in another basis"
+                f"{path}: a factor of {name} exceeds {FACTOR_LIMIT:g}; it would overflow in another basis"
             )
         if a * b > CANCELLATION**2 * of_model:
-            raise UpdateError(f"{path}: the factors of {name} cancel; in another basis their product would be another")
-    if square > limit**2 * of_model:
-        raise UpdateError(
-            f"{path}: the update's norm is {math.sqrt(square / of_model):.3g} times the model's, expected at most {limit:g}"
-        )
+            raise UpdateError(
+                f"{path}: the factors of {name} cancel each other; their product would change with the basis"
+            )
+    check_norm(path, square, of_model)
     return path
 
 
-def _square(tensors: TensorDirectory, name: str) -> float:
-    """Squared norm of the update of one tensor; of factors, ‖BA‖² = trace((AAᵀ)(BᵀB))."""
-    if name in tensors.tensors:
-        return _norm(tensors, name)
-    a, b = (tensors.read(name + factor).double() for factor in FACTORS)
-    return float(((a @ a.T) * (b.T @ b)).sum())
-
-
-def _norm(tensors: TensorDirectory, name: str) -> float:
-    """Squared norm of a stored tensor, a few rows at a time."""
-    info = tensors.tensors[name]
-    if not info.shape:
-        return float(tensors.read(name).double().square())
-    rows = max(1, (1 << 22) // max(1, info.nbytes // max(1, info.shape[0])))
-    parts = (tensors.read_rows(name, at, min(at + rows, info.shape[0])) for at in range(0, info.shape[0], rows))
-    return sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
-
-
-def updated(path: Path) -> set[str]:
-    """The names of the tensors that an update is of."""
-    return {
-        name[: -len(FACTORS[0])] if name.endswith(FACTORS) else name
-        for name in ReceivedUpdate.open(path).tensors.tensors
-    }
-
-
-def check_tensors(arrival: ReceivedUpdate, specs: Specs, names: Collection[str] | None = None) -> set[str]:
-    """Names, shapes and dtypes of one arrival against the published copy's tensors.
+def check_norm(path: Path, square: float, of_model: float, tolerance: float = 0.0) -> None:
+    """Refuses an update that is too large.
 
     Args:
-        specs: the copy's tensors.
-        names: which of the arrival's tensors count (default: all).
-
-    Returns:
-        The published names of what it updates.
+        path: the update's, for the error.
+        square: its squared norm.
+        of_model: θ's squared norm.
+        tolerance: relative. Sums in another basis round differently; what was accepted once must not be refused later.
 
     Raises:
-        UpdateError: something in it is not the update of a tensor that the copy has.
+        UpdateError: the update's norm exceeds `NORM_LIMIT` times the model's.
     """
-    path, tensors = arrival.tensors.path, arrival.tensors.tensors
-    mine = set(tensors if names is None else names)
-    for factor in sorted(name for name in mine if name.endswith(FACTORS)):
-        _check_factor(arrival, factor, specs)
-    weights = {name for name in mine if not name.endswith(FACTORS)}
-    factored = {name.removesuffix(FACTORS[0]) for name in mine if name.endswith(FACTORS[0])}
+    limit = NORM_LIMIT * (1 + tolerance)
+    if square > limit**2 * of_model:
+        raise UpdateError(
+            f"{path}: the update's norm is {math.sqrt(square / of_model):.3g} times the model's, expected at most "
+            f"{NORM_LIMIT:g}; train with a smaller learning rate"
+        )
+
+
+def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] | None = None) -> set[str]:
+    """Checks names, shapes and dtypes of one update against the published copy's tensors.
+
+    Args:
+        update: what arrived.
+        specs: the copy's tensors.
+        names: which of the update's tensors count (default: all).
+
+    Returns:
+        The published names of what it changes.
+
+    Raises:
+        UpdateError: one of its tensors is not the update of a tensor that the copy has.
+    """
+    path, tensors = update.tensors.path, update.tensors.tensors
+    counted = set(tensors if names is None else names)
+    for factor in sorted(name for name in counted if name.endswith(FACTORS)):
+        _check_factor(update, factor, specs)
+    weights = {name for name in counted if not name.endswith(FACTORS)}
+    factored = {name.removesuffix(FACTORS[0]) for name in counted if name.endswith(FACTORS[0])}
     if twice := sorted(weights & factored):
-        raise UpdateError(f"{path}: holds {twice[0]} itself and its factors; expected one of them")
+        raise UpdateError(f"{path}: holds both {twice[0]} and its factors; expected one of them")
     for name in sorted(weights):
         if name not in specs:
-            raise UpdateError(f"{path}: updates {name}, which the model does not have; expected its tensors' names")
+            raise UpdateError(
+                f"{path}: changes {name}, which the model does not have; expected the model's tensor names"
+            )
         published, shape = specs[name]
         info = tensors[name]
         if info.shape != shape:
             raise UpdateError(f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)}")
         if not info.dtype.is_floating_point:
             raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
-        if arrival.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
+        if update.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
             raise UpdateError(
                 f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
                 f"would drown the update, save the trained model as {published}"
@@ -147,13 +142,40 @@ def check_tensors(arrival: ReceivedUpdate, specs: Specs, names: Collection[str] 
     return weights | factored
 
 
-def _check_factor(arrival: ReceivedUpdate, name: str, specs: Specs) -> None:
+def changed_tensors(path: Path) -> set[str]:
+    """The published names of the tensors that an update changes."""
+    names = ReceivedUpdate.open(path).tensors.tensors
+    return {name[: -len(FACTORS[0])] if name.endswith(FACTORS) else name for name in names}
+
+
+def planned_tensors(copy: Path, training: Training) -> set[str] | None:
+    """The published names of the tensors that a plan trains; None if only the client's model knows them."""
+    if training.lora_rank or training.train not in ("blocks", "all"):
+        return None
+    checkpoint = Checkpoint(copy)
+    roles = Architecture.of(checkpoint).tensor_roles(checkpoint)
+    return {name for name, role in roles.items() if role.layer is not None or training.train == "all"}
+
+
+def update_bytes(copy: Path, training: Training) -> int:
+    """Size of a dense update of a copy, in bytes; 0 for LoRA factors, which are small."""
+    if training.lora_rank:
+        return 0
+    tensors = Checkpoint(copy).tensors
+    names = planned_tensors(copy, training) or set(tensors)
+    entries = sum(tensors[name].nbytes // tensors[name].dtype.itemsize for name in names)
+    return entries * FLOAT_DTYPES[training.update_dtype].itemsize + OVERHEAD_BYTES
+
+
+def _check_factor(update: ReceivedUpdate, name: str, specs: Specs) -> None:
     """One factor of a weight's update: its partner, its shape and its dtype."""
-    path, tensors = arrival.tensors.path, arrival.tensors.tensors
+    path, tensors = update.tensors.path, update.tensors.tensors
     weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
     expected = specs[weight][1] if weight in specs else ()
     if len(expected) != 2:
-        raise UpdateError(f"{path}: updates {name}, but the model has no matrix {weight}; expected its tensors' names")
+        raise UpdateError(
+            f"{path}: changes {name}, but the model has no matrix {weight}; expected the model's tensor names"
+        )
     partner = weight + FACTORS[1 - which]
     if partner not in tensors:
         raise UpdateError(f"{path}: holds {name} without {partner}; expected both factors")
@@ -162,7 +184,25 @@ def _check_factor(arrival: ReceivedUpdate, name: str, specs: Specs) -> None:
     shape = ((rank, expected[1]), (expected[0], rank))[which]
     if info.shape != shape or not 0 < rank <= min(expected):
         raise UpdateError(
-            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} of a rank up to {min(expected)}"
+            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} with a rank of at most {min(expected)}"
         )
     if not info.dtype.is_floating_point:
         raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
+
+
+def _square(tensors: TensorDirectory, name: str) -> float:
+    """Squared norm of the update of one tensor; of factors, ‖BA‖² = trace((AAᵀ)(BᵀB))."""
+    if name in tensors.tensors:
+        return _tensor_square(tensors, name)
+    a, b = (tensors.read(name + factor).double() for factor in FACTORS)
+    return float(((a @ a.T) * (b.T @ b)).sum())
+
+
+def _tensor_square(tensors: TensorDirectory, name: str) -> float:
+    """Squared norm of a stored tensor, a few rows at a time."""
+    info = tensors.tensors[name]
+    if not info.shape:
+        return float(tensors.read(name).double().square())
+    rows = max(1, (1 << 22) // max(1, info.nbytes // max(1, info.shape[0])))
+    parts = (tensors.read_rows(name, at, min(at + rows, info.shape[0])) for at in range(0, info.shape[0], rows))
+    return sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)

@@ -1,22 +1,49 @@
-"""Memory that a thread uses again and again.
+"""Scratch memory that a worker thread uses again and again.
 
-Fresh memory of a megabyte costs more than the arithmetic on it: the system hands it out page by page, and takes it back when
-it is freed. The inner loops therefore write into buffers that each thread keeps.
+A fresh megabyte costs more than the arithmetic on it: the operating system hands it out page by page, and takes it back when it
+is freed. The inner loops therefore borrow tensors from a `Workspace` that each worker thread has for itself.
+
+Tensors are borrowed in frames, as local variables are: `frame()` gives back, at its end, everything that was borrowed since its
+beginning. Two tensors that are borrowed at the same time never share memory.
 """
 
 import math
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-_kept = threading.local()
 
+class Workspace:
+    """Buffers of one thread."""
 
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An uninitialized tensor that shares its memory with the calling thread's earlier ones of that name."""
-    buffers: dict[tuple[str, torch.dtype, str], torch.Tensor] = _kept.__dict__.setdefault("buffers", {})
-    count, key = math.prod(shape), (name, dtype, str(device))
-    buffer = buffers.get(key)
-    if buffer is None or buffer.numel() < count:
-        buffer = buffers[key] = torch.empty(count, dtype=dtype, device=device)
-    return buffer[:count].view(shape)
+    def __init__(self) -> None:
+        self._buffers: dict[str, list[torch.Tensor]] = {}
+        self._used: dict[str, int] = {}
+
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        """What is borrowed inside is given back at the end, and overwritten by what is borrowed next."""
+        used = dict(self._used)
+        try:
+            yield
+        finally:
+            self._used = used
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Borrows an uninitialized tensor until the end of the current frame."""
+        key = str(device)
+        buffers, number = self._buffers.setdefault(key, []), self._used.get(key, 0)
+        self._used[key] = number + 1
+        nbytes = math.prod(shape) * dtype.itemsize
+        if number == len(buffers):
+            buffers.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        elif buffers[number].numel() < nbytes:
+            buffers[number] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return buffers[number][:nbytes].view(dtype).view(shape)
+
+    def copy(
+        self, tensor: torch.Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Borrows a copy of a tensor in another dtype or on another device."""
+        return self.empty(tuple(tensor.shape), dtype or tensor.dtype, device or tensor.device).copy_(tensor)

@@ -1,49 +1,53 @@
 """The client's verbs on a network: make keys, connect, do the jobs.
 
-    mpunlearn client key --work WORK                                            once; hand WORK/client.json to the server
+    mpunlearn client key --work WORK                                            once; give WORK/client.json to the server
     mpunlearn client join invitation.json --work WORK --forget forget.jsonl     connect, and do the jobs as well
-    mpunlearn client join invitation.json --spool SPOOL                         connect only: in a container, say
+    mpunlearn client join invitation.json --spool SPOOL                         connect only, for example in a container
     mpunlearn client work --spool SPOOL --work WORK --forget … --policy …       do the jobs only
 
-Connecting runs code that the server sends; it sees the spool folder. The jobs are done by this program, which reads the
-forget set and follows the policy. Together or apart they speak through the spool folder alone.
+Connecting runs code that the server sends; that code sees the spool folder. The jobs are done by this program, which reads the
+forget set and follows the policy. Together or separate, the two communicate through the spool folder alone.
 """
 
-import signal
+import socket
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpunlearn.client.network.policy import Policy
-from mpunlearn.client.network.supernode import SuperNode
-from mpunlearn.client.network.worker import POLL_SECONDS, Worker
 from mpunlearn.client.resources import Resources
-from mpunlearn.errors import PlanError, StateError
+from mpunlearn.errors import PlanError
+from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
-from mpunlearn.progress import say
-from mpunlearn.protocol.flower.keys import client_keys, read_invitation
+from mpunlearn.progress import Waiting, say
+
+if TYPE_CHECKING:
+    from mpunlearn.client.network.supernode import SuperNode
+    from mpunlearn.client.network.worker import Worker
 
 LINGER_SECONDS = 3.0
-"""Seconds in which a node carries the last answer after the end of a run."""
-PATIENCE = 3
-"""Starts of the node after which a person is told."""
+"""How long a node stays to carry the last answer after the end of a run."""
+QUIET_SECONDS = 5.0
+"""How long connecting may take before a person is told what is being waited for."""
 
 
 def key(*, work: str | Path = "mpu-client") -> Path:
-    """Makes a client's keys, where there are none.
+    """Generates a client's keys, unless it has some.
 
     Args:
-        work: the client's own folder.
+        work: The client's own folder.
 
     Returns:
         WORK/client.json, the public part, which the server needs.
 
     Raises:
-        StateError: the keys that are there are damaged.
+        StateError: The keys that are there are damaged.
     """
-    work = Path(work)
-    client_keys(work)
-    return work / "client.json"
+    from mpunlearn.protocol.flower.keys import client_keys
+
+    folder = as_path(work, "--work")
+    client_keys(folder)
+    return folder / "client.json"
 
 
 def join(
@@ -57,41 +61,48 @@ def join(
     data: Data | None = None,
     resources: Resources | None = None,
 ) -> str:
-    """Connects to a run, and does its jobs where a forget set is given.
+    """Connects to a run, and does its jobs if a forget set is given.
 
     Args:
-        invitation: the server's invitation.json.
-        work: the client's own folder, with its keys.
-        spool: the folder that the courier sees (default: WORK/spool).
-        forget: what to forget, as for `unlearn`; without it, jobs are left to `client work`.
-        retain: what to keep, likewise.
-        policy: TOML file of what the server may ask (default: the policy's own defaults).
-        data: columns and places of the examples.
-        resources: memory, precision and loggers of training.
+        invitation: The server's invitation.json.
+        work: The client's own folder, with its keys.
+        spool: The folder that the courier sees (default: WORK/spool).
+        forget: What to forget, as for `unlearn`. Without it, the jobs are left to `client work`.
+        retain: What to keep, in the same form.
+        policy: TOML file that says what the server may ask for (default: the policy's own defaults).
+        data: Columns and locations of the examples.
+        resources: Memory, precision and trackers of training.
 
     Returns:
         How the run ended.
 
     Raises:
-        PlanError: the invitation or the policy cannot be read, or the client takes part in another run.
+        PlanError: The invitation or the policy cannot be read, or the client takes part in another run.
         NetworkError: Flower is not installed.
-        MPUError: as `unlearn` does.
+        MPUError: As `unlearn` does.
     """
-    work = Path(work)
-    spool = Path(spool) if spool is not None else work / "spool"
-    invited = read_invitation(invitation)
-    client_keys(work)
+    from mpunlearn.client.network.policy import Policy
+    from mpunlearn.client.network.supernode import SuperNode
+    from mpunlearn.client.network.worker import Worker
+    from mpunlearn.protocol.flower.keys import client_keys, read_invitation
+
+    folder = as_path(work, "--work")
+    shared = as_path(spool, "--spool") if spool is not None else folder / "spool"
+    invited = read_invitation(as_path(invitation, "invitation"))
+    client_keys(folder)
     worker = None
     if forget is not None:
         limits = Policy(invited.server_key) if policy is None else Policy.read(policy)
-        worker = Worker(spool, work, limits, forget=forget, retain=retain, data=data, resources=resources, say=say)
+        worker = Worker(shared, folder, limits, forget=forget, retain=retain, data=data, resources=resources)
     elif policy is not None or retain is not None:
-        raise PlanError("--policy, --retain: belong to the jobs; give --forget, or leave them to `client work`")
+        raise PlanError(
+            "--policy, --retain: they belong to the jobs; give --forget, too, or leave them to `client work`"
+        )
     for name in ("jobs", "results"):
-        (spool / name).mkdir(parents=True, exist_ok=True)
-    node = SuperNode(work / "flower", spool, invited, work / "node.key")
+        (shared / name).mkdir(parents=True, exist_ok=True)
+    node = SuperNode(folder / "flower", shared, invited, folder / "node.key")
     try:
-        return _until_the_end(lambda: worker.step() if worker is not None else None, node)
+        return _until_the_end(worker, node, shared, invited.address)
     finally:
         node.stop()
 
@@ -109,50 +120,63 @@ def work(
     """Does the jobs that `client join` puts into a spool folder.
 
     Args:
-        spool: the folder that the courier sees.
-        policy: TOML file of what the server may ask; server_key, as the invitation has it, must be there.
-        forget: what to forget, as for `unlearn`.
-        work: the client's own folder.
-        retain: what to keep, likewise.
-        data: columns and places of the examples.
-        resources: memory, precision and loggers of training.
+        spool: The folder that the courier sees.
+        policy: TOML file that says what the server may ask for; it must contain server_key, as the invitation has it.
+        forget: What to forget, as for `unlearn`.
+        work: The client's own folder.
+        retain: What to keep, in the same form.
+        data: Columns and locations of the examples.
+        resources: Memory, precision and trackers of training.
 
     Returns:
         How the run ended.
 
     Raises:
-        PlanError: the policy cannot be read, or the client takes part in another run.
-        MPUError: as `unlearn` does.
+        PlanError: The policy cannot be read, or the client takes part in another run.
+        MPUError: As `unlearn` does.
     """
+    from mpunlearn.client.network.policy import Policy
+    from mpunlearn.client.network.worker import POLL_SECONDS, Worker
+
+    limits = Policy.read(as_path(policy, "--policy"))
     worker = Worker(
-        Path(spool),
-        Path(work),
-        Policy.read(policy),
+        as_path(spool, "--spool"),
+        as_path(work, "--work"),
+        limits,
         forget=forget,
         retain=retain,
         data=data,
         resources=resources,
-        say=say,
     )
-    return _until_the_end(worker.step, None)
+    while (outcome := worker.step()) is None:
+        time.sleep(POLL_SECONDS)
+    return outcome
 
 
-def _until_the_end(step: Callable[[], str | None], node: SuperNode | None) -> str:
-    """Does jobs and keeps the node running, until the server says that the run is over."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    starts = 0
-    try:
+def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, address: str) -> str:
+    """Keeps the node running and does the jobs, until the server says that the run is over."""
+    from mpunlearn.client.network.worker import POLL_SECONDS
+
+    with Waiting(f"connecting to {address}", QUIET_SECONDS) as waiting:
         while True:
-            if node is not None and node.ensure_running():
-                starts += 1
-                if starts == PATIENCE:
-                    say(
-                        f"not connected yet, trying on: is the server up, and has it this client's client.json? See {node.log}"
-                    )
-            outcome = step()
+            node.ensure_running()
+            outcome = worker.step() if worker is not None else None
             if outcome is not None:
-                time.sleep(LINGER_SECONDS if node is not None else 0)
+                time.sleep(LINGER_SECONDS)
                 return outcome
+            if not waiting.over and (any((spool / "jobs").iterdir()) or (worker is not None and worker.connected)):
+                waiting.finish()
+                say(f"connected to {address}")
+            waiting.tick(lambda: _explain(address, node.log))
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:
-        raise StateError("stopped; go on with the same command") from None
+
+
+def _explain(address: str, log: Path) -> str:
+    """Why there is no connection yet, as far as can be seen from here."""
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), 2):
+        return (
+            f"{address} answers, but has not let this client in yet; retrying: does the server have this client's client.json? "
+            f"See {log}"
+        )
+    return f"nothing is listening at {address} yet; retrying: is the server up, and is the address right? See {log}"

@@ -1,8 +1,8 @@
-"""What the data owner lets a server ask of it.
+"""What the data owner lets a server ask for.
 
 The idea: a job is code and numbers from somebody else, so what may happen to the text is decided here, in a file of the data
-owner's, before anything is downloaded. The defaults let an honest server work and keep a dishonest one from learning more by
-asking more: one run, a limited number of rounds and copies, no update of the embeddings, no files of this machine.
+owner's, before anything is downloaded. The defaults let an honest server work, and keep a dishonest one from learning more by
+asking for more: one run, a limited number of rounds and copies, no update of the embeddings, no files of this machine.
 """
 
 import tomllib
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from mpunlearn.errors import MessageError, PlanError
+from mpunlearn.errors import PlanError, SchemaError
 from mpunlearn.protocol.identity import HEX
 from mpunlearn.protocol.messages import Job
 from mpunlearn.protocol.plan import Training
-from mpunlearn.protocol.transfer import shown
+from mpunlearn.protocol.transfer import redact
 from mpunlearn.schema import parse
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The limits, the fields of policy.toml.
+    """The limits: the fields of policy.toml.
 
     Raises:
-        PlanError: a value is out of its range.
+        PlanError: a value is out of range.
     """
 
     server_key: str
@@ -31,19 +31,20 @@ class Policy:
     objectives: list[str] | None = None
     """Allowed objectives (default: all)."""
     train: list[str] | None = None
-    """Allowed selections of weights (default: blocks only, since an update of the embeddings names the forget set's tokens)."""
+    """Allowed selections of weights (default: only blocks, since an update of the embeddings names the forget set's tokens)."""
     max_copies: int = 8
+    """Copies per round."""
     max_rounds: int = 20
     max_epochs: int = 20
-    """Per round."""
+    """Epochs per round."""
     max_megabytes: float = 64_000.0
-    """Of one copy."""
+    """Size of one copy."""
     stores: list[str] | None = None
-    """Beginnings of the URLs that files may be fetched from and put to (default: none, files travel in the messages)."""
+    """Prefixes of URLs that files may be fetched from and uploaded to (default: none, files travel in the messages)."""
 
     def __post_init__(self) -> None:
         if not HEX.fullmatch(self.server_key):
-            raise PlanError("policy: server_key: expected 64 hexadecimal digits, as the invitation has them")
+            raise PlanError("policy: server_key: expected 64 hexadecimal digits, as in the invitation")
         for name in ("max_copies", "max_rounds", "max_epochs", "max_megabytes"):
             if not getattr(self, name) > 0:
                 raise PlanError(f"policy: {name}: expected a number above 0, found {getattr(self, name)}")
@@ -53,16 +54,20 @@ class Policy:
         """The policy in a TOML file.
 
         Raises:
-            PlanError: it cannot be read, or has a field that is unknown or of the wrong type.
+            PlanError: it cannot be read, or a field is missing, unknown or of the wrong type.
         """
         try:
             return parse(cls, tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, MessageError) as error:
-            raise PlanError(f"--policy {path}: cannot be read: {error}") from error
+        except OSError as error:
+            raise PlanError(f"--policy {path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"--policy {path}: cannot be read as TOML: {error}") from error
+        except SchemaError as error:
+            raise PlanError(f"--policy {path}: {error}") from error
 
     def violations(self, job: Job) -> list[str]:
-        """Why a job is not done; nothing: it may be."""
-        found = [
+        """Why a job must not be done; empty if it may be."""
+        reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
             for name, limit, asked in (
                 ("max_copies", self.max_copies, job.copies),
@@ -73,16 +78,16 @@ class Policy:
         ]
         try:
             training = parse(Training, job.training)
-        except (MessageError, PlanError) as error:
-            return [*found, f"its training plan is none: {error}"]
+        except (SchemaError, PlanError) as error:
+            return [*reasons, f"invalid training plan: {error}"]
         if training.epochs > self.max_epochs:
-            found.append(f"max epochs is {self.max_epochs}, asked for {training.epochs}")
+            reasons.append(f"max epochs is {self.max_epochs}, asked for {training.epochs}")
         if self.objectives is not None and training.objective not in self.objectives:
-            found.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
+            reasons.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
         if training.train not in (allowed := self.train or ["blocks"]):
-            found.append(f"train is {', '.join(allowed)}, asked for {training.train}")
+            reasons.append(f"train is {', '.join(allowed)}, asked for {training.train}")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:
             if ".." in unquote(url) or not any(url.startswith(store.rstrip("/") + "/") for store in self.stores or []):
-                found.append(f"stores do not include {shown(url)}")
+                reasons.append(f"stores do not include {redact(url)}")
                 break
-        return found
+        return reasons

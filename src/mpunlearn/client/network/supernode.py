@@ -12,7 +12,7 @@ class SuperNode:
     Args:
         folder: for the certificate, the log and Flower's files.
         spool: the folder that the courier sees.
-        invitation: where the server is, and how it is known.
+        invitation: where the server is, and how it is authenticated.
         key: the node's private key.
     """
 
@@ -29,7 +29,7 @@ class SuperNode:
         self._program = Program(command, self.log, folder)
 
     def ensure_running(self) -> bool:
-        """Starts it, or again when it has died; whether it had to.
+        """Starts the node if it is not running; returns whether it was started.
 
         Raises:
             NetworkError: Flower is not installed.
@@ -37,5 +37,5 @@ class SuperNode:
         return self._program.ensure_running()
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops the node."""
         self._program.stop()

@@ -1,8 +1,8 @@
-"""Keys and certificates of a run: the server's own authority, the nodes' keys, and the two public files to hand over.
+"""Keys and certificates of a run: the server's own certificate authority, the nodes' keys, and the two files to exchange.
 
-A client hands the server `client.json`: its Ed25519 key, which signs results, and its node's ECDSA key, which Flower knows
-it by. The server hands every client `invitation.json`: the address, the certificate to trust, and the key that signs jobs.
-Neither file is secret; both must come from who they say (by a channel that the parties trust), for all else rests on them.
+A client gives the server `client.json`: its Ed25519 key, which signs results, and its node's ECDSA key, by which Flower
+authenticates it. The server gives every client `invitation.json`: the address, the certificate to trust, and the key that signs
+jobs. Neither file is secret, but everything else rests on them: exchange them over a channel that both parties trust.
 """
 
 import datetime
@@ -16,29 +16,29 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mpunlearn.errors import CheckpointError, MessageError, PlanError
-from mpunlearn.files import read_json, write_bytes, write_json
+from mpunlearn.errors import FileError, PlanError, SchemaError
+from mpunlearn.files import write_bytes, write_json
 from mpunlearn.protocol.identity import HEX, Identity
-from mpunlearn.schema import parse
+from mpunlearn.schema import read
 
 CERTIFICATE_YEARS = 2
-"""How long a run's certificates hold."""
+"""How long a run's certificates are valid."""
 _NODE_KEY = re.compile(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+")
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client tells of itself: client.json."""
+    """What a client tells the server about itself: client.json."""
 
     key: str
     """Ed25519 public key, hexadecimal."""
     node: str
-    """Its node's public key, as OpenSSH writes it."""
+    """Its node's public key, in OpenSSH format."""
 
     def __post_init__(self) -> None:
         if not (HEX.fullmatch(self.key) and _NODE_KEY.fullmatch(self.node)):
-            raise MessageError("expected the two keys of `client key`")
+            raise SchemaError("expected the two keys that `mpunlearn client key` writes")
 
 
 @dataclass(frozen=True)
@@ -48,37 +48,41 @@ class Invitation:
     address: str
     server_key: str
     ca: str | None = None
-    """PEM; None: without TLS, on a loopback address."""
+    """The certificate to trust, PEM; None: no TLS, on a loopback address."""
 
     def __post_init__(self) -> None:
         if not (HEX.fullmatch(self.server_key) and _ADDRESS.fullmatch(self.address)):
-            raise MessageError("expected an address HOST:PORT and a key")
+            raise SchemaError("expected an address HOST:PORT and a public key")
         if self.ca is None and not loopback(self.address.rpartition(":")[0]):
-            raise MessageError(f"{self.address} is no loopback address, and the invitation has no certificate")
+            raise SchemaError(f"{self.address} is not a loopback address, but the invitation has no certificate")
 
 
 def read_keys(path: str | Path) -> ClientKeys:
-    """Raises:
-    PlanError: the file is no client.json.
+    """The content of a client.json.
+
+    Raises:
+        PlanError: it cannot be read.
     """
     try:
-        return parse(ClientKeys, read_json(Path(path)))
-    except (CheckpointError, MessageError) as error:
-        raise PlanError(f"{path}: not a client's keys: {error}") from error
+        return read(ClientKeys, Path(path))
+    except (FileError, SchemaError) as error:
+        raise PlanError(f"not a client's client.json: {error}") from error
 
 
 def read_invitation(path: str | Path) -> Invitation:
-    """Raises:
-    PlanError: the file is no invitation.json.
+    """The content of an invitation.json.
+
+    Raises:
+        PlanError: it cannot be read.
     """
     try:
-        return parse(Invitation, read_json(Path(path)))
-    except (CheckpointError, MessageError) as error:
-        raise PlanError(f"{path}: not an invitation: {error}") from error
+        return read(Invitation, Path(path))
+    except (FileError, SchemaError) as error:
+        raise PlanError(f"not a server's invitation.json: {error}") from error
 
 
 def client_keys(folder: Path) -> ClientKeys:
-    """The keys in a client's folder, made there if there are none, and their public file client.json."""
+    """The keys in a client's folder, generated if there are none; also writes their public part, FOLDER/client.json."""
     identity, private = Identity.at(folder / "identity.key"), folder / "node.key"
     if not private.exists():
         key = ec.generate_private_key(ec.SECP384R1())
@@ -94,10 +98,10 @@ def client_keys(folder: Path) -> ClientKeys:
 
 
 def certificates(folder: Path, host: str) -> tuple[Path, Path, Path]:
-    """A certificate authority and the server's certificate, for a host name and for the loopback address.
+    """A certificate authority and the server's certificate, for a host name and for the loopback address; created once.
 
     Returns:
-        The authority's certificate, the server's, and the server's key: PEM files, made once.
+        The PEM files of the authority's certificate, the server's certificate, and the server's key.
     """
     ca_file, server_file, key_file = folder / "ca.crt", folder / "server.pem", folder / "server.key"
     if server_file.exists():
@@ -144,7 +148,7 @@ def certificates(folder: Path, host: str) -> tuple[Path, Path, Path]:
 
 
 def loopback(host: str) -> bool:
-    """Whether a host can only be reached from its own machine."""
+    """Whether an address can be reached from its own machine only."""
     return host == "localhost" or (_is_ip(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 

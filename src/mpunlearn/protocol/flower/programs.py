@@ -1,7 +1,7 @@
-"""Other programs as children of this one: started with a quiet environment, and again when they die.
+"""Flower's programs as children of this one: started in a controlled environment, and restarted when they die.
 
-A killed program leaves children of its own behind, and so does this one. They all have this run's FLWR_HOME in their
-environment, by which they are found and ended before anything is started in their place.
+A killed program leaves its own children running, and so does this one. All of them have this run's FLWR_HOME in their
+environment; by that they are found and killed before a replacement is started.
 """
 
 import os
@@ -29,7 +29,7 @@ class Program:
     """A program that is kept running.
 
     Args:
-        command: its name among the scripts of this Python, and arguments.
+        command: the name of a script installed beside this Python, and its arguments.
         log: the file that its output is appended to.
         home: Flower's folder for configuration and runs.
     """
@@ -40,7 +40,7 @@ class Program:
         self._begun = 0.0
 
     def ensure_running(self) -> bool:
-        """Starts it if it does not run; whether it had to be started."""
+        """Starts the program if it is not running; returns whether it was started."""
         if self._child is not None and self._child.poll() is None:
             return False
         if time.monotonic() - self._begun < RESTART_SECONDS:
@@ -58,7 +58,7 @@ class Program:
         return True
 
     def stop(self) -> None:
-        """Ends it and all that it started, kindly at first."""
+        """Terminates the program and everything that it started."""
         if self._child is not None:
             self._child.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -67,20 +67,20 @@ class Program:
 
 
 def kill_orphans(home: Path) -> None:
-    """Kills every program that runs with that FLWR_HOME."""
+    """Kills every process that runs with this FLWR_HOME."""
     import psutil
 
-    found = []
+    killed = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home.resolve()):
                 process.kill()
-                found.append(process)
-    psutil.wait_procs(found, 5)
+                killed.append(process)
+    psutil.wait_procs(killed, 5)
 
 
 def script(name: str) -> str:
-    """A script that was installed beside this Python.
+    """The path of a script that is installed beside this Python.
 
     Raises:
         NetworkError: Flower is not installed.
@@ -92,7 +92,7 @@ def script(name: str) -> str:
 
 
 def environment(home: Path) -> Mapping[str, str]:
-    """The environment of Flower's programs; they find one another's scripts on the path."""
+    """The environment of Flower's programs; the PATH lets them find one another's scripts."""
     return {
         **os.environ,
         **QUIET,
@@ -102,21 +102,21 @@ def environment(home: Path) -> Mapping[str, str]:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nothing listens on now."""
+    """A port of the loopback address that nothing is listening on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def wait_for_port(port: int, seconds: float, what: str) -> None:
-    """Waits until something listens on a loopback port.
+    """Waits until something is listening on a loopback port.
 
     Raises:
-        NetworkError: nothing does.
+        NetworkError: nothing is, after that many seconds.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.2)
-    raise NetworkError(f"{what} does not answer on port {port} after {seconds:g} s; see its log")
+    raise NetworkError(f"{what} does not listen on port {port} after {seconds:g} s; see its log")

@@ -1,8 +1,8 @@
-"""The only door from outside: a reverse proxy that lets nodes' requests through to Flower's SuperLink, and nothing else.
+"""A reverse proxy that passes nodes' requests on to Flower's SuperLink, and nothing else.
 
-A SuperLink serves nodes, users and apps on one port, and in its open-source build asks users for nothing: whoever reaches the
-control paths starts runs and registers keys. So it listens on the loopback address only, and this stands before it with the
-same certificate. What nodes send is authenticated by the SuperLink itself, by their registered keys.
+A SuperLink serves nodes, users and apps on one port, and its open-source build does not authenticate users: whoever reaches the
+control API can start runs and register keys. So it listens on the loopback address only, and this proxy stands in front of it
+with the same certificate. The SuperLink itself authenticates nodes, by their registered keys.
 """
 
 import threading
@@ -14,8 +14,8 @@ from typing import Any
 
 from mpunlearn.errors import NetworkError
 
-OPEN = "/v1/fleet/"
-"""Beginning of the paths that nodes need."""
+NODE_PATHS = "/v1/fleet/"
+"""Prefix of the paths that nodes need."""
 
 
 class Gateway:
@@ -33,7 +33,7 @@ class Gateway:
     def __init__(self, host: str, port: int, upstream: int, ca: Path, certificate: Path, key: Path) -> None:
         import uvicorn
 
-        self._where = f"{host}:{port}"
+        self._address = f"{host}:{port}"
         config = uvicorn.Config(
             proxy(f"https://127.0.0.1:{upstream}", ca),
             host=host,
@@ -48,22 +48,25 @@ class Gateway:
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def start(self) -> None:
-        """Raises:
-        NetworkError: the port cannot be had.
+        """Starts serving.
+
+        Raises:
+            NetworkError: the port is not available.
         """
         self._thread.start()
         while self._thread.is_alive() and not self._server.started:
             time.sleep(0.05)
         if not self._server.started:
-            raise NetworkError(f"--port: cannot listen on {self._where}; is it in use?")
+            raise NetworkError(f"--port: cannot listen on {self._address}; is it in use?")
 
     def stop(self) -> None:
+        """Stops serving."""
         self._server.should_exit = True
         self._thread.join(5)
 
 
 def proxy(upstream: str, ca: Path) -> Any:
-    """The proxy as an ASGI application: POST to paths below `OPEN`, everything else is 404."""
+    """The proxy as an ASGI application: POST to paths below `NODE_PATHS` is passed on, everything else is 404."""
     import ssl
 
     import httpx
@@ -79,8 +82,8 @@ def proxy(upstream: str, ca: Path) -> Any:
 
     async def forward(request: Request) -> Response:
         path = request.scope["raw_path"].decode("latin-1").split("?")[0]
-        if not path.startswith(OPEN) or ".." in path or "%" in path or "//" in path:
-            return PlainTextResponse("not here", 404)
+        if not path.startswith(NODE_PATHS) or ".." in path or "%" in path or "//" in path:
+            return PlainTextResponse("not found", 404)
         headers = [(name, value) for name, value in request.headers.items() if name not in hop]
         if "content-length" in request.headers:
             headers.append(("content-length", request.headers["content-length"]))

@@ -1,72 +1,202 @@
-"""Status."""
+"""How far a run is: written by the server into status.json, and shown by `server status`."""
 
+import fcntl
+import os
+import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import StateError
-from mpunlearn.files import read_json
+from mpunlearn.files import as_path
+from mpunlearn.schema import read, write
+
+if TYPE_CHECKING:
+    from mpunlearn.server.network.folder import RunFolder
+
+SEEN_SECONDS = 60.0
+"""A node that the courier has seen within this time is connected."""
+BEAT_SECONDS = 5.0
+"""How often the server gives a sign of life, at least while it waits."""
 
 
-def status(run: str | Path, *, watch: bool = False) -> str:
+@dataclass(frozen=True)
+class ClientStatus:
+    """What is known of a client."""
+
+    connected: bool
+    """Whether a node carries for it."""
+    dropped: str | None
+    """Why the run goes on without it."""
+    updates: int
+    """Accepted updates in this round."""
+    of: int
+    """Updates that the round needs."""
+    bytes: int
+    """Size of the accepted updates."""
+    node: str | None = None
+    """The node that carries for it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The content of status.json."""
+
+    run: str
+    round: int
+    rounds: int
+    phase: str
+    clients: dict[str, ClientStatus]
+    expected_clients: int
+    copies: int
+    copy_bytes: int
+    """Size of all copies of the round."""
+    at: float = 0.0
+    """When it was written, in seconds since the epoch."""
+    format: int = 1
+
+
+class StatusFile:
+    """Writes status.json when something has changed, and touches it as a sign of life."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._written: Status | None = None
+        self._beat = 0.0
+
+    def show(self, status: Status) -> None:
+        """Shows a status."""
+        if status != self._written:
+            self._written = status
+            write(self._file, replace(status, at=time.time()))
+            self._beat = time.monotonic()
+        elif time.monotonic() - self._beat > BEAT_SECONDS:
+            os.utime(self._file)
+            self._beat = time.monotonic()
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as `server status` shows it."""
+
+    path: str
+    running: bool
+    """Whether a server process works on the run."""
+    started: float
+    """When the plan was written, in seconds since the epoch."""
+    last_sign: float | None
+    """When the server last gave a sign of life; None if it never did."""
+    last_seen: dict[str, float]
+    """Client → when its node was last seen."""
+    status: Status | None
+    """None: the run has not begun."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The status as JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few lines for people."""
+        if self.status is None:
+            return "not begun" + ("" if self.running else f"; start with `mpunlearn server resume {self.path}`")
+        status, now = self.status, time.time()
+        per_round = sum(client.of for client in status.clients.values()) or status.copies * status.expected_clients
+        per_round = max(1, per_round)
+        done = (status.round - 1) * per_round + sum(client.updates for client in status.clients.values())
+        complete = status.phase == "complete"
+        elapsed = (status.at if complete else now) - self.started
+        left = (
+            ""
+            if not done or complete or not self.running
+            else (f", about {elapsed * (status.rounds * per_round - done) / done:.0f} s left")
+        )
+        lines = [
+            f"run {status.run[:8]}: {status.phase}, round {status.round} of {status.rounds}, {elapsed:.0f} s{left}"
+        ]
+        if complete:
+            return "\n".join([*lines, str(Path(self.path) / "final")])
+        if not self.running:
+            ago = "" if self.last_sign is None else f"; last sign of life {_ago(now - self.last_sign)}"
+            lines.append(f"the server is not running{ago}; go on with `mpunlearn server resume {self.path}`")
+        lines.append(f"copies: {status.copies} of {status.copy_bytes / max(1, status.copies) / 1e6:.1f} MB")
+        for client, entry in status.clients.items():
+            lines.append(
+                f"client {client[:16]}: {self._connection(client, entry, now)}, {entry.updates} of {entry.of} updates, "
+                f"{entry.bytes / 1e6:.1f} MB"
+            )
+        lines += ["a client is expected"] * (status.expected_clients - len(status.clients))
+        return "\n".join(lines)
+
+    def _connection(self, client: str, entry: ClientStatus, now: float) -> str:
+        if entry.dropped:
+            return f"dropped: {entry.dropped}"
+        if not entry.connected:
+            return "not here yet"
+        seen = self.last_seen.get(client)
+        if seen is None or now - seen > SEEN_SECONDS:
+            return "not connected" + ("" if seen is None else f", last seen {_ago(now - seen)}")
+        return "connected"
+
+
+def status(run: str | Path, *, watch: bool = False) -> RunStatus:
     """Shows how far a run is.
 
     Args:
-        run: the run's directory.
-        watch: go on showing it until the run is complete.
+        run: The run's directory.
+        watch: Keep showing it until the run is complete.
 
     Returns:
-        A few lines.
+        The status.
 
     Raises:
-        StateError: there is no run.
+        StateError: There is no run.
     """
-    run = Path(run)
-    _plan(run)
-    while watch and _status(run).get("phase") != "complete":
-        print(f"\033[2J\033[H{describe_status(run)}", flush=True)
+    folder = as_path(run, "run")
+    current = run_status(folder)
+    while watch and (current.status is None or current.status.phase != "complete"):
+        clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
+        print(f"{clear}{current.text()}", flush=True)
         time.sleep(1)
-    return describe_status(run)
+        current = run_status(folder)
+    return current
 
 
-def describe_status(run: Path) -> str:
-    """What `status` prints."""
-    found = _status(run)
-    if not found:
-        return "not begun"
-    begun = (run / "plan.json").stat().st_mtime
-    clients = found["clients"]
-    per_round = max(1, sum(client["of"] for client in clients.values()) or found["copies"] * found["expected_clients"])
-    done = (found["round"] - 1) * per_round + sum(client["updates"] for client in clients.values())
-    whole = found["rounds"] * per_round
-    elapsed = found["at"] - begun if found["phase"] == "complete" else time.time() - begun
-    left = "" if not done or found["phase"] == "complete" else f", about {elapsed * (whole - done) / done:.0f} s left"
-    lines = [
-        f"run {found['run'][:8]}: {found['phase']}, round {found['round']} of {found['rounds']}, {elapsed:.0f} s{left}"
-    ]
-    if found["phase"] == "complete":
-        return "\n".join([*lines, str(run / "final")])
-    lines += [f"copies: {found['copies']} of {found['copy_bytes'] / max(1, found['copies']) / 1e6:.1f} MB"]
-    for client, entry in clients.items():
-        state = (
-            "dropped: " + entry["dropped"]
-            if entry["dropped"]
-            else "connected"
-            if entry["connected"]
-            else "not here yet"
-        )
-        lines.append(
-            f"client {client[:16]}: {state}, {entry['updates']} of {entry['of']} updates, {entry['bytes'] / 1e6:.1f} MB"
-        )
-    lines += ["a client is expected"] * (found["expected_clients"] - len(clients))
-    return "\n".join(lines)
+def run_status(path: Path) -> RunStatus:
+    """The status of a run in a directory; errors as for `status`."""
+    from mpunlearn.server.network.folder import RunFolder
+
+    folder = RunFolder(path)
+    if not folder.plan.is_file():
+        raise StateError(f"{path}: holds no run; start one with `mpunlearn server start`")
+    started = folder.plan.stat().st_mtime
+    if not folder.status.exists():
+        return RunStatus(str(path), _is_locked(path), started, None, {}, None)
+    current, last_sign = read(Status, folder.status), folder.status.stat().st_mtime
+    seen = {client: _last_seen(folder, entry.node) for client, entry in current.clients.items()}
+    known = {client: at for client, at in seen.items() if at is not None}
+    return RunStatus(str(path), _is_locked(path), started, last_sign, known, current)
 
 
-def _status(run: Path) -> dict[str, Any]:
-    return read_json(run / "status.json") if (run / "status.json").exists() else {}
+def _last_seen(folder: "RunFolder", node: str | None) -> float | None:
+    file = folder.nodes / node if node is not None else None
+    return file.stat().st_mtime if file is not None and file.exists() else None
 
 
-def _plan(run: Path) -> dict[str, Any]:
-    if not (run / "plan.json").is_file():
-        raise StateError(f"{run}: holds no run; begin one with `mpunlearn server start`")
-    return read_json(run / "plan.json")
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,10 +1,11 @@
 """The server's Flower: a SuperLink that nodes reach through the gateway, and the courier that runs in it.
 
-The courier says in MAIL/alive that it is alive. When it has not for a while, whatever the reason, another Flower run is
-started and takes over: the first finds another generation in MAIL/generation and ends.
+The courier touches MAIL/alive as a sign of life. If it has not done so for a while, for whatever reason, another Flower run is
+started and takes over: the first one finds another generation in MAIL/generation and ends.
 """
 
 import secrets
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,100 +14,103 @@ from mpunlearn.errors import NetworkError
 from mpunlearn.files import write_bytes
 from mpunlearn.protocol import flower
 from mpunlearn.protocol.flower.keys import ClientKeys, certificates
-from mpunlearn.protocol.flower.programs import Program, environment, free_port, script, wait_for_port
+from mpunlearn.protocol.flower.programs import (
+    Program,
+    environment,
+    free_port,
+    kill_orphans,
+    script,
+    wait_for_port,
+)
+from mpunlearn.server.network.folder import RunFolder
 from mpunlearn.server.network.gateway import Gateway
+from mpunlearn.server.plan import Service
 
 APP = Path(flower.__file__).parent
-"""The Flower app: this folder's pyproject.toml and `courier`."""
+"""The Flower app: that folder's pyproject.toml and `courier`."""
 HEARTBEAT_TIMEOUT_SECONDS = 20.0
-"""Seconds without a sign of life after which the courier is started again."""
+"""The courier is restarted after this long without a sign of life."""
 START_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 5.0
-"""Seconds between two attempts to start something."""
+"""Time between two attempts to start something."""
 
 
 class SuperLink:
     """Flower on the server's machine.
 
     Args:
-        folder: for Flower's database, configuration, certificates and log.
-        mail: the folder that the courier carries for.
-        host: address that nodes know.
-        listen: address to listen on.
-        port: port for nodes.
-        clients: keys of the nodes that may connect; None: no TLS and no keys, any node of this machine may.
-        attached: HOST:PORT of a SuperLink that runs already, without TLS on this machine, instead of one of our own.
+        folder: the run's.
+        service: where nodes connect to, and the keys of those that may. Without keys there is no TLS, and any node of this
+            machine may connect.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        mail: Path,
-        host: str,
-        listen: str,
-        port: int,
-        clients: list[ClientKeys] | None,
-        attached: str | None = None,
-    ) -> None:
-        self._folder, self._mail, self._clients = folder, mail, clients
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(self, folder: RunFolder, service: Service) -> None:
+        self._folder, self._mail, self._clients, self._service = folder.flower, folder.mail, service.clients, service
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ca: str | None = None
+        """The certificate that clients are to trust, PEM; None without TLS."""
         self._gateway: Gateway | None = None
         self._program: Program | None = None
-        self._launched = self._again = 0.0
-        self._ready = attached is not None
-        options = ["--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation"]
-        if attached is not None:
-            self._port, security = int(attached.rpartition(":")[2]), "insecure = true"
-        elif clients is None:
-            self._port, security = port, "insecure = true"
-            options += ["--insecure", "--host", listen]
+        self._launched = self._retry_at = 0.0
+        self._ready = service.superlink is not None
+        options = ["--database", str(self._folder / "superlink.db"), "--disable-runtime-dependency-installation"]
+        if service.superlink is not None:
+            self._port, security = int(service.superlink.rpartition(":")[2]), "insecure = true"
+        elif not service.clients:
+            self._port, security = service.port, "insecure = true"
+            options += ["--insecure", "--host", service.listen]
         else:
             self._port = free_port()
-            ca, certificate, key = certificates(folder, host)
+            ca, certificate, key = certificates(self._folder, service.host)
             self.ca, security = ca.read_text(), f'root-certificates = "{ca.resolve()}"'
             options += ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
             options += ["--enable-supernode-auth", "--host", "127.0.0.1"]
-            self._gateway = Gateway(listen, port, self._port, ca, certificate, key)
-        (folder / "config.toml").write_text(
+            self._gateway = Gateway(service.listen, service.port, self._port, ca, certificate, key)
+        (self._folder / "config.toml").write_text(
             f'[superlink]\ndefault = "mpunlearn"\n\n[superlink.mpunlearn]\naddress = "127.0.0.1:{self._port}"\n{security}\n'
         )
-        if attached is None:
+        if service.superlink is None:
             command = ["flower-superlink", *options, "--port", str(self._port)]
-            self._program = Program(command, folder / "superlink.log", folder)
+            self._program = Program(command, self._folder / "superlink.log", self._folder)
 
     def start(self) -> None:
-        """Raises:
-        NetworkError: Flower is not installed, or does not start.
+        """Starts everything.
+
+        Raises:
+            NetworkError: Flower is not installed or does not start, or the port is in use.
         """
+        if self._program is not None:
+            kill_orphans(self._folder)
+            check_port(self._service.listen, self._service.port)
         self.ensure_running()
         if self._gateway is not None:
             self._gateway.start()
 
     def ensure_running(self) -> None:
-        """Starts again whatever has died.
+        """Restarts whatever has died.
 
         Raises:
             NetworkError: that failed; it is tried again some seconds later.
         """
         if self._program is not None and self._program.ensure_running():
             self._ready = False
-        if time.monotonic() < self._again:
+        if time.monotonic() < self._retry_at:
             return
-        self._again = time.monotonic() + RETRY_SECONDS  # unless all goes well
+        self._retry_at = time.monotonic() + RETRY_SECONDS  # unless everything succeeds
         if not self._ready:
-            wait_for_port(self._port, START_TIMEOUT_SECONDS, f"Flower's SuperLink ({self._folder / 'superlink.log'})")
-            for client in self._clients or []:
+            name = f"Flower's SuperLink ({self._folder / 'superlink.log'})"
+            wait_for_port(self._port, START_TIMEOUT_SECONDS, name)
+            for client in self._clients:
                 self._register(client)
             self._launched, self._ready = 0.0, True
         alive = self._mail / "alive"
         seen = max(self._launched, alive.stat().st_mtime if alive.exists() and self._launched else 0.0)
         if time.time() - seen > HEARTBEAT_TIMEOUT_SECONDS:
             self._launch()
-        self._again = 0.0
+        self._retry_at = 0.0
 
     def stop(self) -> None:
-        """Ends the courier, the gateway and the SuperLink."""
+        """Stops the courier, the gateway and the SuperLink."""
         write_bytes(self._mail / "generation", b"none")
         if self._gateway is not None:
             self._gateway.stop()
@@ -114,7 +118,7 @@ class SuperLink:
             self._program.stop()
 
     def _launch(self) -> None:
-        """A new Flower run of the courier."""
+        """Starts a new Flower run of the courier."""
         generation = secrets.token_hex(8)
         write_bytes(self._mail / "generation", generation.encode())
         config = f'mail="{self._mail.resolve()}" generation="{generation}"'
@@ -122,7 +126,7 @@ class SuperLink:
         self._launched = time.time()
 
     def _register(self, client: ClientKeys) -> None:
-        """Lets a node connect; one that may already is no error."""
+        """Allows a client's node to connect; it may be allowed already."""
         file = self._folder / "node.pub"
         file.write_text(client.node + "\n")
         try:
@@ -132,10 +136,9 @@ class SuperLink:
                 raise
 
     def _flwr(self, *arguments: str) -> None:
-        command = [script("flwr"), *arguments]
         try:
             done = subprocess.run(
-                command,
+                [script("flwr"), *arguments],
                 env=environment(self._folder),
                 capture_output=True,
                 text=True,
@@ -143,8 +146,26 @@ class SuperLink:
                 timeout=START_TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            raise NetworkError(f"`flwr {arguments[0]}` has not answered in {START_TIMEOUT_SECONDS:g} s") from None
+            raise NetworkError(f"`flwr {arguments[0]}` did not finish in {START_TIMEOUT_SECONDS:g} s") from None
         with (self._folder / "flwr.log").open("a") as log:
             log.write(f"flwr {arguments[0]}: {done.returncode}\n{done.stdout}{done.stderr}\n")
         if done.returncode:
             raise NetworkError(f"`flwr {arguments[0]}` failed: {' '.join((done.stderr or done.stdout).split())[-400:]}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that another program listens on.
+
+    Raises:
+        NetworkError: it does, or the address is not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise NetworkError(
+            f"--port {port}: cannot listen on {host}:{port} ({error.strerror or error}); another server may be running; "
+            "stop it, or choose another --port"
+        ) from None

@@ -1,1 +1,1 @@
-"""The Flower app: two ends that carry sealed messages from folder to folder, and import nothing of the rest."""
+"""The Flower app: two ends that carry sealed messages between folders. It imports nothing else of this package."""

@@ -1,4 +1,4 @@
-"""The node's end: Flower runs this anew for every message."""
+"""The node's end: Flower starts this afresh for every message."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ app = ClientApp()
 
 @app.query()  # type: ignore[untyped-decorator]
 def carry(message: Message, context: Context) -> Message:
-    """Jobs in, results out; the node's own configuration says which folder."""
+    """Delivers jobs and returns results; the node's own configuration names the folder."""
     asked = message.content["mail"]
     deliver = dict(zip(asked["names"], asked["jobs"], strict=True))
-    found, missing = exchange(
+    results, missing = exchange(
         Path(str(context.node_config["spool"])), deliver, list(asked["wanted"]), float(asked["wait"])
     )
-    record = {"names": list(found), "results": list(found.values()), "missing": missing}
+    record = {"names": list(results), "results": list(results.values()), "missing": missing}
     return Message(content=RecordDict({"mail": ConfigRecord(record)}), reply_to=message)

@@ -1,6 +1,6 @@
-"""The server's end: carries whatever lies in the mail folder, for as long as the Flower run lives.
+"""The server's end: carries whatever is in the mail folder for as long as the Flower run lives.
 
-It has no state of its own, so it may be killed and started again at any moment.
+It is stateless, so it can be killed and restarted at any time.
 """
 
 import time
@@ -12,15 +12,15 @@ from flwr.serverapp import Grid, ServerApp
 from .mail import Mail
 from .spool import put
 
-SILENCE = 120.0
-"""Seconds after which a message without an answer is given up."""
+TIMEOUT_SECONDS = 120.0
+"""A message without an answer is given up after this long."""
 
 app = ServerApp()
 
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Carries until another run takes over, or the mail folder says that all is done."""
+    """Carries until another run takes over, or the mail folder says that the run is over."""
     mail, generation = Path(str(context.run_config["mail"])), str(context.run_config["generation"])
     courier = Mail(mail)
     asked: dict[str, tuple[int, float]] = {}
@@ -31,9 +31,9 @@ def main(grid: Grid, context: Context) -> None:
             put(mail / "nodes" / str(node), b"")
             if node not in busy and (record := courier.load(str(node))):
                 content = RecordDict({"mail": ConfigRecord(record)})
-                message = Message(content=content, dst_node_id=node, message_type="query", ttl=SILENCE)
+                message = Message(content=content, dst_node_id=node, message_type="query", ttl=TIMEOUT_SECONDS)
                 for identity in grid.push_messages([message]):
-                    if identity:  # none, if the node has just gone
+                    if identity:  # empty if the node has just disconnected
                         asked[identity] = (node, time.monotonic())
         for identity, (node, _) in list(asked.items()):
             try:
@@ -41,8 +41,10 @@ def main(grid: Grid, context: Context) -> None:
                     del asked[identity]
                     if reply.has_content() and "mail" in reply.content:
                         courier.unload(str(node), dict(reply.content["mail"]))
-            except Exception as error:  # one node's nonsense is not the others' trouble
-                print(f"node {node}: its answer cannot be read: {type(error).__name__}")
+            except Exception as error:  # one node's garbage must not stop the others
+                print(f"node {node}: cannot read its answer: {type(error).__name__}")
                 asked.pop(identity, None)
-        asked = {identity: (node, at) for identity, (node, at) in asked.items() if time.monotonic() - at < SILENCE}
+        asked = {
+            identity: (node, at) for identity, (node, at) in asked.items() if time.monotonic() - at < TIMEOUT_SECONDS
+        }
         time.sleep(0.3)

@@ -3,8 +3,8 @@
     SPOOL/jobs/NAME       put there by the courier, read by the worker
     SPOOL/results/NAME    put there by the worker, read by the courier
 
-NAME is the SHA-256 of the job. This runs where the server's code runs, in a container if the data owner wants that, and needs
-to see nothing but this folder. It trusts nothing and checks nothing: what is in the messages is between their two ends.
+NAME is the SHA-256 of the job. This code runs where the server's code runs, in a container if the data owner wants, and needs
+to see nothing but this folder. The content of the messages is none of its business; the parties check it.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 NAME = re.compile(r"[0-9a-f]{64}")
 MAX_MESSAGE_BYTES = 80_000_000
-"""What one Flower message carries at most, beyond its first job or result."""
+"""Maximum size of one Flower message, unless its first job or result alone is larger."""
 
 
 def exchange(
@@ -25,11 +25,11 @@ def exchange(
     Args:
         spool: the shared folder.
         deliver: jobs by name.
-        wanted: names of the jobs whose results are asked for. Other results are no longer needed, and removed.
-        wait: seconds to wait until all of them are there.
+        wanted: names of the jobs whose results are wanted. Other jobs and results are no longer needed and are removed.
+        wait: how many seconds to wait until all of them are there.
 
     Returns:
-        Results by name; and the wanted jobs that the spool has never had, to be delivered again.
+        Results by name, and the names of wanted jobs that the spool does not have, to be delivered again.
     """
     jobs, results = spool / "jobs", spool / "results"
     names = [name for name in wanted if NAME.fullmatch(name)]
@@ -42,17 +42,17 @@ def exchange(
     end = time.monotonic() + wait
     while time.monotonic() < end and not all((results / name).exists() for name in names):
         time.sleep(0.1)
-    found: dict[str, bytes] = {}
+    ready: dict[str, bytes] = {}
     size = 0
     for name in names:
-        if (results / name).exists() and (not found or size + (results / name).stat().st_size <= MAX_MESSAGE_BYTES):
-            found[name] = (results / name).read_bytes()
-            size += len(found[name])
-    return found, [name for name in names if not (results / name).exists() and not (jobs / name).exists()]
+        if (results / name).exists() and (not ready or size + (results / name).stat().st_size <= MAX_MESSAGE_BYTES):
+            ready[name] = (results / name).read_bytes()
+            size += len(ready[name])
+    return ready, [name for name in names if not (results / name).exists() and not (jobs / name).exists()]
 
 
 def put(path: Path, data: bytes) -> None:
-    """A file that appears whole, readable by the owner of the folder alone."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     partial.unlink(missing_ok=True)

@@ -1,0 +1,253 @@
+"""The data owner's side of a run: its examples, and what it remembers from round 1.
+
+Where an objective compares with a reference model, that is the published copy of round 1 with the same number, never the
+server's own model. In round 1 the examples' log-likelihoods under it are computed and kept in the client's memory; the copy
+itself is kept only for objectives that use its logits or hidden states. So NPO, DPO and AltPO need no second model later on.
+"""
+
+import hashlib
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+from mpunlearn.client.batches import Examples, MicroBatches, optimizer_steps
+from mpunlearn.client.objectives import Losses
+from mpunlearn.client.optimizer import check_optimizer
+from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
+from mpunlearn.client.resources import Resources
+from mpunlearn.client.trainer import History, Trainer, check_resources
+from mpunlearn.client.weights import adapt, check_layer, select, shard, write_update
+from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
+from mpunlearn.files import as_path
+from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
+from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
+from mpunlearn.lm.processes import is_main, processes, rank
+from mpunlearn.lm.records import read_records, records_digest, with_alternates
+from mpunlearn.lm.sources import Data
+from mpunlearn.protocol.exchange import Card
+from mpunlearn.protocol.plan import Training
+
+MIN_DROP = 0.05
+"""A round in which the probability of forget answers fell by less than this share has hardly unlearned anything."""
+STILL_KNOWN = 0.25
+"""Unless that probability, per answer token, was below this anyway."""
+
+logger = logging.getLogger(__name__)
+
+
+class Client:
+    """The data owner's side of a run.
+
+    Everything that can be known to be wrong before a model is loaded is checked on construction. Arguments and errors are
+    those of `unlearn`.
+    """
+
+    def __init__(
+        self,
+        *,
+        forget: str | Path,
+        retain: str | Path | None = None,
+        memory: str | Path | None = None,
+        training: Training | None = None,
+        data: Data | None = None,
+        resources: Resources | None = None,
+    ) -> None:
+        self.training, self._resources = training or Training(), resources or Resources()
+        data = data or Data()
+        self.losses = Losses(self.training.resolved())
+        self._memory = as_path(memory, "--memory") if memory is not None else None
+        try:
+            re.compile(self.training.train)
+        except re.error as error:
+            expected = "expected blocks, all or a regular expression"
+            raise PlanError(f"--train: {expected}, found {self.training.train!r} ({error})") from None
+        check_resources(self.training, self._resources)
+        check_optimizer(self.training)
+        objective = self.losses.objective
+        if objective.alpha and retain is None:
+            raise DataError(
+                f"--objective {self.training.objective} has a retain term: give --retain, or --alpha 0 to go without"
+            )
+        self._forget = read_records(as_path(forget, "--forget"), data, "forget")
+        if self.losses.alternates:
+            self._forget = with_alternates(self._forget, data, objective.refusals, self.training.seed)
+        with_retain = retain is not None and bool(objective.alpha)
+        self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
+        self._encoded: dict[str, _Encoded] = {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the forget set and of the retain set."""
+        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain)}
+
+    def unlearn(self, copy: str | Path, out: str | Path) -> Path:
+        """Unlearns on one published copy and writes the update; as the function `unlearn`."""
+        copy, out = as_path(copy, "copy"), as_path(out, "--out")
+        if out.exists():
+            raise FileError(f"{out}: already exists; name another directory for the update, or remove this one")
+        source = Checkpoint(copy)
+        card = Card.of(source.config)
+        if "layer" in self.losses.objective.parameters:
+            check_layer(source.path, int(self.losses.objective.parameters["layer"]))
+        encoded = self._encode(source.path)
+        cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
+        reference_nll = self._cached_nll(cache, card, encoded)
+        model = load_model(source.path)
+        selected = select(model, self.training.train)
+        if rank_ := self.training.lora_rank:
+            alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * rank_
+            model = adapt(model, rank_, alpha, selected, self.training.seed)
+        shard(model)
+        reference = self._reference_model(source.path, card, cache, model)
+        if reference_nll is None:
+            reference_nll = self._reference_nll(model, encoded)
+            if cache is not None and is_main():
+                cache.save(encoded.digest, reference_nll, source.path if self.losses.reference_model else None)
+        folder = cache.training_folder if cache is not None else out.parent / f".{out.name}.training"
+        with TrainingFolder(self._fingerprint(card, encoded), folder) as checkpoints:
+            trainer = self._trainer(model, encoded, reference_nll, reference, card, checkpoints)
+            history = trainer.train()
+            write_update(source, model, card, FLOAT_DTYPES[self.training.update_dtype], out)
+        if is_main():
+            self._report(history, card, cache)
+        return out
+
+    def _trainer(
+        self,
+        model: Any,
+        encoded: "_Encoded",
+        reference_nll: ReferenceNLL,
+        reference: Any | None,
+        card: Card | None,
+        folder: Path,
+    ) -> Trainer:
+        training, round_number = self.training, card.round if card else 1
+        steps = optimizer_steps(
+            len(encoded.forget),
+            len(encoded.retain),
+            batch_size=training.batch_size,
+            epochs=training.epochs,
+            seed=training.seed,
+            round_number=round_number,
+        )
+        batches = MicroBatches(
+            steps,
+            encoded.examples(reference_nll),
+            size=self._resources.micro_batch_size or training.batch_size,
+            pad=pad_id(encoded.tokenizer),
+            processes=processes(),
+            rank=rank(),
+        )
+        return Trainer(
+            model,
+            self.losses,
+            training,
+            self._resources,
+            batches,
+            reference=reference,
+            first_epoch=(round_number - 1) * training.epochs,
+            folder=folder,
+            name=f"unlearning with {training.objective}" + (f", round {card.round}, copy {card.copy}" if card else ""),
+        )
+
+    def _encode(self, path: Path) -> "_Encoded":
+        """The examples as tokens. The published copies of one model share a tokenizer, so this is done once."""
+        files = sorted(file for file in path.iterdir() if "token" in file.name or "template" in file.name)
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+        if digest not in self._encoded:
+            tokenizer, length = load_tokenizer(path), self.training.max_length
+            forget = encode(self._forget, tokenizer, length)
+            retain = encode(self._retain, tokenizer, length)
+            alternates = encode_alternates(self._forget, tokenizer, length) if self.losses.alternates else []
+            if skip := self.losses.objective.skip_tokens:
+                forget = [example.skipping(skip) for example in forget]
+                if not any(example.tokens for example in forget):
+                    raise PlanError(f"--skip-tokens {skip}: no forget answer is longer")
+            self._encoded[digest] = _Encoded(tokenizer, forget, retain, alternates)
+        return self._encoded[digest]
+
+    def _cached_nll(self, cache: ReferenceCache | None, card: Card | None, encoded: "_Encoded") -> ReferenceNLL | None:
+        """The log-likelihoods under the reference model, if they are known; None in round 1.
+
+        Raises:
+            DataError: they are not known, and round 1 is over.
+        """
+        if "reference_nll" not in self.losses.needs and not self.losses.reference_model:
+            return ReferenceNLL()
+        known = cache.load(encoded.digest) if cache is not None else None
+        if known is None and card is not None and card.round > 1:
+            raise DataError(
+                f"{self.training.objective} compares with the copy of round 1, and this is {card}; give the --memory "
+                "directory that was used in round 1"
+            )
+        return known
+
+    def _reference_nll(self, model: Any, encoded: "_Encoded") -> ReferenceNLL:
+        """The log-likelihoods under the reference model, for objectives that use them."""
+        if "reference_nll" not in self.losses.needs:
+            return ReferenceNLL()
+        size = self._resources.micro_batch_size or self.training.batch_size
+        answers = [answer for alternates in encoded.alternates for answer in alternates]
+        values = iter(nll(model, answers, size, encoded.tokenizer))
+        return ReferenceNLL(
+            nll(model, encoded.forget, size, encoded.tokenizer),
+            [[next(values) for _ in alternates] for alternates in encoded.alternates],
+        )
+
+    def _reference_model(self, path: Path, card: Card | None, cache: ReferenceCache | None, model: Any) -> Any | None:
+        """The reference model, for objectives that use more than its log-likelihoods."""
+        if not self.losses.reference_model:
+            return None
+        first = card is None or card.round == 1
+        if self.training.lora_rank and first:
+            return model
+        if not first and (cache is None or not cache.checkpoint.is_dir()):
+            raise DataError(
+                f"{self.training.objective} compares with the copy of round 1, which the --memory directory does not hold; "
+                "restore it, or begin the run again"
+            )
+        reference = load_model(path if first or cache is None else cache.checkpoint)
+        shard(reference)
+        return reference
+
+    def _fingerprint(self, card: Card | None, encoded: "_Encoded") -> str:
+        """Identifies one training exactly, so that only its own checkpoint is resumed."""
+        parts = [card, self.training.to_json(), encoded.digest, examples_digest(encoded.retain)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _report(self, history: History, card: Card | None, cache: ReferenceCache | None) -> None:
+        """Says what happened to the losses, keeps it, and warns if hardly anything was unlearned."""
+        if cache is not None:
+            cache.record(vars(history))
+        before, after = history.probability_before, history.probability_after
+        logger.info("probability of forget answers, per token: %.3f -> %.3f", before, after)
+        if after > max(STILL_KNOWN, (1 - MIN_DROP) * before):
+            warnings.warn(
+                f"nothing was unlearned{f' on {card}' if card else ''}: the probability of forget answers, per token, went "
+                f"from {before:.3f} to {after:.3f}, a drop of less than {MIN_DROP:.0%}; raise --learning-rate or --epochs",
+                NothingUnlearnedWarning,
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The examples under one tokenizer."""
+
+    tokenizer: Any
+    forget: list[Example]
+    retain: list[Example]
+    alternates: list[list[Example]]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what a reference model is asked about."""
+        return examples_digest([*self.forget, *(answer for answers in self.alternates for answer in answers)])
+
+    def examples(self, reference: ReferenceNLL) -> Examples:
+        return Examples(self.forget, self.retain, self.alternates, reference.forget_nll, reference.alternate_nll)

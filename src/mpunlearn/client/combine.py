@@ -1,0 +1,140 @@
+"""How the gradients of the forget and the retain loss become one.
+
+`sum`: γ · forget + α · retain; the gradients simply add up.
+
+`normalized` (NGDiff, Bu et al., arXiv 2410.22086): both gradients of a step are divided by their norms first. Every
+`adapt_every` steps the learning rate is multiplied so that the step ends at the minimum of a parabola through the retain loss
+before, after and opposite the step (their section 4).
+
+`dual` (PDU, arXiv 2506.05314): α is a dual variable that follows the retain loss, α ← max(0, α + dual_step · (L_retain -
+retain_target)), from epoch `dual_warmup` of the run on. It starts afresh in every round.
+
+The training loop calls a `Combination` around its two backward passes and around the optimizer step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mpunlearn.lm.processes import full_tensor
+from mpunlearn.protocol.objectives import Objective
+
+
+class Combination:
+    """`sum`, and what the others change of it.
+
+    Args:
+        objective: weights and hyper-parameters.
+        parameters: the weights that train.
+    """
+
+    def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
+        self.objective, self.alpha = objective, objective.alpha
+        self._parameters = parameters
+
+    def between(self) -> None:
+        """Called between the two backward passes of a micro-batch."""
+
+    def after(self, last: bool) -> None:
+        """Called after both backward passes of a micro-batch, the last of its step or not."""
+
+    def before_step(self, step: int) -> None:
+        """Called before the optimizer changes the weights."""
+
+    def after_step(self, scheduler: Any, retain_loss: Callable[[], float]) -> None:
+        """Called after the optimizer changed the weights, and before the learning rate changes.
+
+        Args:
+            scheduler: of the learning rate.
+            retain_loss: computes the retain loss of the step's first micro-batches at the current weights.
+        """
+
+    def finish(self, retain_loss: float, epoch: int) -> None:
+        """Called at the end of a step.
+
+        Args:
+            retain_loss: of the step, over all micro-batches and processes.
+            epoch: number of epochs of the run that are complete.
+        """
+
+
+class NormalizedGradients(Combination):
+    """NGDiff."""
+
+    def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
+        super().__init__(objective, parameters)
+        self._every = max(1, int(objective.parameters["adapt_every"]))
+        self._retain_gradients: dict[torch.Tensor, torch.Tensor | None] = {}
+        self._before: list[torch.Tensor] = []
+
+    def between(self) -> None:
+        """Puts the forget gradient aside, so that the retain gradient accumulates on its own."""
+        self._swap()
+
+    def after(self, last: bool) -> None:
+        """Puts it back; at the end of a step, adds both after dividing each by its norm."""
+        self._swap()
+        if not last:
+            return
+        # γ and α are already in the losses: γ · g / ‖γ · g‖ has to be multiplied by γ again.
+        forget = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        retain = [gradient for gradient in self._retain_gradients.values() if gradient is not None]
+        for gradients, weight in ((forget, self.objective.gamma), (retain, self.objective.alpha)):
+            norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
+            for gradient in gradients:
+                gradient.mul_(weight / norm if norm else 0.0)
+        for parameter in self._parameters:
+            other = self._retain_gradients.pop(parameter, None)
+            if other is not None:
+                parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def _swap(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad, other = self._retain_gradients.pop(parameter, None), parameter.grad
+            self._retain_gradients[parameter] = other
+
+    def before_step(self, step: int) -> None:
+        """Remembers the weights where the learning rate is to be adjusted."""
+        if step % self._every == 0:
+            self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def after_step(self, scheduler: Any, retain_loss: Callable[[], float]) -> None:
+        """Goes to the minimum of the parabola through the retain loss at w + d, w and w - d.
+
+        w - d is what the optimizer made of w. The factor is kept within [1/2, 2], and is 1 if the parabola has no minimum.
+        """
+        if not self._before:
+            return
+        before, self._before = self._before, []
+        after = [parameter.detach().clone() for parameter in self._parameters]
+        losses = []
+        for direction in (-1.0, 0.0, 1.0):
+            for parameter, w, moved in zip(self._parameters, before, after, strict=True):
+                parameter.copy_(w + direction * (w - moved))
+            losses.append(retain_loss())
+        ahead, here, opposite = losses
+        curvature = ahead - 2 * here + opposite
+        best = (opposite - ahead) / (2 * curvature) if curvature > 0 else 1.0
+        factor = min(2.0, max(0.5, best))
+        for parameter, w, moved in zip(self._parameters, before, after, strict=True):
+            parameter.copy_(w + factor * (moved - w))
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+class DualAscent(Combination):
+    """PDU."""
+
+    def finish(self, retain_loss: float, epoch: int) -> None:
+        """Moves the dual variable."""
+        parameters = self.objective.parameters
+        if epoch >= parameters["dual_warmup"]:
+            self.alpha = max(0.0, self.alpha + parameters["dual_step"] * (retain_loss - parameters["retain_target"]))
+
+
+COMBINATIONS: dict[str, type[Combination]] = {
+    "sum": Combination,
+    "normalized": NormalizedGradients,
+    "dual": DualAscent,
+}

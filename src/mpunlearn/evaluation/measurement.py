@@ -1,0 +1,240 @@
+"""What one model says on one benchmark, measured once.
+
+A measurement takes long, and every unlearned model is compared with the same retrained one. So each `Measurement` is
+cached in a file whose name is the digest of everything that went in: checkpoint, examples, settings and library
+versions. If such a file is damaged, or another version of this program wrote it, the model is measured again and the
+file is replaced.
+
+Not covered: sharing the work between processes. Two that measure the same model at once both do all of it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpunlearn import schema
+from mpunlearn.checkpoint import checkpoint_digest
+from mpunlearn.errors import FileError, PlanError, SchemaError
+from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation.general import general_ability
+from mpunlearn.evaluation.muse import MuseSets, read_muse
+from mpunlearn.evaluation.robustness import quantized, relearning
+from mpunlearn.evaluation.sets import Questions, read_sets
+from mpunlearn.lm.model import load, load_model
+from mpunlearn.lm.sources import Data
+
+LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
+"""Libraries on whose versions the numbers depend."""
+
+Benchmark = Mapping[str, Questions] | MuseSets
+"""What models are measured on: question sets by name, or MUSE."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are measured.
+
+    Raises:
+        PlanError: a value has the wrong type or is out of range.
+    """
+
+    max_new_tokens: int
+    """Maximum length of generated answers, in tokens."""
+    robustness: bool
+    """Whether curves under relearning and quantization are measured."""
+    relearn_rate: float
+    """Learning rate of relearning."""
+    tasks: str | None
+    """Tasks of lm-eval, separated by commas."""
+    tasks_folder: str | None
+    """Folder with the user's own task files."""
+
+    def __post_init__(self) -> None:
+        schema.check_options(self)
+        if self.max_new_tokens < 1:
+            raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
+        if self.relearn_rate <= 0:
+            raise PlanError(f"--relearn-rate: expected a number above 0, found {self.relearn_rate}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured."""
+
+    path: Path
+    """Its checkpoint directory."""
+    digest: str
+    """SHA-256 (hex) of the checkpoint."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Subject":
+        """The model of a checkpoint directory.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return cls(path, checkpoint_digest(path))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model says: the content of a cache file.
+
+    Numbers are declared as `Any`, since `schema` accepts only finite ones and a model that diverged yields others.
+
+    Raises:
+        SchemaError: something is not a number.
+    """
+
+    per_example: dict[str, dict[str, list[Any]]]
+    """Set → metric → one number per example."""
+    robustness: dict[str, dict[str, Any]]
+    """Curve → point → number."""
+    general: dict[str, Any]
+    """lm-eval's metrics by name."""
+    format: int = 2
+
+    def __post_init__(self) -> None:
+        lists = [values for metrics in self.per_example.values() for values in metrics.values()]
+        points = [list(values.values()) for values in (*self.robustness.values(), self.general)]
+        for number in (number for values in (*lists, *points) for number in values):
+            if not isinstance(number, float | int):
+                raise SchemaError(f"{type(self).__name__}: expected numbers, found {number!r:.60}")
+
+
+def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, settings: Settings, data: Data) -> Benchmark:
+    """Reads what models are measured on.
+
+    Args:
+        benchmark: tofu, muse/news, muse/books, or a folder in TOFU's format.
+        forget_split: which of TOFU's forget sets.
+        holdout: another source for the holdout set of TOFU or of a folder.
+        settings: how models are measured.
+        data: where local mirrors are.
+
+    Raises:
+        DataError: the benchmark cannot be read.
+        PlanError: MUSE does not have what an option asks for.
+    """
+    if benchmark not in muse.BENCHMARKS:
+        return read_sets(benchmark, forget_split, holdout, data)
+    for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
+        if given:
+            raise PlanError(f"{option}: not available for {benchmark}; leave it out, or choose another --benchmark")
+    return read_muse(benchmark, data)
+
+
+def benchmark_digest(benchmark: Benchmark) -> str:
+    """SHA-256 (hex) of a benchmark's examples and their order."""
+    if isinstance(benchmark, MuseSets):
+        return _digest(asdict(benchmark))
+    return _digest({name: asdict(questions) for name, questions in benchmark.items()})
+
+
+def versions() -> dict[str, str]:
+    """Versions of `LIBRARIES`."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def measured(
+    subject: Subject, benchmark: Benchmark, settings: Settings, cache: Path, reference: Subject | None = None
+) -> Measurement:
+    """What a model says, from the cache or measured now.
+
+    Args:
+        subject: the model.
+        benchmark: what it is measured on.
+        settings: how it is measured.
+        cache: folder of the cache.
+        reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
+
+    Raises:
+        UnloadableError: a model or its tokenizer cannot be loaded.
+        DataError: the data of a task of lm-eval cannot be loaded, or the forget set is too small for relearning.
+        PlanError: lm-eval is not installed, or has no such task.
+        FileError: the cache cannot be written.
+    """
+    if isinstance(benchmark, MuseSets) or "holdout" not in benchmark:
+        reference = None
+    models = [subject.digest, None if reference is None else reference.digest]
+    key = [Measurement.format, *models, benchmark_digest(benchmark), asdict(settings), versions()]
+    file = cache / f"{_digest(key)}.json"
+    if (cached := _read(file)) is not None:
+        return cached
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"--cache {cache}: cannot be created: {error.strerror}; name another folder, or fix the cause"
+        ) from error
+    measurement = _measure(subject, benchmark, settings, reference)
+    schema.write(file, measurement, 0o666)
+    return measurement
+
+
+def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None) -> dict[str, float]:
+    """The metrics of a model by name.
+
+    Args:
+        benchmark: what it was measured on.
+        measurement: of the model.
+        retrained: of the model that never saw the forget set; forget quality and PrivLeak need it.
+    """
+    of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
+    other = None if retrained is None else retrained.per_example
+    return {**of_benchmark(measurement.per_example, other), **measurement.general}
+
+
+def _measure(subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None) -> Measurement:
+    tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
+    general = general_ability(subject.path, tasks, settings.tasks_folder) if tasks else {}
+    model, tokenizer = load(subject.path)
+    if isinstance(benchmark, MuseSets):
+        return Measurement(muse.measure(model, tokenizer, benchmark), {}, general)
+    reference_model = load_model(reference.path) if reference is not None else None
+    per_example = tofu.measure(
+        model, tokenizer, benchmark, max_new_tokens=settings.max_new_tokens, reference=reference_model
+    )
+    curves = _curves(model, tokenizer, benchmark, settings, per_example) if settings.robustness else {}
+    return Measurement(per_example, curves, general)
+
+
+def _curves(
+    model: Any, tokenizer: Any, sets: Mapping[str, Questions], settings: Settings, per_example: tofu.PerExample
+) -> dict[str, dict[str, float]]:
+    """The curves of `robustness`, by what they show."""
+    curves = {
+        "forget_Q_A_Prob by relearning steps": relearning(
+            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate
+        )
+    }
+    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
+    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=settings.max_new_tokens)
+    full_precision = tofu.summarize(per_example)
+    for metric in ("forget_Q_A_Prob", "model_utility"):
+        if metric in full_precision:
+            points = {bits: values[metric] for bits, values in rounded.items()}
+            curves[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
+    return curves
+
+
+def _read(file: Path) -> Measurement | None:
+    """A measurement from the cache; None if there is none, it is damaged, or another version wrote it."""
+
+    def current(value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("format") != Measurement.format:
+            raise SchemaError(f"expected format {Measurement.format}, found {value.get('format')!r:.40}")
+        return value
+
+    try:
+        return schema.read(Measurement, file, current)
+    except (FileError, SchemaError):
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,346 @@
+"""The options of a verb, from the signature and docstring of its function, parsed with cyclopts.
+
+A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass. The attribute
+docstrings of the fields are their help. The hyper-parameters of all objectives are options, too. `--config FILE.yaml` gives any
+of them from a file; what is on the command line counts more.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+from mpunlearn.errors import SchemaError
+from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES
+from mpunlearn.protocol.plan import Training
+from mpunlearn.schema import typed
+
+if TYPE_CHECKING:
+    import cyclopts
+
+OBJECTIVE_FIELDS = ("objective", "gamma", "alpha", "retain_loss", "skip_tokens")
+"""Fields of `Training` that are about the objective."""
+GROUPS = {
+    "Perturbation": "Noise and reparameterization",
+    "Federation": "Clients",
+    "Training": "Training",
+    "Data": "Data",
+    "Resources": "Resources of this machine",
+}
+MAIN, OBJECTIVE, HYPER, GENERAL = "Main options", "Objective", "Hyper-parameters of the objectives", "General"
+ORDER = (
+    MAIN,
+    GROUPS["Perturbation"],
+    OBJECTIVE,
+    GROUPS["Training"],
+    GROUPS["Data"],
+    GROUPS["Federation"],
+    GROUPS["Resources"],
+    HYPER,
+    GENERAL,
+)
+REQUIRED = inspect.Parameter.empty
+"""The default of an option that has none."""
+
+
+class ParseError(Exception):
+    """The command line cannot be parsed; the message is one line."""
+
+
+@dataclass(frozen=True)
+class General:
+    """Options that every verb has."""
+
+    config: Path | None = None
+    """YAML file with any of these options."""
+    print_config: bool = False
+    """Print all options with their values, as a YAML file that --config reads, and exit."""
+    json: bool = False
+    """Print the result as JSON on standard output."""
+    quiet: bool = False
+    """Print no progress; errors and warnings remain."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a verb."""
+
+    name: str
+    hint: Any
+    default: Any
+    """`REQUIRED` if there is none."""
+    help: str
+    group: str
+    positional: bool = False
+
+    @property
+    def flag(self) -> str:
+        """How it is written on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def options_of(function: Callable[..., Any]) -> list[Option]:
+    """All options of a verb, in the order in which help shows them."""
+    texts = _parameter_texts(function)
+    options: list[Option] = []
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if kind := _dataclass_of(parameter.annotation):
+            options += _fields(kind, GROUPS[kind.__name__])
+            continue
+        positional, default = parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter.default
+        if isinstance(default, str) and Path in _members(parameter.annotation):
+            default = Path(default)
+        options.append(Option(name, parameter.annotation, default, texts.get(name, ""), MAIN, positional))
+    if any(option.name == "objective" for option in options):
+        options += [_hyper_parameter(name) for name in HYPERPARAMETERS]
+    options += _fields(General, GENERAL)
+    return sorted(options, key=lambda option: (ORDER.index(option.group), option.default is not REQUIRED))
+
+
+def _fields(kind: type[Any], group: str) -> list[Option]:
+    """The fields of a dataclass as options."""
+    texts = _attribute_texts(kind)
+    options = []
+    for field in dataclasses.fields(kind):
+        if kind is Training and field.name == "parameters":
+            continue
+        mine = OBJECTIVE if kind is Training and field.name in OBJECTIVE_FIELDS else group
+        hint = inspect.get_annotations(kind, eval_str=True)[field.name]
+        options.append(Option(field.name, hint, field.default, texts[field.name], mine))
+    return options
+
+
+def _hyper_parameter(name: str) -> Option:
+    kind, text = HYPERPARAMETERS[name]
+    users = {objective: entry.parameters[name] for objective, entry in OBJECTIVES.items() if name in entry.parameters}
+    defaults = ", ".join(f"{objective} {value:g}" for objective, value in users.items())
+    return Option(name, kind | None, None, f"{text} Default: {defaults}.", HYPER)
+
+
+def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, Any], General] | None:
+    """The keyword arguments of a verb's function from its command line.
+
+    Returns:
+        The arguments and the general options; None if help or the configuration was printed instead.
+
+    Raises:
+        ParseError: an option is unknown or missing, or has an impossible value.
+        PlanError: values contradict each other.
+    """
+    import cyclopts
+
+    options = {option.name: option for option in options_of(function)}
+    configured = _configured(arguments, options)
+    only_print = "--print-config" in arguments
+    app = cyclopts.App(name=prog, help=_summary(function), help_flags=(), version_flags=())
+    app.default(_signature(options, configured, optional=only_print))
+    if any(argument in ("-h", "--help") for argument in arguments):
+        app.help_print([])
+        return None
+    try:
+        _, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
+    except cyclopts.CycloptsError as error:
+        raise ParseError(_message(error, options, prog)) from None
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    if only_print:
+        _print_config(given)
+        return None
+    return _arguments(function, given), General(
+        **{field.name: given[field.name] for field in dataclasses.fields(General)}
+    )
+
+
+def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The function's own arguments, with dataclasses put together."""
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kind = _dataclass_of(parameter.annotation)
+        if kind is None:
+            arguments[name] = given[name]
+            continue
+        values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+        if kind is Training:
+            values["parameters"] = {name: given[name] for name in HYPERPARAMETERS if given[name] is not None}
+        arguments[name] = kind(**values)
+    return arguments
+
+
+def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], optional: bool) -> Callable[..., None]:
+    """A function with those options as parameters, annotated for cyclopts."""
+    import cyclopts
+
+    groups = {name: cyclopts.Group.create_ordered(name) for name in ORDER}
+    parameters = []
+    for option in options.values():
+        default = configured.get(option.name, None if optional and option.default is REQUIRED else option.default)
+        hint, how = _for_cyclopts(option)
+        how["show_default"] = option.default not in (False, None, REQUIRED)
+        about = cyclopts.Parameter(help=option.help, group=groups[option.group], **how)
+        annotation = Annotated[hint, about]  # type: ignore[valid-type]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if option.positional else inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(option.name, kind, default=default, annotation=annotation))
+    parameters.sort(key=lambda parameter: parameter.kind)
+
+    def verb(*_: Any, **__: Any) -> None:
+        raise AssertionError("only its signature is used")
+
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return verb
+
+
+def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
+    """The type of an option for cyclopts, and how it is converted and shown."""
+    hint, members = option.hint, _members(option.hint)
+    if Path in members:
+        return (Path | None if option.default is None else Path), {"metavar": "PATH", "negative": ()}
+    if get_origin(hint) is Sequence:
+        return list[Path], {"metavar": "PATH ...", "negative": ()}
+    if any(get_origin(member) is tuple for member in members):
+        return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
+    if bool in members:
+        return hint, {"negative": ()} if option.group == GENERAL else {}
+    metavars = {int: "INTEGER", float: "NUMBER", str: option.name.replace("_", "-").upper()}
+    return hint, {"metavar": metavars.get(members[0]), "negative": ()}
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types in an annotation, without None."""
+    members = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    return [member for member in members if member is not NoneType]
+
+
+def _numbers(kind: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    return tuple(float(number) for number in tokens[0].value.split(","))
+
+
+def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The options in the file that --config names.
+
+    Raises:
+        ParseError: the file cannot be read, or holds an unknown option or an impossible value.
+    """
+    path = None
+    for number, argument in enumerate(arguments):
+        if argument == "--config" and number + 1 < len(arguments):
+            path = Path(arguments[number + 1])
+        elif argument.startswith("--config="):
+            path = Path(argument.partition("=")[2])
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParseError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParseError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ParseError(f"--config {path}: expected lines such as `rounds: 5`, found {content!r:.60}")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in options:
+            near = difflib.get_close_matches(name, options, 1)
+            raise ParseError(
+                f"--config {path}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        values[name] = _from_yaml(options[name], value, path)
+    return values
+
+
+def _from_yaml(option: Option, value: Any, path: Path) -> Any:
+    """A value from a configuration file in the option's type."""
+    members = _members(option.hint)
+    if Path in members and isinstance(value, str):
+        return Path(value)
+    if get_origin(option.hint) is Sequence and isinstance(value, list):
+        return [Path(str(item)) for item in value]
+    if any(get_origin(member) is tuple for member in members) and isinstance(value, str):
+        value = value.split(",")
+    try:
+        if float in members and isinstance(value, str):
+            value = float(value)  # YAML 1.1 reads 1e-5 as a string
+        if isinstance(value, list):
+            value = [float(item) for item in value]
+        return typed(option.hint, value, option.flag)
+    except (SchemaError, ValueError, TypeError) as error:
+        raise ParseError(f"--config {path}: {option.flag}: {error}") from None
+
+
+def _print_config(given: Mapping[str, Any]) -> None:
+    """Prints the options as YAML; those without a value are left out."""
+    import yaml
+
+    general = {field.name for field in dataclasses.fields(General)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or name in general:
+            continue
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple | list):
+            value = [str(item) if isinstance(item, Path) else item for item in value]
+        values[name] = value
+    yaml.safe_dump(values, sys.stdout, sort_keys=False, allow_unicode=True)
+
+
+def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], prog: str) -> str:
+    """One line that says what is wrong and where to look."""
+    import cyclopts
+
+    see = f"see `{prog} --help`"
+    if isinstance(error, cyclopts.MissingArgumentError):
+        name = re.search(r"--[\w-]+", str(error))
+        option = options.get(name[0][2:].replace("-", "_")) if name else None
+        what = option.name.upper() if option is not None and option.positional else (name[0] if name else "an option")
+        return f"{what} is missing or has no value; {see}"
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        tokens = re.findall(r"'([^']*)'", str(error))
+        if tokens and tokens[0] in ("true", "false"):
+            return f"unexpected {tokens[0]!r}: switches take no value, give --NAME or --no-NAME; {see}"
+        return f"unexpected {', '.join(map(repr, tokens))}; {see}"
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text[0].lower()}{text[1:]}" + ("" if text.endswith("?") else f"; {see}")
+
+
+def _dataclass_of(annotation: Any) -> type[Any] | None:
+    """The dataclass in an annotation such as `Training | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
+    return None
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    """A docstring up to its sections."""
+    text = inspect.getdoc(function) or ""
+    return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0].replace("`", "")
+
+
+def _parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """The descriptions in the Args section of a docstring."""
+    from docstring_parser import parse as parse_docstring
+
+    docstring = parse_docstring(inspect.getdoc(function) or "")
+    return {param.arg_name: _plain(param.description or "") for param in docstring.params}
+
+
+def _attribute_texts(kind: type[Any]) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass."""
+    from docstring_parser import parse_from_object
+
+    return {param.arg_name: _plain(param.description or "") for param in parse_from_object(kind).params}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("`", "")

@@ -1,0 +1,104 @@
+"""A run as the server planned it: pinned in plan.json when the run starts, and read again whenever it goes on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpunlearn.errors import PlanError, StateError
+from mpunlearn.protocol.flower.keys import ClientKeys
+from mpunlearn.protocol.plan import Training, pin
+from mpunlearn.schema import read
+from mpunlearn.server.federation import Federation
+from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.server.postprocess import check_eta
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where clients connect to, and who they are."""
+
+    host: str
+    """Address by which clients reach this machine."""
+    port: int
+    listen: str
+    """Address to listen on."""
+    superlink: str | None = None
+    """HOST:PORT of a SuperLink that runs already; None: the run starts one."""
+    clients: list[ClientKeys] = field(default_factory=list)
+    """The clients that may take part; empty: no TLS and no keys, whoever comes first."""
+    federation: Federation = field(default_factory=Federation)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run. Format 2.
+
+    Raises:
+        PlanError: a value is out of range.
+    """
+
+    checkpoint: str
+    """Absolute path of the server's model θ."""
+    base: str | None = None
+    """Absolute path of the public checkpoint that θ was trained from."""
+    rounds: int = 5
+    """Number R of rounds."""
+    eta: float = 1.0
+    """Server step size η."""
+    device: str = "cpu"
+    """Where the server's arithmetic runs."""
+    perturbation: Perturbation = field(default_factory=Perturbation)
+    training: Training = field(default_factory=Training)
+    service: Service | None = None
+    """None: both parties are in one process."""
+    format: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise PlanError(f"--rounds: expected at least 1, found {self.rounds}")
+        check_eta(self.eta)
+
+    @classmethod
+    def read(cls, path: Path) -> "RunPlan":
+        """The plan in a file, also of an older format.
+
+        Raises:
+            StateError: the file does not exist.
+            FileError: it cannot be read.
+            SchemaError: it is not a plan.
+        """
+        if not path.is_file():
+            raise StateError(f"{path.parent}: holds no run; start one with `mpunlearn server start`")
+        return read(cls, path, upgrade_plan)
+
+    def pin(self, path: Path) -> None:
+        """Writes the plan of a new run, or checks that the run there has the same one; errors as for `protocol.plan.pin`."""
+        pin(path, self, _read_pinned)
+
+
+def _read_pinned(kind: type[Any], path: Path) -> Any:
+    return read(kind, path, upgrade_plan)
+
+
+def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
+    """A plan's JSON in the current format. Format 1 had no field `format`, and the fields of `Service` beside the others."""
+    if "format" in value:
+        return value
+    names = ("host", "port", "listen", "superlink", "clients", "federation")
+    service = {name: value.pop(name) for name in names if name in value}
+    return {**value, "service": service or None, "format": 2}
+
+
+def check_models(plan: RunPlan) -> None:
+    """Checks that the model, and the base if there is one, can be published.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        UnsupportedModelError: its family or number format cannot be handled exactly.
+    """
+    from mpunlearn.architecture import Architecture
+    from mpunlearn.checkpoint import Checkpoint
+
+    for path in (plan.checkpoint, *([plan.base] if plan.base is not None else [])):
+        model = Checkpoint(path)
+        Architecture.of(model).tensor_roles(model)

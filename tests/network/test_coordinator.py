@@ -1,0 +1,462 @@
+"""A run between parties in one process: the same result as by hand, whoever is killed and whoever does not answer."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.network.federation import TRAINING, Net, begun, net_of, until, weights
+
+from mpunlearn import Training
+from mpunlearn.checkpoint import checkpoint_digest
+from mpunlearn.client.client import Client
+from mpunlearn.errors import NetworkError, PlanError
+from mpunlearn.server.federation import Federation
+from mpunlearn.server.network import publication, roster
+from mpunlearn.server.network.status import run_status
+from mpunlearn.server.rounds import Rounds
+from mpunlearn.server.updates import OVERHEAD_BYTES
+
+QUIET = {"kappa": 0.0, "reparameterization": "none"}
+
+
+def test_a_run_without_noise_is_unlearning_by_hand(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, rounds=1, copies=1, perturbation=QUIET)
+    final = weights(net.run())
+    Client(forget=world[1], retain=world[2], training=TRAINING).unlearn(world[0], tmp_path / "update")
+    update, start = load_file(tmp_path / "update" / "update.safetensors"), weights(world[0])
+    assert any(value.abs().max() > 1e-4 for value in update.values())
+    for name, value in final.items():
+        torch.testing.assert_close(value, start[name] + update.get(name, 0), rtol=0, atol=1e-7)
+
+
+def test_everybody_may_be_started_again_at_any_time(world, tmp_path: Path) -> None:
+    template = begun(tmp_path / "template", world, clients=2)
+    finals = []
+    for again in (False, True):
+        folder = tmp_path / str(again)
+        shutil.copytree(template, folder)
+        net = net_of(folder, world, clients=2)
+        for _ in range(60):
+            if net.turn():
+                break
+            if again:
+                net.start_server()
+                net.workers = [net.start_worker(number) for number in range(2)]
+        finals.append(checkpoint_digest(net.final))
+    assert finals[0] == finals[1]
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: what comes after it in the program does not happen."""
+
+
+@pytest.mark.parametrize("party", ["server", "client"])
+def test_killed_at_every_point_at_which_something_becomes_durable(
+    party: str, world, tmp_path: Path, monkeypatch
+) -> None:
+    options = {"rounds": 2, "copies": 2}
+    template = begun(tmp_path / "template", world, **options)
+    shutil.copytree(template, tmp_path / "whole")
+    expected = checkpoint_digest(net_of(tmp_path / "whole", world, **options).run())
+    rename, unlink, link = Path.rename, Path.unlink, os.link
+    counter, limit = [0], [0]
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if counter[0] >= 0:
+                counter[0] += 1
+                if counter[0] == limit[0]:
+                    raise KilledError
+            return function(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", counted(rename))
+    monkeypatch.setattr(Path, "unlink", counted(unlink))
+    monkeypatch.setattr(os, "link", counted(link))
+    points, limit[0] = 0, 1
+    while True:
+        counter[0] = -1
+        folder = tmp_path / f"killed-{limit[0]}"
+        shutil.copytree(template, folder)
+        net = net_of(folder, world, **options)
+        killed, counter[0], done = False, 0, False
+        for _ in range(60):
+            kept = counter[0]
+            try:
+                for actor, act in (("server", net.coordinator.step), ("", net.carry), ("client", net.workers[0].step)):
+                    counter[0] = kept if actor == party else -1
+                    found = act()
+                    done = done or found is True
+                    kept = counter[0] if actor == party else kept
+                counter[0] = -1
+                net.carry()
+                counter[0] = kept
+            except KilledError:
+                killed, counter[0] = True, -1
+                net.start_server()
+                net.workers = [net.start_worker(0)]
+            if done:
+                break
+        counter[0] = -1
+        assert done, (limit[0], net.said)
+        assert checkpoint_digest(net.final) == expected, limit[0]
+        shutil.rmtree(folder)
+        if not killed:
+            break
+        points, limit[0] = points + 1, limit[0] + 4
+    assert points > 10
+
+
+def test_two_clients_are_averaged_by_their_weights(world, tmp_path: Path) -> None:
+    """Without noise, the result of two equal clients is that of one; of different ones, the weighted mean."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(world[1].read_text().splitlines(keepends=True)[:2])), encoding="utf-8")
+    finals = []
+    for number, (files, shares) in enumerate((([world[1]], None), ([other], None), ([world[1], other], (1.0, 3.0)))):
+        federation = Federation(clients=len(files), weights=shares)
+        options: dict[str, Any] = {"rounds": 1, "copies": 1, "perturbation": QUIET}
+        net = Net(tmp_path / str(number), world[0], files, world[2], federation, **options)
+        finals.append((weights(net.run()), net))
+    order = finals[2][1].coordinator.roster.clients
+    share = (0.25, 0.75) if order[0] == finals[2][1].identity(0).public else (0.75, 0.25)
+    for name, mixed in finals[2][0].items():
+        torch.testing.assert_close(
+            mixed, share[0] * finals[0][0][name] + share[1] * finals[1][0][name], rtol=0, atol=1e-6
+        )
+    assert any((finals[0][0][name] - finals[1][0][name]).abs().max() > 1e-4 for name in finals[0][0])
+
+
+def test_with_lora_over_the_network(world, tmp_path: Path) -> None:
+    training = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3, lora_rank=2)
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, training=training)
+    final, start = weights(net.run()), weights(world[0])
+    assert any(not torch.equal(final[name], start[name]) for name in final)
+
+
+def test_with_assign_one_nobody_holds_two_copies_of_a_round(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=2, federation={"assign": "one"})
+    net.run()
+    given = [line for line in net.said if line.endswith("unlearning")]
+    assert sorted(given) == sorted(f"round {r} of 2, copy {c} of 2: unlearning" for r in (1, 2) for c in (1, 2))
+    for number in range(2):
+        done = json.loads((net.folder / f"work-{number}" / "copies.json").read_text())["copies"]
+        assert len({name.split("-copy-")[1] for name in done}) == 1
+        assert len(done) == 2
+    with pytest.raises(PlanError, match="as many --clients as --copies"):
+        net_of(tmp_path / "three", world, clients=3, federation={"assign": "one"})
+
+
+def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world, tmp_path: Path) -> None:
+    federation = {"deadline": 6.0, "quorum": 1}
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation=federation, silent={1})
+    until(net)
+    silent = net.identity(1).public
+    assert any(
+        line.startswith(f"goes on without client {silent[:16]}: it has not answered for copy 1, 2") for line in net.said
+    )
+    alone = net_of(tmp_path / "alone", world, rounds=1)
+    assert set(weights(net.final)) == set(weights(alone.run()))
+    assert silent in net.coordinator.roster.dropped
+    net.plan().pin(net.coordinator.folder.plan)
+    assert "complete, round 1 of 1" in run_status(net.folder / "server").text()
+
+
+def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0}, silent={1})
+    with pytest.raises(
+        NetworkError, match=f"client {net.identity(1).public[:16]} has not answered for copy 1, 2 of round 1"
+    ):
+        until(net)
+    # Settled: it answers now, and the run goes on with what there is.
+    net.silent = set()
+    net.federation = Federation(clients=2)
+    net.start_server()
+    until(net)
+    assert net.final.is_dir()
+
+
+def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path, monkeypatch) -> None:
+    """One copy of two is answered: the client counts as not answering, in both."""
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0, "quorum": 1})
+    late = net.identity(1).public
+
+    def tamper(node: str, name: str, data: bytes) -> bytes | None:
+        open_job = net.coordinator.jobs.open.get(name)
+        is_second = open_job is not None and open_job.job.client == late and open_job.job.copy == 2
+        return None if is_second else data
+
+    net.tamper = tamper
+    aggregated: list[Path] = []
+    aggregate = Rounds.aggregate
+
+    def watched(rounds: Rounds, number: int, updates: Sequence[Path]) -> None:
+        aggregated.extend(updates)
+        aggregate(rounds, number, updates)
+
+    monkeypatch.setattr(Rounds, "aggregate", watched)
+    until(net)
+    assert [path.parent.name for path in aggregated] == [net.identity(0).public] * 2
+    assert any(late[:16] in line and "update of copy 1" in line for line in net.said)
+
+
+def test_status_says_how_far_a_run_is(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1)
+    net.plan().pin(net.coordinator.folder.plan)
+    assert run_status(net.folder / "server").text().startswith("not begun; start with")
+    shown = set()
+    while not net.turn():
+        shown |= set(run_status(net.folder / "server").text().splitlines())
+    assert any("waiting for clients, round 1 of 1" in line for line in shown)
+    client = net.identity(0).public[:16]
+    assert any(line.startswith(f"client {client}: connected, 0 of 2 updates") for line in shown)
+    size = sum(file.stat().st_size for file in (world[0]).glob("*")) / 1e6
+    assert any(line.startswith("copies: 2 of ") and abs(float(line.split()[3]) - size) < 0.2 for line in shown)
+    assert "complete, round 1 of 1" in run_status(net.folder / "server").text()
+
+
+def test_a_refusal_names_the_client_and_the_run_goes_on_when_it_is_settled(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, rounds=1, policy={"max_copies": 1})
+    with pytest.raises(NetworkError, match=r"refuses copy [12] of round 1: max copies is 1, asked for 2"):
+        until(net)
+    net.policy = {}
+    net.workers = [net.start_worker(0)]
+    net.start_server()
+    until(net)
+
+
+def test_a_client_that_the_server_was_not_told_of_is_not_let_in(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world)
+    net.start_server(trusted=["0" * 64])
+    for _ in range(4):
+        net.turn()
+    assert any("does not belong to this run" in line for line in net.said)
+    assert not net.coordinator.jobs.open or all(
+        out.job.client == "0" * 64 for out in net.coordinator.jobs.open.values()
+    )
+    assert not list((net.folder / "work-0").glob("copies/*"))
+
+
+def test_a_node_that_comes_back_under_another_number_gets_its_jobs(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, rounds=1)
+    while not net.coordinator.roster.nodes:
+        net.carry()
+        net.workers[0].step()
+        net.carry()
+        net.coordinator.step()
+    assert list(net.coordinator.roster.nodes) == ["1"]
+    (net.coordinator.folder.mail / "nodes" / "1").rename(net.coordinator.folder.mail / "nodes" / "77")
+    load, unload = net.mail.load, net.mail.unload
+    net.mail.load = lambda node: load("77")  # type: ignore[method-assign]
+    net.mail.unload = lambda node, record: unload("77", record)  # type: ignore[method-assign]
+    net.run()
+    assert list(net.coordinator.roster.nodes) == ["77"]
+
+
+def test_through_a_store_that_is_a_folder(world, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    net = net_of(
+        tmp_path / "net",
+        world,
+        federation={"store": str(store)},
+        policy={"stores": [store.as_uri()]},
+    )
+    sizes = []
+
+    def tamper(node: str, name: str, data: bytes) -> bytes:
+        sizes.append(len(data))
+        return data
+
+    net.tamper = tamper
+    net.run()
+    assert max(sizes) < 10_000  # no weights in the messages
+    assert not [file for file in store.rglob("*") if file.is_file()]  # and nothing is left
+
+
+def test_a_file_that_was_damaged_in_the_store_is_asked_for_again(world, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 1}
+    net = net_of(tmp_path / "net", world, **options)
+    damaged: list[Path] = []
+
+    def tamper(node: str, name: str, data: bytes) -> bytes:
+        found = [file for file in store.rglob("*") if "updates" in file.parts and file.is_file()]
+        if found and not damaged:
+            largest = max(found, key=lambda file: file.stat().st_size)
+            damaged.append(largest)
+            largest.write_bytes(largest.read_bytes()[:-7])
+        return data
+
+    net.tamper = tamper
+    net.run()
+    assert any(line.startswith("refused") and "damaged or incomplete" in line for line in net.said)
+    assert sum(line.endswith("unlearning") for line in net.said) == 2  # not trained again
+
+
+def test_urls_that_have_run_out_are_made_anew(world, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 1}
+    net = net_of(tmp_path / "net", world, **options)
+    while not net.coordinator.jobs.open:
+        net.turn()
+    old = set(net.coordinator.jobs.open)
+    file = net.folder / "server" / "exchange" / "round-1" / "files.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "signed": time.time() - 8 * 86400}))
+    net.start_server()
+    net.coordinator.step()
+    assert net.coordinator.jobs.open
+    assert not old & set(net.coordinator.jobs.open)
+    assert {file.name for file in (net.coordinator.folder.mail / "outbox" / "1").iterdir()} == set(
+        net.coordinator.jobs.open
+    )
+    net.run()
+
+
+def test_a_copy_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(publication, "MAX_INLINE_BYTES", 1000)
+    with pytest.raises(PlanError, match="--store: a copy or its update has"):
+        net_of(tmp_path / "net", world).run()
+
+
+def test_through_s3_with_signed_urls_and_no_account_at_the_client(world, tmp_path: Path, monkeypatch) -> None:
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "server"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_ENDPOINT_URL", url),
+        ):
+            monkeypatch.setenv(name, value)
+        bucket = boto3.client("s3")
+        bucket.create_bucket(Bucket="mpu")
+        net = net_of(
+            tmp_path / "net", world, rounds=1, federation={"store": "s3://mpu/runs"}, policy={"stores": [f"{url}/mpu"]}
+        )
+        net.coordinator.step()
+        files = json.loads((net.folder / "server/exchange/round-1/files.json").read_text())["copies"]["copy-1"]
+        assert all("Signature=" in file["url"] for file in files)
+        net.run()
+        assert net.final.is_dir()
+        assert not bucket.list_objects_v2(Bucket="mpu").get("Contents")
+        assert not any("Signature" in line for line in net.said)
+    finally:
+        server.stop()
+
+
+def test_late_clients_are_dropped_together_or_not_at_all(world, tmp_path: Path) -> None:
+    net = net_of(tmp_path / "net", world, clients=3, rounds=1, federation={"deadline": 6.0, "quorum": 2}, silent={1, 2})
+    late = [net.identity(number).public[:16] for number in (1, 2)]
+    with pytest.raises(NetworkError) as caught:
+        until(net)
+    assert all(client in str(caught.value) for client in late)
+    assert not net.coordinator.roster.dropped
+
+
+def test_the_first_client_does_not_decide_what_all_must_train(world, tmp_path: Path, monkeypatch) -> None:
+    """With LoRA the plan does not name the tensors: a client that differs from most is dropped, even if it came first."""
+    training = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3, lora_rank=2)
+    net = net_of(tmp_path / "net", world, clients=3, rounds=1, training=training, federation={"quorum": 2})
+    unlearn = Client.unlearn
+
+    def narrowed(client: Client, copy: Path, out: Path) -> Path:
+        unlearn(client, copy, out)
+        if net.folder / "work-0" in out.parents:
+            file = out / "update.safetensors"
+            tensors = load_file(file)
+            name = min(tensors).removesuffix(".lora_A")
+            save_file({key: value for key, value in tensors.items() if key.startswith(name)}, file)
+        return out
+
+    monkeypatch.setattr(Client, "unlearn", narrowed)
+    net.run()
+    assert list(net.coordinator.roster.dropped) == [net.identity(0).public]
+
+
+def test_a_store_that_is_away_between_rounds_does_not_end_the_run(world, tmp_path: Path, monkeypatch) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 2}
+    net = net_of(tmp_path / "net", world, **options)
+    failures, steps = {"remove": 3, "put": 3}, [0]
+    step = net.coordinator.step
+
+    def counted() -> bool:
+        steps[0] += 1
+        return step()
+
+    net.coordinator.step = counted  # type: ignore[method-assign]
+
+    def failing(name: str) -> Any:
+        action = getattr(net.store, name)
+
+        def call(*arguments: Any) -> Any:
+            if steps[0] > 1 and failures[name]:  # not at the very first step, where it would be a wrong option
+                failures[name] -= 1
+                raise NetworkError(f"{name}: the store is away")
+            return action(*arguments)
+
+        return call
+
+    for name in failures:
+        monkeypatch.setattr(net.store, name, failing(name))
+    net.run()
+    assert failures == {"remove": 0, "put": 0}
+    assert [line for line in net.said if "retrying" in line] == [
+        f"{name}: the store is away; retrying" for name in ("remove", "put")
+    ]
+    assert not list(store.rglob("*.safetensors"))
+
+
+def test_a_node_whose_first_answer_was_damaged_is_asked_again(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(roster, "RETRY_SECONDS", 0.0)
+    net = net_of(tmp_path / "net", world, rounds=1)
+    damaged: list[str] = []
+
+    def tamper(node: str, name: str, data: bytes) -> bytes:
+        damaged.append(name)
+        return data if len(damaged) > 1 else b"noise"
+
+    net.tamper = tamper
+    net.run()
+    assert any(line.startswith("refused") for line in net.said)
+
+
+def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
+    """A 16-bit copy that fits has a float32 update that does not."""
+    perturbation = {"publish_dtype": "bfloat16"}
+    size = sum(file.stat().st_size for file in world[0].glob("*.safetensors"))
+    monkeypatch.setattr(publication, "MAX_INLINE_BYTES", int(0.75 * size) + OVERHEAD_BYTES)
+    training = Training(objective="simnpo", train="all")
+    with pytest.raises(PlanError, match="or its update has"):
+        net_of(tmp_path / "net", world, training=training, perturbation=perturbation).run()
+
+
+def test_a_store_that_is_away_for_a_while_is_not_the_clients_fault(world, tmp_path: Path, monkeypatch) -> None:
+    store = tmp_path / "store"
+    options = {"federation": {"store": str(store)}, "policy": {"stores": [store.as_uri()]}, "rounds": 1}
+    net = net_of(tmp_path / "net", world, **options)
+    fetch, failures = net.store.fetch, [5]
+
+    def failing(*arguments: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise NetworkError("away")
+        fetch(*arguments)
+
+    monkeypatch.setattr(net.store, "fetch", failing)
+    net.run()
+    assert failures == [0]
+    assert sum("cannot take a message" in line for line in net.said) == 5
