@@ -79,6 +79,7 @@ class Client:
         with_retain = retain is not None and bool(objective.alpha)
         self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
         self._encoded: dict[str, _Encoded] = {}
+        self._warned: set[tuple[str, int]] = set()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -226,7 +227,10 @@ class Client:
             cache.record(vars(history))
         before, after = history.probability_before, history.probability_after
         logger.info("probability of forget answers, per token: %.3f -> %.3f", before, after)
-        if after > max(STILL_KNOWN, (1 - MIN_DROP) * before):
+        hardly = after > max(STILL_KNOWN, (1 - MIN_DROP) * before)
+        if hardly and (card is None or (card.run, card.round) not in self._warned):
+            if card is not None:
+                self._warned.add((card.run, card.round))  # once for all copies of a round
             warnings.warn(
                 f"nothing was unlearned{f' on {card}' if card else ''}: the probability of forget answers, per token, went "
                 f"from {before:.3f} to {after:.3f}, a drop of less than {MIN_DROP:.0%}; raise --learning-rate or --epochs",
