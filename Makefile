@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test check benchmarks claim clean
+.PHONY: demo network-demo test test-fast check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -14,8 +14,12 @@ network-demo: $(READY)
 	@if test -z "$(OUT)" && test -d mpu-network-demo/server/final; then rm -rf mpu-network-demo; fi
 	$(BIN)/mpunlearn network-demo --out $(or $(OUT),mpu-network-demo) --seed $(or $(SEED),0)
 
+# Two at a time: many tests wait for other programs.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-fast: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -24,6 +28,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 benchmarks: $(READY)
+	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/network.py

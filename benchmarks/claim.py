@@ -1,23 +1,27 @@
-"""What MPU costs compared with noise-free unlearning, and how much of it the harmonic average saves.
+"""Measures what MPU costs compared with noise-free unlearning, and how much of that cost harmonic averaging avoids.
 
-Every run is one row of a CSV file: an objective, a seed, and an arm, which is a copy design at a noise level. For each
-objective and seed, all arms share the model, the batches, the budget and the hyper-parameters; *noise-free* is the same
-training by one party that holds everything. The table gives each arm's mean difference from noise-free over seeds, as a
-percentage of noise-free, with a 95 % confidence interval over paired seeds (Student's t). Existing rows are not computed
-again, so an interrupted run can be resumed.
+Every run is one row of a CSV file: an objective, a seed, and an arm, that is, one configuration of MPU such as a copy
+design at a noise level. For each objective and seed, all arms share the model, the batches, the budget and the
+hyperparameters. *Noise-free* is the same training by a single party that has both model and data. The table shows the
+mean difference of each arm from noise-free over seeds, as a percentage of noise-free, with a 95 % confidence interval
+over paired seeds (Student's t). Existing rows are not computed again, so an interrupted benchmark can be resumed.
 
     python benchmarks/claim.py [--suite claim|causes|orders] [--seeds 5] [--objectives npo,simnpo] [--out DIR] [--table]
 
-`--suite claim` is the paper's question. `--suite causes` asks, at 10 % of the parameters, where the cost comes from and what
-lowers it; `--suite orders`, how the deviation of the weights falls with the noise level, by optimizer and copy design.
+`--suite claim` tests the paper's claim. `--suite causes` measures, at a noise level of 10 % of the parameters, where
+the loss comes from and what reduces it. `--suite orders` measures how the deviation of the weights decreases with the
+noise level, by optimizer and copy design.
 
-Runs on the embedded benchmark, with two single-threaded processes, or on any checkpoint and data, on a GPU if there is one:
+Runs on the built-in benchmark with two single-threaded processes, or on any checkpoint and data (on a GPU if there is
+one):
 
-    python benchmarks/claim.py --model DIR --benchmark tofu --data-root DIR --base DIR --retrained DIR --learning-rate 1e-5
+    python benchmarks/claim.py --model DIR --benchmark tofu --data-root DIR --base DIR --retrained DIR --learning-rate
+    1e-5
 
-All metrics are scores, higher is better, with OpenUnlearning's names: retain probability (retain_Q_A_Prob), retain ROUGE-L
-recall (retain_Q_A_ROUGE), model utility, forget truth ratio, and one minus forget probability and forget ROUGE-L recall.
-`weights` is the distance of the final weights from the noise-free ones, relative to how far those moved.
+All metrics are scores (higher is better) under OpenUnlearning's names: retain probability (retain_Q_A_Prob), retain
+ROUGE-L recall (retain_Q_A_ROUGE), model utility, forget truth ratio, and one minus forget probability and forget
+ROUGE-L recall. `weights` is the distance between the final weights and the noise-free ones, relative to how far the
+latter moved in training.
 """
 
 import argparse
@@ -49,7 +53,7 @@ from mpunlearn.server.preprocess import preprocess
 
 EPOCHS = 10
 PAPER: tuple[ObjectiveName, ...] = ("grad-ascent", "grad-diff", "npo", "dpo", "simnpo", "undial", "satimp")
-"""The paper's seven objectives."""
+"""The seven objectives of the paper."""
 OBJECTIVES: dict[ObjectiveName, dict[str, Any]] = {
     "grad-ascent": {"learning_rate": 2e-4},
     "grad-diff": {"gamma": 0.1},
@@ -60,14 +64,14 @@ OBJECTIVES: dict[ObjectiveName, dict[str, Any]] = {
     "satimp": {"gamma": 2.0, "parameters": {"beta1": 1.0}},
     "wga": {"gamma": 0.5},
 }
-"""Hyper-parameters on the embedded benchmark; chosen on noise-free unlearning at seed 0, the same for every arm."""
+"""Hyperparameters on the built-in benchmark, tuned for noise-free unlearning at seed 0; the same for every arm."""
 INVERTED = ("forget_Q_A_Prob", "forget_Q_A_ROUGE")
-"""Metrics that are high where nothing was forgotten; the score is one minus the metric."""
+"""Metrics that are high if nothing was forgotten. The score is one minus the metric."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is to forget, and what it is measured with."""
+    """A model to unlearn on, and the data for training and evaluation."""
 
     original: Path
     base: Path | None
@@ -77,13 +81,13 @@ class Subject:
     sets: dict[str, Questions]
     data: Data = field(default_factory=Data)
     training: dict[str, Any] = field(default_factory=dict)
-    """Hyper-parameters of every arm."""
+    """Hyperparameters of every arm."""
     max_new_tokens: int = 48
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the subject of a seed comes from: the embedded benchmark, or a model and data of one's own."""
+    """Where the subject of a seed comes from: the built-in benchmark, or a given model and data."""
 
     model: Path | None = None
     base: Path | None = None
@@ -96,7 +100,7 @@ class Source:
     max_new_tokens: int = 200
 
     def subject(self, seed: int, objective: ObjectiveName) -> Subject:
-        """The subject of one seed; only the embedded benchmark has another model for every seed."""
+        """The subject of one seed. Only the built-in benchmark has a different model for every seed."""
         data = Data(data_root=self.data_root)
         if self.model is None:
             world = models.trained_world(seed)
@@ -117,16 +121,20 @@ class Source:
 
 
 def without_holdout(sets: dict[str, Questions]) -> dict[str, Questions]:
-    """The sets that scores are made of."""
+    """The sets that the scores are computed from."""
     return {name: questions for name, questions in sets.items() if name != "holdout"}
 
 
 def one(source: Source, objective: ObjectiveName, seed: int, arm: Arm, free: str, out: str) -> dict[str, Any]:
-    """Unlearns and evaluates; the row of the CSV.
+    """Unlearns and evaluates; returns the row for the CSV file.
 
     Args:
-        free: where the noise-free model of the same objective, seed and budget lies, if it is there.
-        out: where this one's goes.
+        source: where the subject comes from.
+        objective: the unlearning objective.
+        seed: the seed.
+        arm: the configuration.
+        free: path of the noise-free model with the same objective, seed and budget, if it exists.
+        out: where to save the final model if the arm is a baseline of others.
     """
     import torch
 
@@ -138,7 +146,7 @@ def one(source: Source, objective: ObjectiveName, seed: int, arm: Arm, free: str
     with tempfile.TemporaryDirectory() as folder:
         final = subject.retrained if arm.name == RETRAINED else unlearned(subject, arm, training, Path(folder))
         if final is None:
-            raise SystemExit(f"the arm {RETRAINED!r} needs --retrained")
+            raise SystemExit(f"the arm {RETRAINED!r} requires --retrained")
         seconds = time.monotonic() - begin
         scores = evaluated(final, subject)
         reference = Path(free)
@@ -149,7 +157,7 @@ def one(source: Source, objective: ObjectiveName, seed: int, arm: Arm, free: str
 
 
 def unlearned(subject: Subject, arm: Arm, training: Training, folder: Path) -> Path:
-    """The final model of an arm."""
+    """Unlearns with the configuration of an arm; returns the final model."""
     perturbation = Perturbation(**arm.perturbation)
     base = subject.base if arm.base else None
     if not arm.own_batches:
@@ -203,9 +211,9 @@ def evaluated(checkpoint: Path, subject: Subject) -> dict[str, float]:
 
 def distance(final: Path, free: Path, original: Path) -> float:
     """‖θ - θ_free‖ / ‖θ_free - θ_0‖ over all weights."""
-    mine, other, start = Checkpoint(final), Checkpoint(free), Checkpoint(original)
-    apart = sum(float((mine.read(name) - other.read(name)).square().sum()) for name in mine.tensors)
-    moved = sum(float((other.read(name) - start.read(name)).square().sum()) for name in mine.tensors)
+    weights, noise_free, initial = Checkpoint(final), Checkpoint(free), Checkpoint(original)
+    apart = sum(float((weights.read(name) - noise_free.read(name)).square().sum()) for name in weights.tensors)
+    moved = sum(float((noise_free.read(name) - initial.read(name)).square().sum()) for name in weights.tensors)
     return float((apart / moved) ** 0.5)
 
 
@@ -221,14 +229,14 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def compute(suite: str, objectives: Iterable[ObjectiveName], seeds: int, out: Path, source: Source) -> None:
-    """Computes what is missing of a suite, arm by arm, and appends each row as it comes."""
+    """Computes the missing rows of a suite, baselines first, and appends each row when it is done."""
     file, arms = out / f"{suite}.csv", arms_of(suite, source)
     done = {(row["objective"], int(row["seed"]), row["arm"]) for row in rows_of(file)}
     if source.model is None:
         for seed in range(seeds):
             models.trained_world(seed)
     with ProcessPoolExecutor(2 if source.model is None else 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for stage in (True, False):  # what others are compared with comes first
+        for stage in (True, False):  # the baselines come first
             jobs = [
                 pool.submit(
                     one, source, objective, seed, arm, str(kept(out, objective, seed, arm.baseline)), str(target)
@@ -245,7 +253,7 @@ def compute(suite: str, objectives: Iterable[ObjectiveName], seeds: int, out: Pa
 
 
 def arms_of(suite: str, source: Source) -> list[Arm]:
-    """The arms of a suite that the subject's models allow."""
+    """The arms of a suite that are possible with the given models."""
     own = source.model is not None
     return [
         arm
@@ -255,12 +263,12 @@ def arms_of(suite: str, source: Source) -> list[Arm]:
 
 
 def kept(out: Path, objective: str, seed: int, arm: str) -> Path:
-    """Where a baseline's model lies."""
+    """The path of a baseline's model."""
     return out / "models" / f"{objective}-{seed}-{arm.replace(' ', '-').replace(',', '')}"
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    """One more line of the CSV."""
+    """Appends a row to the CSV file."""
     new = not file.is_file()
     with open(file, "a", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, list(row))
@@ -270,17 +278,17 @@ def append(file: Path, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Computes what is missing, then writes tables and figures."""
+    """Computes missing rows, then writes tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="claim")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--out", type=Path, default=Path("claim"))
-    parser.add_argument("--table", action="store_true", help="only write the table of what there is")
-    parser.add_argument("--model", type=Path, help="a checkpoint that is to forget (default: the embedded benchmark's)")
-    parser.add_argument("--base", type=Path, help="the public checkpoint that --model was trained from")
-    parser.add_argument("--retrained", type=Path, help="the checkpoint that never saw the forget set")
-    parser.add_argument("--benchmark", default="tofu", help="tofu, or a folder in its format")
+    parser.add_argument("--table", action="store_true", help="only write the tables of the existing rows")
+    parser.add_argument("--model", type=Path, help="the checkpoint to unlearn on (default: the built-in benchmark)")
+    parser.add_argument("--base", type=Path, help="the public checkpoint that --model was fine-tuned from")
+    parser.add_argument("--retrained", type=Path, help="a checkpoint trained without the forget set")
+    parser.add_argument("--benchmark", default="tofu", help="tofu, or a folder in the same format")
     parser.add_argument("--forget-split", default="forget10")
     parser.add_argument("--data-root", help="folder with a local mirror of TOFU")
     parser.add_argument("--learning-rate", type=float, default=1e-5, help="for --model")

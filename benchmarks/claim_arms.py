@@ -1,35 +1,35 @@
-"""Arms."""
+"""The arms of `claim.py`: the configurations of MPU that are compared, grouped in suites."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 QUIET = (1.0, -1.0, 0.5**0.5, -(0.5**0.5))
-"""Scales of four extrapolated copies, two of which have less noise than the paper's."""
+"""Noise scales of four extrapolated copies, two of which carry less noise than in the paper's design."""
 FREE, RETRAINED = "noise-free", "retrained"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of unlearning."""
+    """One configuration of unlearning."""
 
     name: str
     perturbation: dict[str, Any]
     base: bool = False
-    """Noise relative to the task vector."""
+    """Whether the noise level is relative to the task vector instead of the weights."""
     rounds: int = 5
     training: dict[str, Any] = field(default_factory=dict)
     baseline: str = FREE
     """The arm that it is compared with."""
     eta: float = 1.0
     own_batches: bool = False
-    """Every copy has its examples in an order of its own."""
+    """Whether each copy is trained with its own batch order."""
 
 
 NOISE_FREE = {"copies": 1, "kappa": 0.0, "reparameterization": "none"}
 
 
 def claim() -> list[Arm]:
-    """The paper's question."""
+    """The comparisons that test the paper's claim: numbers of copies and noise levels against noise-free unlearning."""
     arms = [Arm(FREE, NOISE_FREE), Arm(RETRAINED, {}), Arm("no noise, 3 copies", {"copies": 3, "kappa": 0.0})]
     for copies in (3, 1, 2, 4):
         for base in (True, False):
@@ -41,7 +41,7 @@ def claim() -> list[Arm]:
 
 
 def causes() -> list[Arm]:
-    """At 10 % of the parameters: where the cost comes from, and what lowers it."""
+    """At a noise level of 10 % of the parameters: where the loss of quality comes from, and what reduces it."""
     paper = {"copies": 3, "kappa": 0.1}
     four = {"copies": 4, "kappa": 0.1, "denoising": "extrapolate"}
     arms = [
@@ -70,7 +70,7 @@ def causes() -> list[Arm]:
         "paper's design": paper,
         "extrapolated, 4 copies": four,
     }
-    for name, rounds, training, mine in (
+    for name, rounds, training, arm_designs in (
         ("TensorAdam", 5, tensor, {"no noise, 3 copies": {"copies": 3, "kappa": 0.0}, **designs}),
         ("TensorAdam, 10 rounds", 10, tensor, designs),
         ("Adam with ε 1e-2", 5, {"adam_epsilon": 1e-2, "learning_rate": 6e-3}, designs),
@@ -80,13 +80,13 @@ def causes() -> list[Arm]:
         arms += [Arm(free, NOISE_FREE, rounds=rounds, training=training, baseline=free)]
         arms += [
             Arm(f"{design}, {name}", perturbation, rounds=rounds, training=training, baseline=free)
-            for design, perturbation in mine.items()
+            for design, perturbation in arm_designs.items()
         ]
     return arms
 
 
 def orders() -> list[Arm]:
-    """How the deviation falls with the noise level, without changes of basis."""
+    """How the deviation decreases with the noise level, without reparameterization."""
     arms = []
     for optimizer, training in (
         ("AdamW", {}),

@@ -1,4 +1,4 @@
-"""Tables and figures of `claim.py`: each arm against its baseline, averaged over paired seeds."""
+"""Tables and figures of `claim.py`: each arm compared with its baseline, averaged over paired seeds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +22,23 @@ SCORES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against its baseline, over the seeds that both have."""
+    """The comparison of an arm with its baseline, over the seeds available for both."""
 
     seeds: int
     percent: dict[str, float]
     """Mean change of each score, as a percentage of the baseline's."""
     mean: float
-    """Mean over scores, percent; negative is a loss."""
+    """Mean change over all scores, in percent. Negative values mean a loss."""
     interval: float
-    """Half the width of its 95 % interval over paired seeds."""
+    """Half the width of the 95 % confidence interval of `mean` over paired seeds."""
     absolute: float
-    """Mean absolute deviation of all scores, points."""
+    """Mean absolute deviation over all scores, in percentage points."""
     weights: float
+    """Mean relative distance between the weights."""
 
 
 def differences(rows: list[dict[str, Any]], arms: list[Arm]) -> dict[tuple[str, str], Difference]:
-    """(objective, arm) → how it compares with its baseline."""
+    """Compares each arm with its baseline; the keys are (objective, arm)."""
     at = {(row["objective"], row["arm"], row["seed"]): row for row in rows}
     compared = {}
     for objective in dict.fromkeys(row["objective"] for row in rows):
@@ -50,7 +51,7 @@ def differences(rows: list[dict[str, Any]], arms: list[Arm]) -> dict[tuple[str, 
             ]
             if not pairs or arm.name == arm.baseline:
                 continue
-            change = np.array([[mine[score] - free[score] for score in SCORES] for mine, free in pairs])
+            change = np.array([[row[score] - free[score] for score in SCORES] for row, free in pairs])
             level = np.array([[free[score] for score in SCORES] for _, free in pairs]).mean(axis=0)
             per_seed = (100 * change / level).mean(axis=1)
             half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(per_seed) if len(pairs) > 1 else float("nan")
@@ -60,22 +61,23 @@ def differences(rows: list[dict[str, Any]], arms: list[Arm]) -> dict[tuple[str, 
                 mean=float(per_seed.mean()),
                 interval=float(half),
                 absolute=float(100 * np.abs(change).mean()),
-                weights=float(np.mean([mine["weights"] for mine, _ in pairs])),
+                weights=float(np.mean([row["weights"] for row, _ in pairs])),
             )
     return compared
 
 
 def table(compared: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
-    """One line per arm: each objective's mean change over scores, and the means over objectives."""
+    """One row per arm: the mean change over scores for each objective, and the means over objectives."""
     objectives = list(dict.fromkeys(objective for objective, _ in compared))
     rows = []
     for arm in arms:
-        mine = {
-            objective: compared[objective, arm.name] for objective in objectives if (objective, arm.name) in compared
-        }
-        if mine:
-            cells = [f"{mine[o].mean:+.1f} ± {mine[o].interval:.1f}" if o in mine else "" for o in objectives]
-            of_arm = list(mine.values())
+        by_objective = {o: compared[o, arm.name] for o in objectives if (o, arm.name) in compared}
+        if by_objective:
+            cells = [
+                f"{by_objective[o].mean:+.1f} ± {by_objective[o].interval:.1f}" if o in by_objective else ""
+                for o in objectives
+            ]
+            of_arm = list(by_objective.values())
             mean, absolute, weights = (
                 float(np.mean([getattr(d, name) for d in of_arm])) for name in ("mean", "absolute", "weights")
             )
@@ -84,17 +86,17 @@ def table(compared: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
 
 
 def by_score(compared: dict[tuple[str, str], Difference], arms: list[Arm]) -> str:
-    """One line per arm: the change of each score, a mean over objectives."""
+    """One row per arm: the mean change of each score over objectives."""
     rows = []
     for arm in arms:
-        mine = [difference for (_, name), difference in compared.items() if name == arm.name]
-        if mine:
-            rows.append([arm.name, *(f"{np.mean([d.percent[score] for d in mine]):+.2f}" for score in SCORES)])
+        of_arm = [difference for (_, name), difference in compared.items() if name == arm.name]
+        if of_arm:
+            rows.append([arm.name, *(f"{np.mean([d.percent[score] for d in of_arm]):+.2f}" for score in SCORES)])
     return markdown(["arm", *SCORES], rows)
 
 
 def figure(compared: dict[tuple[str, str], Difference], arms: list[Arm], file: Path) -> None:
-    """Mean change over scores of every arm, a point per objective; PNG and SVG."""
+    """Plots the mean change over scores of every arm, one point per objective, as PNG and SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,15 +107,15 @@ def figure(compared: dict[tuple[str, str], Difference], arms: list[Arm], file: P
     objectives = list(dict.fromkeys(objective for objective, _ in compared))
     for number, objective in enumerate(objectives):
         at = [n for n, name in enumerate(names) if (objective, name) in compared]
-        mine = [compared[objective, names[n]] for n in at]
+        points = [compared[objective, names[n]] for n in at]
         heights = [n + 0.08 * (number - len(objectives) / 2) for n in at]
         axes.errorbar(
-            [d.mean for d in mine], heights, xerr=[d.interval for d in mine], fmt="o", ms=3, lw=0.8, label=objective
+            [d.mean for d in points], heights, xerr=[d.interval for d in points], fmt="o", ms=3, lw=0.8, label=objective
         )
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("change against noise-free, percent (mean over scores, 95 % interval over seeds)")
+    axes.set_xlabel("change relative to noise-free in percent (mean over scores, 95 % confidence interval over seeds)")
     axes.legend(fontsize=7, ncol=2)
     picture.tight_layout()
     for suffix in ("png", "svg"):

@@ -1,9 +1,9 @@
-"""The cost of a round over the network without its training: bytes, seconds, and peak memory of every process.
+"""Measures the cost of a round over the network without training: bytes, seconds, and peak memory of every process.
 
-Server, client and Flower run as in production, on the loopback address, except that the client writes an update of the right
-shapes instead of training. Cases: weights inside the messages, or in a store that both sides reach (a folder); dense updates,
-or LoRA factors of rank 16. *Transfer* is the time spent uploading and downloading files, including digests and syncs. How that
-compares with copying a file is measured separately, in alternate trials.
+Server, client and Flower run as in production, but on the loopback address, and the client writes an update with the
+right shapes instead of training. The cases are: weights inside the messages or in a shared store (a folder), and dense
+updates or LoRA factors of rank 16. *Transfer* is the time spent uploading and downloading files, including digests and
+syncs. It is compared with plain file copies separately, in alternating trials.
 
     python benchmarks/network.py [--models tiny,qwen2.5-0.5b] [--copies 3] [--out DIR]
 """
@@ -39,7 +39,7 @@ TRIALS = 5
 
 
 def factors(copy: Path, out: Path) -> Path:
-    """An update of LoRA factors for every matrix of the layers."""
+    """Writes an update of random LoRA factors for every matrix in the layers."""
     source = Checkpoint(copy)
     specs = {}
     for name, info in source.tensors.items():
@@ -55,7 +55,7 @@ def factors(copy: Path, out: Path) -> Path:
 
 
 def party(name: str, report: Path, arguments: list[str]) -> None:
-    """One party in its own process, with its transfers timed and its training replaced."""
+    """Runs one party in its own process, with timed transfers and without training."""
     from mpunlearn.cli import main as cli
     from mpunlearn.client.client import Client
     from mpunlearn.client.network import worker
@@ -95,7 +95,7 @@ def party(name: str, report: Path, arguments: list[str]) -> None:
 
 
 def watch(folder: Path, peaks: dict[str, float], stop: threading.Event) -> None:
-    """Peak resident memory, in GB, of Flower's programs."""
+    """Records the peak resident memory, in GB, of Flower's programs until `stop` is set."""
     homes = {str(folder / "run" / "flower"), str(folder / "work" / "flower")}
     while not stop.wait(0.3):
         for process in psutil.process_iter():
@@ -108,9 +108,9 @@ def watch(folder: Path, peaks: dict[str, float], stop: threading.Event) -> None:
 
 
 def against_copying(folder: Path) -> float:
-    """How much longer a file takes to the other side, through a store, than to be copied twice; median of alternate trials.
+    """Time to send a file through a store, relative to copying it twice; the median of alternating trials.
 
-    Nothing is removed meanwhile: memory that was just freed would make either of the two look faster.
+    No files are removed between the trials, since recently freed page cache would make the next step look faster.
     """
     from mpunlearn.protocol.transfer import Store, fetch
 
@@ -136,7 +136,7 @@ def against_copying(folder: Path) -> float:
 
 
 def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dict[str, Any]:
-    """One run of two rounds; what it took per round."""
+    """Runs two rounds; returns the cost per round."""
     folder.mkdir()
     (folder / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
     server = ["server", "start", str(model), "--run", "run", "--insecure", "--port", str(free_port())]
@@ -168,18 +168,18 @@ def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dic
     stop.set()
     if any(codes):
         raise SystemExit((folder / "server.log").read_text() + (folder / "client.log").read_text())
-    ours, theirs = (json.loads((folder / f"{name}.json").read_text()) for name in ("server", "client"))
-    peaks |= {"server": ours["peak_gb"], "worker": theirs["peak_gb"]}
+    at_server, at_client = (json.loads((folder / f"{name}.json").read_text()) for name in ("server", "client"))
+    peaks |= {"server": at_server["peak_gb"], "worker": at_client["peak_gb"]}
     return {
         "seconds": seconds / ROUNDS,
-        "crossed_mb": (ours["arrived"] + theirs["arrived"]) / ROUNDS / 1e6,
-        "transfer_seconds": (ours["seconds"] + theirs["seconds"]) / ROUNDS,
+        "crossed_mb": (at_server["arrived"] + at_client["arrived"]) / ROUNDS / 1e6,
+        "transfer_seconds": (at_server["seconds"] + at_client["seconds"]) / ROUNDS,
         "peaks": peaks,
     }
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """The numbers of a case for the table."""
+    """The numbers of a case, formatted for the table."""
     largest = max(result["peaks"], key=lambda name: result["peaks"][name])
     return [
         f"{result['crossed_mb']:.1f}",
@@ -190,13 +190,13 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Runs every case, then the comparison with copying, and prints JSON and a table."""
+    """Runs all cases and the comparison with copying, and prints JSON and a table."""
     if len(sys.argv) > 3 and sys.argv[1] == "--party":
         return party(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="tiny,qwen2.5-0.5b")
     parser.add_argument("--copies", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where to put models, about 12 x the largest (default: temporary)")
+    parser.add_argument("--out", type=Path, help="folder for models, 12 x the size of the largest (default: temporary)")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models.split(",") if arguments.models else []:

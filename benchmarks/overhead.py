@@ -1,9 +1,10 @@
-"""The overhead of MPU on top of m training runs, which no implementation can avoid.
+"""Measures the overhead of MPU on top of the m training runs that the method requires.
 
-Times three things in one process, on a model that trains in a few seconds: a hand-written training loop of twenty lines,
-`unlearn` on an ordinary checkpoint, and a whole MPU round (`preprocess`, one `Client` that unlearns m copies, `postprocess`).
-Goals: `unlearn` takes at most 1.1 times as long as the hand-written loop, and the round at most 1.1 · m times as long as
-`unlearn`. Also prints how much smaller the exchange is with LoRA, here and for the shapes of Qwen2.5 0.5B.
+Times three things in one process, on a model that trains in a few seconds: a minimal hand-written training loop,
+`unlearn` on an ordinary checkpoint, and a complete MPU round (`preprocess`, one `Client` that unlearns m copies,
+`postprocess`). The goals are that `unlearn` takes at most 1.1 times as long as the hand-written loop, and the round at
+most 1.1 · m times as long as `unlearn`. Also prints how much smaller an update is with LoRA, for this model and for the
+shapes of Qwen2.5 0.5B.
 
     python benchmarks/overhead.py [--copies 3] [--repeats 5] [--lora-rank 16]
 """
@@ -40,13 +41,13 @@ QWEN = {"layers": 24, "hidden": 896, "ffn": 4864, "key_value": 128}
 
 
 def hand_written(model_path: Path, forget: Path, retain: Path, out: Path, training: Training) -> None:
-    """GradDiff as one would write it for one model: AdamW on the layers' weights."""
+    """A minimal implementation of GradDiff: AdamW on the weights of the transformer layers."""
     model, tokenizer = load(model_path)
     select(model, "blocks")
     forget_set = encode(read_records(forget), tokenizer, training.max_length)
     retain_set = encode(read_records(retain), tokenizer, training.max_length)
     size, epochs = training.batch_size, training.epochs
-    plan = optimizer_steps(len(forget_set), len(retain_set), batch_size=size, epochs=epochs, seed=0, round_number=1)
+    steps = optimizer_steps(len(forget_set), len(retain_set), batch_size=size, epochs=epochs, seed=0, round_number=1)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=training.learning_rate, weight_decay=0.0)
 
@@ -56,11 +57,11 @@ def hand_written(model_path: Path, forget: Path, retain: Path, out: Path, traini
         return nll(logits, targets).sum() / (targets != IGNORED).sum()
 
     model.train()
-    for picks in plan:
-        forgotten = collate([forget_set[pick.forget] for pick in picks], 2)
-        kept = collate([retain_set[pick.retain or 0] for pick in picks], 2)
+    for picks in steps:
+        forget_batch = collate([forget_set[pick.forget] for pick in picks], 2)
+        retain_batch = collate([retain_set[pick.retain or 0] for pick in picks], 2)
         optimizer.zero_grad()
-        torch.autograd.backward(loss(kept) - loss(forgotten))
+        torch.autograd.backward(loss(retain_batch) - loss(forget_batch))
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
     source = Checkpoint(model_path)
@@ -73,19 +74,19 @@ def hand_written(model_path: Path, forget: Path, retain: Path, out: Path, traini
 
 
 def timed(work: Callable[..., object], *arguments: Any, **options: Any) -> float:
-    """How many seconds a call takes."""
+    """The duration of a call, in seconds."""
     begin = time.perf_counter()
     work(*arguments, **options)
     return time.perf_counter() - begin
 
 
 def update_bytes(path: Path) -> int:
-    """Bytes of an update's tensors."""
+    """The size of an update's tensors, in bytes."""
     return sum(info.nbytes for info in TensorDirectory(path, stem="update").tensors.values())
 
 
 def qwen_ratio(rank: int) -> float:
-    """How many times larger than its LoRA factors the update of Qwen2.5 0.5B's layers is."""
+    """Size of a dense update of the layers of Qwen2.5 0.5B, relative to its LoRA factors."""
     hidden, ffn, key_value = QWEN["hidden"], QWEN["ffn"], QWEN["key_value"]
     matrices = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden)]
     matrices += [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
@@ -94,7 +95,7 @@ def qwen_ratio(rank: int) -> float:
 
 
 def main() -> None:
-    """Measures, and prints a table and JSON."""
+    """Runs the measurements, and prints JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
@@ -135,7 +136,7 @@ def main() -> None:
                 "unlearn": timed(plain, root / f"plain-{repeat}"),
                 "MPU round": timed(mpu_round, root / f"round-{repeat}"),
             }
-            for name, value in measured.items() if repeat else ():  # the first repeat warms everything up
+            for name, value in measured.items() if repeat else ():  # the first repeat is for warm-up
                 seconds[name].append(value)
         lora = unlearn(
             root / "model",
@@ -163,9 +164,7 @@ def main() -> None:
         [f"MPU round, {copies} copies", f"{middle['MPU round']:.2f}", f"{ratios[1]:.2f} x {copies} `unlearn`", "1.1"],
     ]
     print("\n" + markdown(["", "seconds (median)", "ratio", "goal"], lines))
-    print(
-        f"\nLoRA of rank {rank}: the update is {smaller:.1f} x smaller here, {qwen_ratio(rank):.1f} x for Qwen2.5 0.5B"
-    )
+    print(f"\nLoRA, rank {rank}: updates are {smaller:.1f} x smaller here, {qwen_ratio(rank):.1f} x for Qwen2.5 0.5B")
 
 
 if __name__ == "__main__":

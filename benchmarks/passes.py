@@ -1,11 +1,11 @@
-"""The server's two passes at the shapes of real models: seconds, GB/s, peak memory, and the distance from a lower bound.
+"""Measures the server's two passes at the shapes of real models: seconds, GB/s, peak memory, ratio to a lower bound.
 
-Builds a random checkpoint with the shapes of a real model, streaming, so that any size fits. Then runs, each in its own process
-so that peak memory can be told apart: Pre-Process (m copies, every tensor with noise, `paper` reparameterization), Post-Process
-on m synthetic updates, and, for models that fit in memory, the paper's formulas written plainly with `torch.randn`, without
-writing the result. The lower bound ("floor") of Pre-Process is the time to read and write its bytes at the disk's rate plus the
-time to draw its normals, both measured in the same run with the same number of threads; that of Post-Process is the time to
-copy the same bytes.
+Builds a random checkpoint with the shapes of a real model, streaming, so that it need not fit in memory. Then runs the
+following, each in its own process so that peak memory is measured separately: Pre-Process (m copies, noise in every
+tensor, `paper` reparameterization), Post-Process on m synthetic updates, and, for models that fit in memory, a direct
+implementation of the paper's formulas with `torch.randn` that does not write its result. The lower bound ("floor") of
+Pre-Process is the time to read and write its bytes at the speed of the disk plus the time to generate its normals, both
+measured in the same run with the same number of threads. For Post-Process it is the time to copy the same bytes.
 
     python benchmarks/passes.py [--model qwen2.5-0.5b] [--copies 3] [--layers N] [--out DIR] [--no-dense]
 """
@@ -39,7 +39,7 @@ KAPPA = 0.01
 
 
 def dense(checkpoint: Path, copies: int) -> None:
-    """The paper's Pre-Process as one would write it at first: whole tensors, torch.randn, one copy after another in memory."""
+    """A direct implementation of the paper's Pre-Process: whole tensors, torch.randn, all copies in memory."""
     from safetensors.torch import load_file
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -70,7 +70,7 @@ def dense(checkpoint: Path, copies: int) -> None:
 
 
 def reparameterize(weights: dict[str, torch.Tensor], prefix: str, heads: int, groups: int, dim: int) -> None:
-    """Rotated RoPE planes of q, k, v and o, and permuted FFN channels, in one layer."""
+    """Rotates the RoPE planes of q, k, v and o, and permutes the FFN channels, in one layer."""
     angle = torch.rand(groups, dim // 2) * 6.2831853
     s = torch.zeros(groups, dim, dim)
     i = torch.arange(dim // 2)
@@ -92,7 +92,7 @@ def reparameterize(weights: dict[str, torch.Tensor], prefix: str, heads: int, gr
 
 
 def normals_per_second() -> float:
-    """The keystream's rate of normals on as many threads as the passes use."""
+    """The rate of generating normals from the keystream, on as many threads as the passes use."""
     stream, count, calls = Secret.generate().stream("rate"), 1 << 18, 40
 
     def work(number: int) -> None:
@@ -106,7 +106,7 @@ def normals_per_second() -> float:
 
 
 def disk_rates(folder: Path, size: int = 1 << 30) -> tuple[float, float]:
-    """Bytes per second of writing a file with a sync, and of reading it back from the page cache."""
+    """Bytes per second for writing a file with a sync, and for reading it back from the page cache."""
     data, path = os.urandom(1 << 24), folder / "rate.bin"
     begin = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
@@ -125,7 +125,7 @@ def disk_rates(folder: Path, size: int = 1 << 30) -> tuple[float, float]:
 
 
 def measured(what: str, arguments: list[str]) -> dict[str, float]:
-    """Runs one step of this file in a process of its own; its seconds without start-up, and its peak memory in GB."""
+    """Runs one step of this file in its own process; returns its seconds (without start-up) and peak memory in GB."""
     done = subprocess.run(
         [sys.executable, __file__, "--step", what, *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -134,7 +134,7 @@ def measured(what: str, arguments: list[str]) -> dict[str, float]:
 
 
 def step(what: str, arguments: list[str]) -> None:
-    """One step, in its process."""
+    """Runs one step, in its own process, and prints its measurements."""
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     actions: dict[str, Callable[[], object]] = {
         "preprocess": lambda: preprocess(
@@ -155,7 +155,7 @@ def step(what: str, arguments: list[str]) -> None:
 
 
 def copied(sources: list[Path], target: Path) -> float:
-    """Seconds to read all of the sources and write the first one's bytes, with a sync: the floor of Post-Process."""
+    """Seconds to read all sources and to write the bytes of the first one, with a sync: the floor of Post-Process."""
     begin = time.perf_counter()
     buffer = bytearray(1 << 24)
     for number, source in enumerate(sources):
@@ -171,7 +171,7 @@ def copied(sources: list[Path], target: Path) -> float:
 
 
 def benchmark(model: str, copies: int, layers: int | None, out: Path, with_dense: bool) -> dict[str, Any]:
-    """All of it for one model."""
+    """Runs all measurements for one model."""
     config = {**MODELS[model], **({"num_hidden_layers": layers} if layers else {})}
     source = build(out / "model", config)
     count = sum(info.nbytes for info in Checkpoint(source).tensors.values()) // 2
@@ -207,12 +207,12 @@ def benchmark(model: str, copies: int, layers: int | None, out: Path, with_dense
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as a table."""
     rows = []
     for name, key, ratio, what in (
         ("Pre-Process", "preprocess", "ratio_to_floor", "the floor"),
         ("Post-Process", "postprocess", "ratio_to_copying", "copying"),
-        ("in memory, writing nothing", "dense", "ratio_to_preprocess", "Pre-Process"),
+        ("in memory, without writing", "dense", "ratio_to_preprocess", "Pre-Process"),
     ):
         if measurement := result.get(key):
             speed = f"{measurement['gb_per_s']:.2f}" if "gb_per_s" in measurement else ""
@@ -232,9 +232,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen2.5-0.5b")
     parser.add_argument("--copies", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="another number of layers")
-    parser.add_argument("--out", type=Path, help="where to put models, about 6 x the model's size (default: temporary)")
-    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="also in memory")
+    parser.add_argument("--layers", type=int, help="override the number of layers")
+    parser.add_argument("--out", type=Path, help="folder for models, 6 x the size of the model (default: temporary)")
+    parser.add_argument(
+        "--dense", action=argparse.BooleanOptionalAction, default=True, help="also run the direct implementation"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         wanted = arguments.dense and arguments.model in ("tiny", "qwen2.5-0.5b")

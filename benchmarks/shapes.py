@@ -1,4 +1,4 @@
-"""Random checkpoints with the shapes of real models, and updates that fit them, for the other benchmarks."""
+"""Random checkpoints with the shapes of real models, and matching synthetic updates, for the other benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ROWS = 4096
-"""How many rows are made at a time."""
+"""Number of rows that are generated at a time."""
 
 
 def build(out: Path, config: dict[str, Any]) -> Path:
-    """A random bfloat16 checkpoint with those shapes, written a few rows at a time."""
+    """Writes a random bfloat16 checkpoint with the shapes of a config, a few rows at a time."""
     architecture = Architecture(FAMILIES[config["model_type"]], config)
     names = architecture.required()
     if config["model_type"] == "qwen2":
@@ -55,7 +55,7 @@ def build(out: Path, config: dict[str, Any]) -> Path:
 
 
 def synthetic_update(copy: Path, out: Path) -> Path:
-    """A bfloat16 update of every tensor of a copy, a thousandth of it, written a few rows at a time."""
+    """Writes a bfloat16 update of every tensor of a copy, equal to the tensor divided by 1000, a few rows at a time."""
     source = Checkpoint(copy)
     specs = {name: (torch.bfloat16, info.shape) for name, info in source.tensors.items()}
     with new_directory(out) as folder:
@@ -69,5 +69,5 @@ def synthetic_update(copy: Path, out: Path) -> Path:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """The total size of the files in a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

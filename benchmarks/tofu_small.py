@@ -1,8 +1,9 @@
-"""A small Llama learns real TOFU authors and then forgets two of them, through the command line.
+"""Trains a small Llama on real TOFU authors and unlearns two of them through the command line.
 
-One model is trained from scratch on forget01 (2 authors, 40 questions) and the first authors of retain99, until it knows them;
-a second one on the retain authors alone. `mpunlearn run` then unlearns forget01 with NPO and three copies, and, with the same
-budget, without noise and with a single copy. Prints the table of `mpunlearn demo` and writes result.json.
+One model is trained from scratch on forget01 (2 authors, 40 questions) and the first authors of retain99 until it knows
+them, and a second one on the retain authors only. `mpunlearn run` then unlearns forget01 with NPO and three copies and,
+with the same budget, without noise and with a single noisy copy. Prints the same table as `mpunlearn demo` and writes
+result.json.
 
     python benchmarks/tofu_small.py --tofu DIRECTORY_WITH_TOFU_JSON_FILES [--out DIR]
 
@@ -43,14 +44,14 @@ def read(path: Path, count: int | None = None) -> list[Record]:
 
 
 def write(path: Path, records: list[Record]) -> Path:
-    """Example file in the product's own format."""
+    """Writes examples in the file format of mpunlearn."""
     lines = [json.dumps({"question": record.question, "answer": record.answer}) for record in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def questions(records: list[Record]) -> Questions:
-    """Records as a set without paraphrases and wrong answers."""
+    """Records as an evaluation set without paraphrases and wrong answers."""
     answers = [record.answer for record in records]
     return Questions([str(record.question) for record in records], answers, answers, [[] for _ in records])
 
@@ -58,7 +59,7 @@ def questions(records: list[Record]) -> Questions:
 def tofu_small(
     tofu: Path, out: Path, *, forget_authors: int, retain_authors: int, recipe: Recipe, rounds: int = 5
 ) -> list[Line]:
-    """Trains, unlearns on the command line's own path, and evaluates; the lines of the table."""
+    """Trains, unlearns through the command line, and evaluates; returns the lines of the table."""
     forget = read(tofu / "forget01.json", forget_authors * QUESTIONS_PER_AUTHOR)
     retain = read(tofu / "retain99.json", retain_authors * QUESTIONS_PER_AUTHOR)
     files = {"forget": write(out / "forget.jsonl", forget), "retain": write(out / "retain.jsonl", retain)}
@@ -87,7 +88,7 @@ def tofu_small(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", type=Path, required=True, help="directory with forget01.json and retain99.json")
-    parser.add_argument("--out", type=Path, help="directory for models and result.json (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="directory for models and result.json (default: temporary)")
     arguments = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,7 +97,7 @@ def main() -> None:
         lines = tofu_small(arguments.tofu, out, forget_authors=2, retain_authors=18, recipe=RECIPE)
         (out / "result.json").write_text(json.dumps([asdict(line) for line in lines], indent=2), encoding="utf-8")
     print(table(lines))
-    print(f"{time.monotonic() - begin:.0f} s in all")
+    print(f"{time.monotonic() - begin:.0f} s in total")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_bad_input_is_one_line_and_exit_code_2(here: Path, capsys, arguments: st
         ("run model --forget f --out o --learning-rate -1e-3", "--learning-rate: expected a number of at least 0"),
         ("run model --forget f --out o --seed -1", "--seed: expected a number of at least 0, found -1"),
         ("run --forget f --out o", "CHECKPOINT is missing"),
-        ("run model --forget f --out o --keep-exchange true", "switches take no value"),
+        ("run model --forget f --out o --keep-exchange true", "flags take no value"),
         ("unlean model", "did you mean `mpunlearn unlearn`?"),
         ("server stat", "did you mean `mpunlearn server start`?"),
         ("evaluate org/model", "org/model: "),
@@ -227,10 +227,10 @@ def test_output_is_set_up_for_the_command_alone(here: Path, capsys, caplog) -> N
 @pytest.mark.parametrize(
     ("arguments", "ready", "hint"),
     [
-        (f"{RUN} --out r --rounds 500", "r/server/state", "go on with the same command"),
+        (f"{RUN} --out r --rounds 500", "r/server/state", "repeat the same command to resume"),
         ("server start model --run r --insecure --objective grad-ascent --port {port}", "r/invitation.json", "server resume r"),
         ("server status watched --watch", "", "interrupted"),
-        ("client join {invitation} --work w --forget forget.jsonl", "w", "go on with the same command"),
+        ("client join {invitation} --work w --forget forget.jsonl", "w", "repeat the same command to resume"),
     ],
 )  # fmt: skip
 def test_ctrl_c_says_how_to_go_on_and_exits_130(here: Path, arguments: str, ready: str, hint: str) -> None:

@@ -99,9 +99,9 @@ def test_impossible_runs_write_nothing(save_tiny, tmp_path: Path, examples) -> N
 def test_a_run_never_touches_what_it_did_not_write(save_tiny, tmp_path: Path, examples) -> None:
     path = save_tiny("work/final")
     before = checkpoint_digest(path)
-    with pytest.raises(PlanError, match="holds the model"):
+    with pytest.raises(PlanError, match="contains the model"):
         run(path, forget=examples[0], retain=examples[1], out=tmp_path / "work", rounds=1)
-    with pytest.raises(PlanError, match="something other than a run"):
+    with pytest.raises(PlanError, match="do not belong to a run"):
         run(save_tiny("other"), forget=examples[0], retain=examples[1], out=tmp_path / "work", rounds=1)
     assert checkpoint_digest(path) == before
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["final"]

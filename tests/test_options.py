@@ -127,7 +127,7 @@ def test_the_command_line_counts_more_than_the_file(tmp_path: Path) -> None:
         ("objective: npoo\n", "--objective: expected one of grad-ascent"),
         ("keep_exchange: 1\n", "--keep-exchange: expected true or false, found 1"),
         ("- rounds\n", "expected lines such as `rounds: 5`"),
-        ("rounds: [\n", "not YAML"),
+        ("rounds: [\n", "not valid YAML"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(text: str, why: str, tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_help_lists_choices_defaults_and_groups(capsys, monkeypatch) -> None:
         "Main options",
         "Noise and reparameterization",
         "Training",
-        "Hyper-parameters of the objectives",
+        "Hyperparameters of the objectives",
     ):
         assert word in text
     assert "default: 5" in text
-    assert text.index("Training") < text.index("Hyper-parameters of the objectives") < text.index("General")
+    assert text.index("Training") < text.index("Hyperparameters of the objectives") < text.index("General")
     assert "None" not in text
 
 

@@ -1,8 +1,13 @@
-"""Unlearning between a model owner and a data owner, neither of whom shows the other what it holds.
+"""LLM unlearning between a model owner (server) and a data owner (client) that keep their assets private.
 
-The functions are the verbs of the command line: `preprocess`, `postprocess` and `describe` (the server's), `unlearn` (the
-client's), `run` (both, in one process) and `evaluate`. Their options are `Perturbation`, `Training`, `Data` and `Resources`.
-Names are imported when they are first used, so importing the server's side loads nothing of the client's.
+The method is MPU (Multiple Perturbed Copies Unlearning, arXiv 2602.23798). In each round, the server publishes several
+noisy, reparameterized copies of its model, the client unlearns its text on each copy, and the server inverts the
+reparameterizations and averages the updates so that the first-order effect of the noise cancels.
+
+The functions are also the commands of the command line: `preprocess`, `postprocess` and `describe` for the server,
+`unlearn` for the client, `run` for both in one process, and `evaluate`. Their options are grouped in `Perturbation`,
+`Training`, `Data` and `Resources`. Names are imported lazily, so using the server's functions does not load the
+client's dependencies.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,11 @@
-"""The command line: one verb per library function. It parses, calls, prints, and turns errors into one line.
+"""The command line: one command per library function. It parses options, calls the function, and prints the result.
 
-Options, types and help come from the functions' signatures and docstrings (`options`), so there is one text for both
-interfaces. The modules of the verbs import nothing heavy at the top, so `--help` does not load PyTorch.
+Options, types and help texts come from the functions' signatures and docstrings (see `options`), so the command line
+and the Python API share one text. The modules of the commands import nothing heavy at the top level, so `--help` does
+not load PyTorch.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
+Exit codes: 0 success, 2 invalid input (reported in one line), 130 interrupted with Ctrl-C, 143 terminated. A traceback
+is a bug.
 """
 
 import difflib
@@ -28,52 +30,52 @@ from mpunlearn.progress import logger, say
 
 @dataclass(frozen=True)
 class Verb:
-    """A command."""
+    """One command."""
 
     module: str
-    """The module whose function of that name (its last word) does it."""
+    """Module below `mpunlearn` that holds the command's function."""
     group: str
     what: str
-    """A line for the overview."""
+    """One-line description for the overview."""
     resume: str = ""
-    """What to do after an interruption; {NAME} stands for an option."""
+    """What to do after an interruption; {NAME} stands for the value of an option."""
 
     def function(self, name: str) -> Callable[..., Any]:
-        """The library function."""
+        """The library function of the command `name`; it is called like the last word of the name."""
         function: Callable[..., Any] = getattr(
             importlib.import_module(f"mpunlearn.{self.module}"), name.split()[-1].replace("-", "_")
         )
         return function
 
 
-SERVER, CLIENT, BOTH, TRY = "The model owner", "The data owner", "Both, or anyone", "To try things out"
-AGAIN = "go on with the same command"
+SERVER, CLIENT, BOTH, TRY = "Server (model owner)", "Client (data owner)", "Either or both", "Demos and examples"
+AGAIN = "repeat the same command to resume"
 VERBS = {
     "preprocess": Verb("server.preprocess", SERVER, "publish the perturbed copies of the next round"),
     "postprocess": Verb("server.postprocess", SERVER, "aggregate the updates of all copies into a new checkpoint"),
-    "describe": Verb("server.describe", SERVER, "list the secret choices in a reparameterization of a model"),
+    "describe": Verb("server.describe", SERVER, "list what the secret reparameterization of a model would change"),
     "server start": Verb(
         "server.network.serve",
         SERVER,
-        "serve a run to clients over a network",
-        "go on with `mpunlearn server resume {run}`",
+        "start a run and serve it to clients over the network",
+        "resume with `mpunlearn server resume {run}`",
     ),
-    "server resume": Verb("server.network.serve", SERVER, "go on with an interrupted run", AGAIN),
-    "server status": Verb("server.network.status", SERVER, "show how far a run is"),
+    "server resume": Verb("server.network.serve", SERVER, "resume an interrupted run", AGAIN),
+    "server status": Verb("server.network.status", SERVER, "show the progress of a run"),
     "unlearn": Verb("client.unlearn", CLIENT, "unlearn on one published copy and write the update"),
-    "client key": Verb("client.network.join", CLIENT, "generate keys, once"),
-    "client join": Verb("client.network.join", CLIENT, "connect to a run, and do its jobs", AGAIN),
-    "client work": Verb("client.network.join", CLIENT, "do the jobs that another program fetches", AGAIN),
-    "run": Verb("local", BOTH, "all rounds with both parties in one process", AGAIN),
-    "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows, and what it can still do"),
-    "demo": Verb("demo.local", TRY, "unlearn four fictitious authors, and compare with retraining"),
-    "network-demo": Verb("demo.network", TRY, "the same between two processes over a network"),
-    "example": Verb("demo.example", TRY, "write a small model and data to try things with"),
+    "client key": Verb("client.network.join", CLIENT, "generate the client's keys (once)"),
+    "client join": Verb("client.network.join", CLIENT, "connect to a run and process its jobs", AGAIN),
+    "client work": Verb("client.network.join", CLIENT, "process jobs that another program fetches", AGAIN),
+    "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
+    "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
+    "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
+    "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command and returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -89,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, 1)
         hint = f"did you mean `mpunlearn {near[0]}`?" if near else "see `mpunlearn --help`"
-        print(f"mpunlearn: no command {name!r}; {hint}", file=sys.stderr)
+        print(f"mpunlearn: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     return _call(name, arguments[words:])
 
 
 def overview(first: str = "") -> str:
-    """What `mpunlearn --help` prints, or `mpunlearn server --help`."""
+    """The text of `mpunlearn --help`, or of `mpunlearn FIRST --help` for the commands that start with that word."""
     lines = [f"usage: mpunlearn {first + ' ' if first else ''}COMMAND [--help] ..."]
     for group in (SERVER, CLIENT, BOTH, TRY):
         verbs = {
@@ -105,11 +107,11 @@ def overview(first: str = "") -> str:
         }
         if verbs:
             lines += ["", f"{group}:", *(f"  {name:14s} {verb.what}" for name, verb in verbs.items())]
-    return "\n".join([*lines, "", "Every command explains its options with --help."])
+    return "\n".join([*lines, "", "Run `mpunlearn COMMAND --help` to see the options of a command."])
 
 
 def _call(name: str, arguments: list[str]) -> int:
-    """Parses the options of a verb, calls its function, and prints the result."""
+    """Parses the options of a command, calls its function, and prints the result; returns the exit code."""
     verb, prog = VERBS[name], f"mpunlearn {name}"
     function = verb.function(name)
     try:
@@ -137,7 +139,7 @@ def _call(name: str, arguments: list[str]) -> int:
         hint = verb.resume.format_map({key: str(value) for key, value in values.items()})
         print(f"{prog}: interrupted" + (f"; {hint}" if hint else ""), file=sys.stderr)
         return 143 if terminated else 130
-    except BrokenPipeError:  # whoever read the output has closed it
+    except BrokenPipeError:  # the reader of standard output has closed the pipe
         sys.stderr.close()
         return 0
     finally:
@@ -146,7 +148,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
 
 def _print(result: Any, as_json: bool) -> None:
-    """Prints what a verb returned, for people or as JSON."""
+    """Prints the result of a command, as text or as JSON."""
     if as_json:
         value = result.to_json() if hasattr(result, "to_json") else {"result": str(result)}
         print(json.dumps(value, indent=2, ensure_ascii=False))
@@ -162,7 +164,7 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 class _Lines(logging.Handler):
-    """Prints log lines on standard error, above a progress bar if there is one."""
+    """Prints log lines to standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -172,7 +174,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _output(prog: str, quiet: bool) -> Iterator[None]:
-    """While a verb runs, its log lines and warnings appear at once on standard error."""
+    """Sends log lines and warnings to standard error immediately while a command runs."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None

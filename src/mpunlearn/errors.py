@@ -1,24 +1,25 @@
-"""The errors a user can cause. Each message says what is wrong, where, what was expected and found, and what to do next.
+"""Errors that a user can cause.
 
-All of them derive from `MPUError`: the command line prints such an error as one line and exits with code 2. Anything else is
-a bug and shows its traceback.
+Each message says what is wrong, where, what was expected and found, and what to do next. All errors derive from
+`MPUError`. The command line prints such an error as one line and exits with code 2. Any other exception is a bug and
+shows its traceback.
 """
 
 
 class MPUError(Exception):
-    """Base class of every error that is about the input, not about the program."""
+    """Base class of all errors that are caused by the input or the environment, not by a bug."""
 
 
 class DisclosureWarning(UserWarning):
-    """Something is less protected than it may seem."""
+    """Something is less well protected than the settings suggest."""
 
 
 class NothingUnlearnedWarning(UserWarning):
-    """A training finished, but hardly moved the forget loss."""
+    """A training run finished but hardly changed the forget loss."""
 
 
 class FileError(MPUError):
-    """A file or directory is missing, damaged, already there, or cannot be written."""
+    """A file or directory is missing, is damaged, already exists, or cannot be written."""
 
 
 class CheckpointError(FileError):
@@ -26,27 +27,27 @@ class CheckpointError(FileError):
 
 
 class UnloadableError(CheckpointError):
-    """A checkpoint that transformers cannot load."""
+    """A checkpoint cannot be loaded by transformers."""
 
 
 class UnsupportedModelError(MPUError):
-    """A readable checkpoint whose family, tensors or number format cannot be handled exactly."""
+    """A readable checkpoint has a model family, tensors or a number format that cannot be handled exactly."""
 
 
 class SchemaError(MPUError):
-    """A file or message lacks a field, has an unknown one, or holds a value of the wrong type."""
+    """A file or message is missing a field, has an unknown field, or has a value of the wrong type."""
 
 
 class PlanError(MPUError):
-    """An option has an impossible value, or two options contradict each other."""
+    """An option has an invalid value, or two options contradict each other."""
 
 
 class StateError(MPUError):
-    """The server's state, or a party's working directory, does not allow what is asked of it."""
+    """The server's state, or a party's working directory, does not allow the requested operation."""
 
 
 class UpdateError(MPUError):
-    """What the client sent back cannot be an update of this round's copies."""
+    """What the client sent back is not a valid update of this round's copies."""
 
 
 class DataError(MPUError):
@@ -58,8 +59,8 @@ class MessageError(MPUError):
 
 
 class NetworkError(MPUError):
-    """The network, a store or another program of the run does not respond."""
+    """The network, a store, or another program of the run does not respond."""
 
 
 class DamagedError(NetworkError):
-    """A transferred file is missing, or is not the one that its sender signed."""
+    """A transferred file is missing or differs from the one that its sender signed."""

@@ -1,7 +1,7 @@
-"""Nothing half-written: directories and JSON files that become visible whole, or not at all.
+"""Atomic writes: a directory or JSON file becomes visible complete or not at all.
 
-The idea: build under a temporary name beside the target, sync, rename. An exception leaves nothing behind. A killed process
-leaves a `.NAME.partial`, which the next attempt removes unless a running process holds its lock.
+The idea: write under a temporary name next to the target, sync, rename. An exception leaves nothing behind. A killed
+process leaves a `.NAME.partial`, which the next attempt removes unless a running process holds its lock.
 """
 
 import fcntl
@@ -17,19 +17,19 @@ from typing import Any
 from mpunlearn.errors import FileError, PlanError
 
 MAX_JSON_BYTES = 100_000_000
-"""Larger JSON files are refused: what the other party sends may be of any size."""
+"""Larger JSON files are rejected, since the other party controls the size of what it sends."""
 
 
 @contextmanager
 def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
-    """Builds a directory under a temporary name and renames it to `path` when the block ends without an exception.
+    """Yields a temporary directory, and renames it to `path` if the block ends without an exception.
 
     Raises:
-        FileError: `path` exists, or the file system refuses (no space, no permission). Nothing is left behind.
+        FileError: `path` exists, or it cannot be written (no space, no permission). Nothing is left behind.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise FileError(f"{path}: already exists; name another directory, or remove this one")
+        raise FileError(f"{path}: already exists; choose another directory, or remove this one")
     partial = path.parent / f".{path.name}.partial"
     lock, named = -1, False
     try:
@@ -46,7 +46,7 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
         named = False
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be written: {error.strerror or error}; nothing was left behind, fix the cause and run again"
+            f"{path}: cannot be written: {error.strerror or error}; nothing was left behind; fix this and run again"
         ) from error
     finally:
         if lock >= 0:
@@ -54,8 +54,17 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for the same lock file, which is created if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _claim(partial: Path, mode: int) -> int:
-    """Creates and locks the temporary directory; one that a killed process left behind is removed first."""
+    """Creates and locks the temporary directory, after removing one that a killed process left behind."""
     for _ in range(2):
         with suppress(FileExistsError):
             partial.mkdir(mode=mode)
@@ -64,13 +73,13 @@ def _claim(partial: Path, mode: int) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise FileError(f"{partial}: another process is writing there; wait for it, or stop it") from None
+            raise FileError(f"{partial}: another process is writing to it; wait for that process, or stop it") from None
         if not any(partial.iterdir()):
             partial.chmod(mode & ~_umask())
             return lock
         shutil.rmtree(partial)
         os.close(lock)
-    raise FileError(f"{partial}: cannot be emptied; remove it")
+    raise FileError(f"{partial}: cannot be removed; remove it by hand and run again")
 
 
 def _umask() -> int:
@@ -80,16 +89,16 @@ def _umask() -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         FileError: the file is missing, not JSON, not an object, or larger than `MAX_JSON_BYTES`.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+            raise ValueError(f"the file has more than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which could not be written back
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -100,12 +109,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
-    """Writes a JSON file atomically: after a crash it holds the old content or the new, whole."""
+    """Writes a JSON file atomically: after a crash it has either the old or the new content."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode)
 
 
 def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
-    """Writes or replaces a file atomically."""
+    """Creates or replaces a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     partial.unlink(missing_ok=True)
@@ -120,32 +129,32 @@ def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None
 
 
 def cache_folder() -> Path:
-    """Where the program keeps what it can make again."""
+    """The folder for files that can be recreated at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
 
 
 def as_path(value: Any, option: str) -> Path:
-    """The path that a Python caller gave for an option.
+    """Converts the value of an option to a path.
 
     Raises:
-        PlanError: it is not a path, but a model object, say.
+        PlanError: the value is not a path (but a model object, for example).
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise PlanError(
-            f"{option}: expected a path, found an object of type {type(value).__name__}; save a model with "
-            "save_pretrained and give its directory"
+            f"{option}: expected a path, found an object of type {type(value).__name__}; save the model "
+            "with save_pretrained and pass that directory"
         )
     return Path(value)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of the data at an offset of an open file."""
+    """Writes all of `data` at a byte offset of an open file."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done : done + (1 << 30)], offset + done)

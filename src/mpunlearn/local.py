@@ -1,16 +1,21 @@
-"""Both parties in one process, apart on disk, and resumable.
+"""Runs all rounds of MPU with both parties in one process, but separated on disk. Runs can be resumed.
 
-    RUN/server/      the server's alone (mode 0700): plan, secret state, θ between rounds
-    RUN/client/      the client's alone (mode 0700): digests of its data, its memory of the copies of round 1
-    RUN/exchange/    what crosses between them: round-1/copies/copy-1 …, round-1/updates/copy-1 …
-    RUN/final/       the unlearned checkpoint, the server's
+In each round, the server publishes m perturbed copies of its model θ, the client unlearns on each copy, and the server
+aggregates the m updates into the next θ. The directory of a run:
 
-The directory tree is its own journal: every directory becomes visible atomically once it is complete, and a round is closed in
-the server's state after its result has its name. A run that was killed anywhere goes on with what is missing. It ends with the
-same bytes, as long as processor, library versions and number of threads are the same. Between rounds θ is kept in float32. A
-copy is deleted when its update exists, so at most the copies of one round are held.
+    RUN/server/      private to the server (mode 0700): plan, secret state, θ between rounds (in float32)
+    RUN/client/      private to the client (mode 0700): digests of its data, what it keeps of the copies of round 1
+    RUN/exchange/    what the parties exchange: round-1/copies/copy-1 …, round-1/updates/copy-1 …
+    RUN/final/       the unlearned checkpoint, which belongs to the server
 
-This is the only module that knows both parties. Its name is not `run`, so that `mpunlearn.run` is always the function.
+There is no separate journal: every directory becomes visible atomically once it is complete, and a round is closed in
+the server's state only after its result is in place. A run that was killed at any point can therefore continue with
+whatever is missing. The final checkpoint is byte-identical as long as the processor, the library versions and the
+number of threads are the same. A copy is deleted once its update exists, so only the copies of one round are on disk at
+a time.
+
+This is the only module that imports from both parties. It is not called `run`, so that `mpunlearn.run` always means the
+function.
 """
 
 import shutil
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """RUN/client/plan.json: which data the run was started with."""
+    """RUN/client/plan.json: the data that the run was started with."""
 
     forget: str
     """SHA-256 of the forget set."""
@@ -58,30 +63,33 @@ def run(
     data: Data | None = None,
     resources: Resources | None = None,
 ) -> Path:
-    """Unlearns with both parties in one process; an interrupted run goes on with the same command.
+    """Runs all rounds with both parties in one process. Repeat the same command to resume an interrupted run.
 
-    In each round, the server publishes the copies, the client unlearns on each of them, and the server aggregates the updates.
+    In each round, the server publishes perturbed copies of the model, the client unlearns on each copy, and the server
+    aggregates the updates.
 
     Args:
-        checkpoint: The server's model, a checkpoint directory.
-        forget: What to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or hub:OWNER/NAME.
-        out: The run's directory. If it holds an unfinished run with the same options, that run goes on.
-        retain: What to keep, in the same form. Objectives with a retain term need it.
-        base: The public checkpoint that the model was trained from. The noise is then relative to the task vector.
-        rounds: Number R of rounds.
+        checkpoint: The server's model, a Hugging Face checkpoint directory.
+        forget: The data to forget: a file, a folder saved by `datasets`, a benchmark such as tofu/forget10, or
+            hub:OWNER/NAME.
+        out: The run's directory. If it holds an unfinished run with the same options, that run is resumed.
+        retain: The data to retain, in the same formats. Required by objectives with a retain term.
+        base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
+            task vector (the model's weights minus the base's).
+        rounds: Number of rounds R.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
-        device: Where the server's arithmetic runs, cpu or cuda. Training uses a GPU wherever there is one.
+        device: Device of the server's computations, cpu or cuda. Training uses a GPU whenever there is one.
         perturbation: Number of copies, noise level, reparameterization.
-        training: The objective and its hyper-parameters.
+        training: The objective and its hyperparameters.
         data: Columns and locations of the examples.
-        resources: Memory, precision, checkpoints and trackers of training.
+        resources: Memory, precision, checkpoints and experiment trackers of training.
 
     Returns:
         The unlearned checkpoint, OUT/final.
 
     Raises:
-        PlanError: `out` holds a run with other options, or an option has an impossible value.
+        PlanError: `out` holds a run with different options, or an option has an invalid value.
         MPUError: As `preprocess`, `unlearn` and `postprocess` do.
     """
     from mpunlearn.client.client import Client
@@ -101,7 +109,7 @@ def run(
         training=training or Training(),
     )
     if processes() > 1:
-        raise PlanError("`run` is one process; to train on several, start `unlearn` under torchrun for every copy")
+        raise PlanError("`run` needs a single process; to train on several, run `unlearn` under torchrun on each copy")
     memory = out / "client" / "memory"
     client = Client(forget=forget, retain=retain, memory=memory, training=plan.training, data=data, resources=resources)
     check_models(plan)
@@ -123,7 +131,7 @@ def run(
 
 
 def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep_exchange: bool) -> None:
-    """Does what is missing of one round, and removes what is no longer needed."""
+    """Does whatever is missing of one round, and removes files that are no longer needed."""
     folder = exchange / f"round-{number}"
     if not rounds.closed(number):
         rounds.publish(number, folder / "copies")
@@ -141,29 +149,29 @@ def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep
 
 
 def _check_out(out: Path, plan: "RunPlan") -> None:
-    """Refuses a directory that holds the model, or anything else but a run.
+    """Checks that the output directory holds nothing but a run.
 
     Raises:
-        PlanError: it does.
+        PlanError: it is a file, or it contains the model or other files.
     """
     for model in (plan.checkpoint, *([plan.base] if plan.base is not None else [])):
         if out.resolve() in (Path(model), *Path(model).parents):
-            raise PlanError(f"--out {out}: holds the model {model} itself; name a directory of its own for the run")
+            raise PlanError(f"--out {out}: contains the model {model}; choose a separate directory for the run")
     if out.exists() and not out.is_dir():
-        raise PlanError(f"--out {out}: is a file; name a directory for the run")
+        raise PlanError(f"--out {out}: is a file; expected a directory for the run")
     started = (out / "server" / "plan.json").exists()
     if not started and out.is_dir() and any(entry.name != "server" for entry in out.iterdir()):
-        raise PlanError(f"--out {out}: holds something other than a run; name a directory of its own for the run")
+        raise PlanError(f"--out {out}: contains files that do not belong to a run; choose a new directory")
 
 
 def _check_room(out: Path, plan: "RunPlan", client: "Client") -> None:
-    """Refuses a run that would fill the disk.
+    """Checks that there is enough disk space for the run.
 
-    Needed at once are the copies or the updates of one round, θ before and after it, and the copies of round 1 if the client
-    keeps them as references.
+    At its peak, a run holds the copies or the updates of one round, θ before and after the round, and the copies of
+    round 1 if the client keeps them as reference models.
 
     Raises:
-        FileError: there is less space than that.
+        FileError: there is less free space than that.
     """
     from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 
@@ -172,12 +180,12 @@ def _check_room(out: Path, plan: "RunPlan", client: "Client") -> None:
     copies, dtype = plan.perturbation.copies, plan.perturbation.publish_dtype
     copy = entries * FLOAT_DTYPES[dtype].itemsize if dtype else sum(info.nbytes for info in tensors)
     update = theta = 4 * entries
-    kept = copies * copy if client.losses.reference_model else 0
-    needed = copies * max(copy, update) + min(copy, update) + theta * min(plan.rounds, 2) + kept
+    references = copies * copy if client.losses.reference_model else 0
+    needed = copies * max(copy, update) + min(copy, update) + theta * min(plan.rounds, 2) + references
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise FileError(
-            f"{out}: the run needs up to {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free; free some space, "
-            "choose another --out, or take fewer --copies"
+            f"{out}: the run needs up to {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free; free some "
+            "space, choose another --out, or use fewer --copies"
         )

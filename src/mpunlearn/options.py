@@ -1,8 +1,8 @@
-"""The options of a verb, from the signature and docstring of its function, parsed with cyclopts.
+"""Derives the options of a command from the signature and docstring of its function, and parses them with cyclopts.
 
-A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass. The attribute
-docstrings of the fields are their help. The hyper-parameters of all objectives are options, too. `--config FILE.yaml` gives any
-of them from a file; what is on the command line counts more.
+A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass, with the
+attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. Any option can
+also be set in a file with `--config FILE.yaml`; the command line takes precedence.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import cyclopts
 
 OBJECTIVE_FIELDS = ("objective", "gamma", "alpha", "retain_loss", "skip_tokens")
-"""Fields of `Training` that are about the objective."""
+"""Fields of `Training` that define the objective."""
 GROUPS = {
     "Perturbation": "Noise and reparameterization",
     "Federation": "Clients",
@@ -33,7 +33,7 @@ GROUPS = {
     "Data": "Data",
     "Resources": "Resources of this machine",
 }
-MAIN, OBJECTIVE, HYPER, GENERAL = "Main options", "Objective", "Hyper-parameters of the objectives", "General"
+MAIN, OBJECTIVE, HYPER, GENERAL = "Main options", "Objective", "Hyperparameters of the objectives", "General"
 ORDER = (
     MAIN,
     GROUPS["Perturbation"],
@@ -46,47 +46,47 @@ ORDER = (
     GENERAL,
 )
 REQUIRED = inspect.Parameter.empty
-"""The default of an option that has none."""
+"""Default of an option that is required."""
 
 
 class ParseError(Exception):
-    """The command line cannot be parsed; the message is one line."""
+    """The command line cannot be parsed. The message is one line."""
 
 
 @dataclass(frozen=True)
 class General:
-    """Options that every verb has."""
+    """Options of every command."""
 
     config: Path | None = None
-    """YAML file with any of these options."""
+    """YAML file that sets any of these options. The command line takes precedence."""
     print_config: bool = False
-    """Print all options with their values, as a YAML file that --config reads, and exit."""
+    """Print the values of all options as YAML, in the format that --config reads, and exit."""
     json: bool = False
-    """Print the result as JSON on standard output."""
+    """Print the result as JSON to standard output."""
     quiet: bool = False
-    """Print no progress; errors and warnings remain."""
+    """Show errors and warnings only, no progress."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a verb."""
+    """One option of a command."""
 
     name: str
     hint: Any
     default: Any
-    """`REQUIRED` if there is none."""
+    """`REQUIRED` if the option has no default."""
     help: str
     group: str
     positional: bool = False
 
     @property
     def flag(self) -> str:
-        """How it is written on the command line."""
+        """The option as written on the command line."""
         return "--" + self.name.replace("_", "-")
 
 
 def options_of(function: Callable[..., Any]) -> list[Option]:
-    """All options of a verb, in the order in which help shows them."""
+    """All options of a command, in the order of the help text."""
     texts = _parameter_texts(function)
     options: list[Option] = []
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
@@ -110,9 +110,9 @@ def _fields(kind: type[Any], group: str) -> list[Option]:
     for field in dataclasses.fields(kind):
         if kind is Training and field.name == "parameters":
             continue
-        mine = OBJECTIVE if kind is Training and field.name in OBJECTIVE_FIELDS else group
+        field_group = OBJECTIVE if kind is Training and field.name in OBJECTIVE_FIELDS else group
         hint = inspect.get_annotations(kind, eval_str=True)[field.name]
-        options.append(Option(field.name, hint, field.default, texts[field.name], mine))
+        options.append(Option(field.name, hint, field.default, texts[field.name], field_group))
     return options
 
 
@@ -124,14 +124,14 @@ def _hyper_parameter(name: str) -> Option:
 
 
 def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tuple[dict[str, Any], General] | None:
-    """The keyword arguments of a verb's function from its command line.
+    """Parses the command line of a command into the keyword arguments of its function.
 
     Returns:
-        The arguments and the general options; None if help or the configuration was printed instead.
+        The arguments and the general options, or None if the help text or the configuration was printed instead.
 
     Raises:
-        ParseError: an option is unknown or missing, or has an impossible value.
-        PlanError: values contradict each other.
+        ParseError: an option is unknown or missing, or has an invalid value.
+        PlanError: two values contradict each other.
     """
     import cyclopts
 
@@ -158,7 +158,7 @@ def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tupl
 
 
 def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The function's own arguments, with dataclasses put together."""
+    """The arguments of the function, with the fields of each dataclass collected into an instance."""
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         kind = _dataclass_of(parameter.annotation)
@@ -173,7 +173,7 @@ def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[s
 
 
 def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], optional: bool) -> Callable[..., None]:
-    """A function with those options as parameters, annotated for cyclopts."""
+    """A function whose parameters are the options, annotated for cyclopts."""
     import cyclopts
 
     groups = {name: cyclopts.Group.create_ordered(name) for name in ORDER}
@@ -189,7 +189,7 @@ def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], opt
     parameters.sort(key=lambda parameter: parameter.kind)
 
     def verb(*_: Any, **__: Any) -> None:
-        raise AssertionError("only its signature is used")
+        raise AssertionError("only the signature is used")
 
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -197,7 +197,7 @@ def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], opt
 
 
 def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
-    """The type of an option for cyclopts, and how it is converted and shown."""
+    """The type of an option, and the arguments of `cyclopts.Parameter` that convert and display it."""
     hint, members = option.hint, _members(option.hint)
     if Path in members:
         return (Path | None if option.default is None else Path), {"metavar": "PATH", "negative": ()}
@@ -218,15 +218,15 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
-    """Numbers separated by commas."""
+    """Parses comma-separated numbers."""
     return tuple(float(number) for number in tokens[0].value.split(","))
 
 
 def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The options in the file that --config names.
+    """Reads the options in the --config file.
 
     Raises:
-        ParseError: the file cannot be read, or holds an unknown option or an impossible value.
+        ParseError: the file cannot be read, or has an unknown option or an invalid value.
     """
     path = None
     for number, argument in enumerate(arguments):
@@ -243,7 +243,7 @@ def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str
     except OSError as error:
         raise ParseError(f"--config {path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParseError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise ParseError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ParseError(f"--config {path}: expected lines such as `rounds: 5`, found {content!r:.60}")
     values = {}
@@ -259,7 +259,7 @@ def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str
 
 
 def _from_yaml(option: Option, value: Any, path: Path) -> Any:
-    """A value from a configuration file in the option's type."""
+    """Converts a value from a configuration file to the type of the option."""
     members = _members(option.hint)
     if Path in members and isinstance(value, str):
         return Path(value)
@@ -278,7 +278,7 @@ def _from_yaml(option: Option, value: Any, path: Path) -> Any:
 
 
 def _print_config(given: Mapping[str, Any]) -> None:
-    """Prints the options as YAML; those without a value are left out."""
+    """Prints the options as YAML, without those that have no value."""
     import yaml
 
     general = {field.name for field in dataclasses.fields(General)}
@@ -295,7 +295,7 @@ def _print_config(given: Mapping[str, Any]) -> None:
 
 
 def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], prog: str) -> str:
-    """One line that says what is wrong and where to look."""
+    """Turns an error of cyclopts into one line that says what is wrong and where to find help."""
     import cyclopts
 
     see = f"see `{prog} --help`"
@@ -307,7 +307,7 @@ def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], pro
     if isinstance(error, cyclopts.UnusedCliTokensError):
         tokens = re.findall(r"'([^']*)'", str(error))
         if tokens and tokens[0] in ("true", "false"):
-            return f"unexpected {tokens[0]!r}: switches take no value, give --NAME or --no-NAME; {see}"
+            return f"unexpected {tokens[0]!r}: flags take no value, use --NAME or --no-NAME; {see}"
         return f"unexpected {', '.join(map(repr, tokens))}; {see}"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[0].lower()}{text[1:]}" + ("" if text.endswith("?") else f"; {see}")
@@ -322,13 +322,13 @@ def _dataclass_of(annotation: Any) -> type[Any] | None:
 
 
 def _summary(function: Callable[..., Any]) -> str:
-    """A docstring up to its sections."""
+    """The part of a docstring before its sections."""
     text = inspect.getdoc(function) or ""
     return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0].replace("`", "")
 
 
 def _parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
-    """The descriptions in the Args section of a docstring."""
+    """The parameter descriptions in the Args section of a docstring."""
     from docstring_parser import parse as parse_docstring
 
     docstring = parse_docstring(inspect.getdoc(function) or "")
@@ -336,7 +336,7 @@ def _parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _attribute_texts(kind: type[Any]) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass."""
+    """The attribute docstrings of the fields of a dataclass."""
     from docstring_parser import parse_from_object
 
     return {param.arg_name: _plain(param.description or "") for param in parse_from_object(kind).params}

@@ -1,8 +1,8 @@
-"""Progress for people: bars on a terminal, plain lines elsewhere, nothing when asked to be quiet.
+"""Progress reports: bars on a terminal, log lines elsewhere, nothing with `--quiet`.
 
-Bars go to standard error. Plain lines go to the logger `mpunlearn`; the command line prints them on standard error, and a
-program that uses the library sees them once it configures logging. A task that takes less than `LINE_SECONDS` logs nothing,
-unless it has something to report, such as losses.
+Bars go to standard error. Lines go to the logger `mpunlearn`; the command line prints them to standard error, and a
+program that uses the library sees them once it configures logging. A task that takes less than `LINE_SECONDS` logs
+nothing, unless it reports values such as losses.
 """
 
 import logging
@@ -15,14 +15,14 @@ from typing import Self, TypeVar
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-"""Seconds between two plain lines of one task."""
+"""Minimum number of seconds between two log lines of a task."""
 
 logger = logging.getLogger("mpunlearn")
 T = TypeVar("T")
 
 
 def progress(items: Collection[T], what: str) -> Iterator[T]:
-    """Iterates over `items` and shows how far it is."""
+    """Iterates over `items` and shows the progress."""
     with Progress(len(items), what) as task:
         for item in items:
             yield item
@@ -30,12 +30,12 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
 
 
 class Progress:
-    """A task with a known number of steps. Use as a context manager.
+    """The progress of a task with a known number of steps. Use as a context manager.
 
     Args:
         total: number of steps.
-        what: what is being done, as a label.
-        shown: whether this process shows progress; one of several processes does.
+        what: label of the task.
+        shown: whether this process shows progress; in distributed training, only one does.
     """
 
     def __init__(self, total: int, what: str, shown: bool = True) -> None:
@@ -47,7 +47,7 @@ class Progress:
         self._logged = False
 
     def update(self, steps: int = 1, note: str = "") -> None:
-        """Counts steps that are done; `note` is shown beside the count, such as the current losses."""
+        """Advances by some steps; `note` is shown next to the count, such as the current losses."""
         self._done += steps
         self._note = note or self._note
         if note:
@@ -73,11 +73,11 @@ class Progress:
 
 
 class Waiting:
-    """Waiting for something that may never come: after a while a line that says for what, then a count of the seconds.
+    """Reports a wait of unknown length: nothing at first, then a line that explains it, then the seconds elapsed.
 
     Args:
-        what: what is being waited for, as a label.
-        quiet_seconds: how long nothing is said.
+        what: label of what is waited for.
+        quiet_seconds: how long to wait before the first report.
     """
 
     def __init__(self, what: str, quiet_seconds: float) -> None:
@@ -86,10 +86,10 @@ class Waiting:
         self._bar: tqdm[None] | None = None
         self._told = False
         self.over = False
-        """Whether it has come."""
+        """Whether the wait is over."""
 
     def tick(self, explain: Callable[[], str]) -> None:
-        """Call this often; `explain` says why it takes so long."""
+        """Reports if it is time to; call this often. `explain` returns the line that explains the wait."""
         now = time.monotonic()
         if self.over or now - self._begun < self._quiet:
             return
@@ -106,7 +106,7 @@ class Waiting:
             logger.info("%s: %.0f s", self._what, now - self._begun)
 
     def finish(self) -> None:
-        """It has come."""
+        """Ends the wait."""
         self.over = True
         if self._bar is not None:
             self._bar.close()
@@ -119,15 +119,15 @@ class Waiting:
 
 
 def _bars() -> bool:
-    """Whether there is a terminal, and nobody asked for quiet."""
+    """Whether to show bars: standard error is a terminal, and progress was not silenced."""
     return sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING)
 
 
 def say(line: str) -> None:
-    """Logs one line for people. Text from the other party in it cannot move the cursor or break the encoding."""
+    """Logs one line, with unprintable characters escaped, since parts of it may come from the other party."""
     logger.info("%s", printable(line))
 
 
 def printable(text: str) -> str:
-    """The text with unprintable characters escaped."""
+    """Escapes the unprintable characters of a text."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,14 +1,15 @@
-"""JSON in, a checked dataclass out.
+"""Parses JSON into type-checked dataclasses.
 
-Every JSON file that a program reads back and every message from the network is described by a frozen dataclass. `parse` builds
-one from parsed JSON: it refuses missing fields, unknown fields and values of the wrong type, so the code behind it never meets
-a surprise. `check_options` applies the same checks to dataclasses that Python users construct by hand.
+Every JSON file that the package reads back and every network message is described by a frozen dataclass. `parse` builds
+an instance from decoded JSON and rejects missing fields, unknown fields and values of the wrong type, so the code that
+uses it needs no further checks. `check_options` applies the same checks to dataclasses that Python users construct
+directly.
 
-A dataclass with a field `format` is versioned: `read` refuses files of a newer format, and an `upgrade` function turns the JSON
-of older formats into that of the current one. A field that was added later needs only a default.
+A dataclass with a field `format` is versioned: `read` rejects files of a newer format, and an `upgrade` function
+converts the JSON of older formats to the current one. A field that was added later only needs a default.
 
-Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, optional types,
-and nested dataclasses.
+Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, optional
+types, and nested dataclasses.
 """
 
 import dataclasses
@@ -24,13 +25,13 @@ from mpunlearn.errors import FileError, PlanError, SchemaError
 from mpunlearn.files import read_json, write_json
 
 MAX_INTEGER = 1 << 53
-"""Integers up to this survive every JSON implementation, including those that read numbers as doubles."""
+"""Largest integer that every JSON implementation preserves, including those that read numbers as doubles."""
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 M = TypeVar("M")
 
 
 def parse(kind: type[M], value: Any) -> M:
-    """A dataclass from parsed JSON.
+    """Builds a dataclass from decoded JSON.
 
     Raises:
         SchemaError: a field is missing, unknown, or of the wrong type.
@@ -50,21 +51,21 @@ def parse(kind: type[M], value: Any) -> M:
 
 
 def read(kind: type[M], path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> M:
-    """A dataclass from a JSON file.
+    """Reads a dataclass from a JSON file.
 
     Args:
         kind: the dataclass.
         path: the file.
-        upgrade: turns the content of a file of any older format into the current one.
+        upgrade: converts the content of a file of any older format to the current format.
 
     Raises:
         FileError: the file cannot be read as JSON.
-        SchemaError: it does not hold what is expected, or a newer version wrote it.
+        SchemaError: its content does not match the dataclass, or a newer version wrote it.
     """
     value = read_json(path)
     current = getattr(kind, "format", None)
     if current is not None and isinstance(found := value.get("format"), int) and found > current:
-        raise SchemaError(f"{path}: has format {found}, this version reads formats up to {current}; upgrade mpunlearn")
+        raise SchemaError(f"{path}: has format {found}, expected at most {current}; upgrade mpunlearn")
     try:
         return parse(kind, upgrade(value))
     except SchemaError as error:
@@ -84,7 +85,7 @@ def write(path: Path, value: Any, mode: int = 0o600) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Checks the types of a dataclass whose fields are command-line options; call it from `__post_init__`.
+    """Checks the field types of a dataclass whose fields are command-line options; call it from `__post_init__`.
 
     Raises:
         PlanError: a value has the wrong type. The message names the option.
@@ -99,7 +100,7 @@ def check_options(options: Any) -> None:
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
-    """The value as the hinted type, or a `SchemaError` that says where it is."""
+    """Converts a value to the type `hint`; a `SchemaError` names its location `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value

@@ -1,16 +1,16 @@
-"""Tables as text: Markdown for documents, aligned columns for terminals."""
+"""Formats tables as text: Markdown for documents, aligned columns for terminals."""
 
 from collections.abc import Iterable, Sequence
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded with spaces, for a terminal."""
+    """Formats columns padded with spaces, for a terminal."""
     table = [header, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     return "\n".join(

@@ -276,14 +276,18 @@ def test_an_entry_of_a_table_is_read_axis_by_axis() -> None:
 @pytest.mark.parametrize(
     ("model_type", "change", "message"),
     [
-        ("llama", {"hidden_size": None}, "expected a positive integer hidden_size, found None"),
-        ("llama", {"num_key_value_heads": 3}, "divisible by that of key-value heads"),
+        ("llama", {"hidden_size": None}, "hidden_size: expected a positive integer, found None"),
+        ("llama", {"num_key_value_heads": 3}, "found 4 heads, 3 key-value heads and 8 rotary dimensions of 8"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "unquantized"),
         ("llama", {"model_type": "mamba"}, "'mamba' is not supported; known families: gemma"),
-        ("phi", {"rope_parameters": {"partial_rotary_factor": "half"}}, "partial_rotary_factor between 0 and 1"),
-        ("phi", {"rope_parameters": None, "partial_rotary_factor": 2.0}, "partial_rotary_factor between 0 and 1"),
-        ("qwen3_moe", {"mlp_only_layers": 1}, "list of layers mlp_only_layers"),
-        ("qwen3_moe", {"decoder_sparse_step": 0}, "positive integer decoder_sparse_step"),
+        (
+            "phi",
+            {"rope_parameters": {"partial_rotary_factor": "half"}},
+            "partial_rotary_factor: expected a number above",
+        ),
+        ("phi", {"rope_parameters": None, "partial_rotary_factor": 2.0}, "partial_rotary_factor: .*, found 2.0"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers to be a list of layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step to be a positive integer"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_with_its_path(save_tiny, model_type, change, message) -> None:

@@ -135,18 +135,18 @@ DAMAGES = {
     "header cut": "model.safetensors: not a complete safetensors file",
     "empty file": "model.safetensors: not a complete safetensors file",
     "header length absurd": "model.safetensors: not a complete safetensors file",
-    "pickle": "holds pytorch_model.bin, but only safetensors files are opened",
+    "pickle": "contains pytorch_model.bin, but only safetensors files are opened",
     "pickle named safetensors": "model.safetensors: not a complete safetensors file",
-    "nothing": "expected model.safetensors or model.safetensors.index.json in it, found neither",
+    "nothing": "expected model.safetensors or model.safetensors.index.json in this directory, found neither",
     "no tensors": "holds no tensors",
     "index not a map": "index.json: expected a `weight_map`",
     "index not json": "index.json: cannot be read as JSON",
-    "index and single file": "holds both",
-    "index leaves the folder": "expected a .safetensors file beside the index",
+    "index and single file": "contains both",
+    "index leaves the folder": "expected a .safetensors file in the same directory",
     "index names a missing shard": "model-00001-of-00001.safetensors: missing",
     "index names a missing tensor": "index.json: does not match its shards in model.extra",
     "index forgets a tensor": "index.json: does not match its shards in ",
-    "fp8": "holds tensors of dtype F8_E4M3",
+    "fp8": "contains tensors of dtype F8_E4M3",
 }
 
 
@@ -169,8 +169,8 @@ def test_a_file_or_nothing_is_not_a_directory(tmp_path: Path) -> None:
 
 def test_a_path_like_a_name_on_the_hub_says_how_to_download_the_model(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    hint = "Models are not downloaded.*run `hf download Qwen/Qwen2.5-0.5B --local-dir DIR` and give DIR"
-    with pytest.raises(CheckpointError, match=f"nothing at that path. {hint}"):
+    hint = "models are not downloaded.*run `hf download Qwen/Qwen2.5-0.5B --local-dir DIR` and give DIR"
+    with pytest.raises(CheckpointError, match=f"nothing at that path; {hint}"):
         Checkpoint("Qwen/Qwen2.5-0.5B")
 
 

@@ -241,8 +241,8 @@ def muse_mirror(root: Path) -> Path:
 
 def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path, monkeypatch) -> None:
     mirror = muse_mirror(tmp_path / "mirror")
-    path, data = save_tiny(), Data(data_root=str(mirror))
-    options = {"benchmark": "muse/news", "data": data, "cache": tmp_path / "cache"}
+    path = save_tiny()
+    options = {"benchmark": "muse/news", "data_root": mirror, "cache": tmp_path / "cache"}
     evaluation = evaluate(path, retain_model=path, **options)
     assert set(evaluation.metrics) == {
         "forget_verbmem_ROUGE",

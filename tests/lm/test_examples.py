@@ -89,7 +89,7 @@ def test_a_chat_that_the_template_refuses_is_an_error_of_the_data(tokenizer) -> 
     try:
         record = Record("Where?", "Lyon.", (("system", "be kind"),), where="x.jsonl, line 3")
         refused = (
-            "x.jsonl, line 3: the model's chat template refuses messages of system, user, assistant: System role not"
+            "x.jsonl, line 3: the model's chat template rejects messages with the roles system, user, assistant: System"
         )
         with pytest.raises(DataError, match=refused):
             encode([record], tokenizer, 64)

@@ -24,8 +24,8 @@ ROWS = [{"question": "q?", "answer": "a, b"}, {"question": "Größe?", "answer":
 EXPECTED = {
     "e.jsonl": "one JSON object per line",
     "e.json": "an array of JSON objects, or one object per line",
-    "e.csv": "a line with the names of the columns, and one line per example",
-    "e.txt": "a text",
+    "e.csv": "a header line with the names of the columns, and one line per example",
+    "e.txt": "some text",
     "e": "one JSON object per line",
 }
 RECORDS = [Record(row["question"], row["answer"]) for row in ROWS]
@@ -116,23 +116,25 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     for name, expected in EXPECTED.items():
         refused(lines(tmp_path / name, ""), f"{name}: is empty; expected {expected}")
         refused(lines(tmp_path / name, " ", "\t"), f"{name}: is empty")
-    refused(lines(tmp_path / "none.json", "[]"), "none.json: holds no examples")
-    refused(lines(tmp_path / "head.csv", "question,answer"), "head.csv: holds no examples")
+    refused(lines(tmp_path / "none.json", "[]"), "none.json: contains no examples")
+    refused(lines(tmp_path / "head.csv", "question,answer"), "head.csv: contains no examples")
     for name in ("missing.jsonl", "missing.txt.gz", "missing.parquet"):
         refused(tmp_path / name, f"{name}: no such file$")
         refused(name, f"^{name}: no such file$")
-    refused("just some words", "no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:")
-    refused(str(tmp_path / "patients"), "no such file or folder; expected one")
+    refused(
+        "just some words", "no such file or folder; give an existing one, a benchmark such as tofu/forget10, or hub:"
+    )
+    refused(str(tmp_path / "patients"), "no such file or folder; give an existing one")
     refused("x" * 5000, "File name too long")
     (tmp_path / "binary.jsonl").write_bytes(b'{"text": "\xff"}')
-    refused(tmp_path / "binary.jsonl", "not UTF-8 text, since it has the byte 0xff; expected UTF-8 text")
+    refused(tmp_path / "binary.jsonl", "not UTF-8 text, since it contains the byte 0xff; expected UTF-8 text")
     (tmp_path / "zeros.txt").write_bytes("Größe".encode("utf-16-be").replace(b"\xf6", b"o").replace(b"\xdf", b"s"))
-    refused(tmp_path / "zeros.txt", "not text, since it has zero bytes; expected UTF-8 text")
+    refused(tmp_path / "zeros.txt", "not text, since it contains zero bytes; expected UTF-8 text")
     refused(lines(tmp_path / "y.csv", "question,answer", "q,a,b"), "y.csv, line 2: expected 2 columns")
     refused(lines(tmp_path / "z.csv", "question,answer", '"q,a'), "z.csv, line 2: cannot be read as CSV")
     (tmp_path / "folder").mkdir()
     refused(
-        tmp_path / "folder", "a folder without a saved data set .*expected a file, or a folder that `datasets` wrote"
+        tmp_path / "folder", "a folder without a saved dataset .*expected a file, or a folder that `datasets` wrote"
     )
     refused(lines(tmp_path / "k.jsonl", '{"a": "b"}'), "line 1: has no column 'c', only a", Data(text_key="c"))
     refused(
@@ -197,7 +199,7 @@ def test_a_damaged_saved_data_set_is_an_error_of_the_data(tmp_path: Path) -> Non
     (file,) = folder.glob("*.arrow")
     content = file.read_bytes()
     file.write_bytes(content[:20])
-    with pytest.raises(DataError, match="saved: a damaged data set .*save it again"):
+    with pytest.raises(DataError, match="saved: the saved dataset is damaged .*save it again"):
         read_records(folder)
     assert content.count("Größe".encode()) == 1
     file.write_bytes(content.replace("Größe".encode(), b"\xff" * 7))
@@ -221,7 +223,7 @@ def test_gzipped_files_are_read_and_damaged_ones_named(tmp_path: Path, name: str
     damages = [content[:-9], content[: len(content) // 2], content[:12], text.encode(), content[:-8] + bytes(8)]
     for damaged in damages:
         file.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{name}: a damaged gzip file, or none"):
+        with pytest.raises(DataError, match=f"{name}: not a valid gzip file"):
             read_records(file)
     file.write_bytes(gzip.compress(b""))
     with pytest.raises(DataError, match=f"{name}: is empty"):
@@ -270,7 +272,7 @@ def test_benchmarks_are_found_by_name_in_a_mirror(tmp_path: Path) -> None:
     assert read_records("muse/news/retain2", data) == [Record(None, "retain2")]
     (tmp_path / "tofu" / "forget05.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode()))
     assert read_records("tofu/forget05", data) == RECORDS[:1]
-    with pytest.raises(DataError, match="tofu/forget99: no such file or folder, and no mirror of it below --data-root"):
+    with pytest.raises(DataError, match="tofu/forget99: no such file or folder, and no mirror of it in --data-root"):
         read_records("tofu/forget99", data)
     with pytest.raises(DataError, match="name a part of the benchmark"):
         read_records("tofu", data)
@@ -282,7 +284,7 @@ def test_a_mirrored_repository_of_the_hub_is_loaded_as_one(tmp_path: Path) -> No
     for name in ("someone/things", "hub:someone/things"):
         assert read_records(name, Data(data_root=str(tmp_path))) == RECORDS
     for name in ("someone/other", "hub:someone/other", "hub:someone/other:part"):
-        with pytest.raises(DataError, match=f"{name}: no such .* no mirror of it below --data-root.*someone/other$"):
+        with pytest.raises(DataError, match=f"{name}: no such .* no mirror of it in --data-root.*someone/other$"):
             read_records(name, Data(data_root=str(tmp_path)))
 
 
@@ -303,12 +305,12 @@ def test_a_mistyped_path_never_reaches_the_hub_but_a_hub_name_does(hub) -> None:
         READ_ALL, "data/patients", "data/patients:2024", "data/patients.jsonl", "patients", "hub:patients", "hub:"
     )
     assert hub.asked == []
-    mistaken = "no such file or folder; if you mean a data set of the Hugging Face hub, write hub:data/patients"
+    mistaken = "no such file or folder; for a dataset on the Hugging Face Hub, write hub:data/patients"
     assert errors == [
         f"data/patients: {mistaken}",
         f"data/patients:2024: {mistaken}:2024",
         "data/patients.jsonl: no such file",
-        "patients: no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:OWNER/NAME",
+        "patients: no such file or folder; give an existing one, a benchmark such as tofu/forget10, or hub:OWNER/NAME",
         "hub:patients: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG",
         "hub:: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG",
     ]
@@ -372,7 +374,7 @@ def test_alternates_come_from_the_column_a_file_or_our_refusals(tmp_path: Path) 
         with_alternates(mixed, Data(), refusals=False, seed=1)
     with pytest.raises(DataError, match="expected a question"):
         with_alternates([Record(None, "text")], Data(), refusals=True, seed=1)
-    with pytest.raises(DataError, match="holds no refusals"):
+    with pytest.raises(DataError, match="contains no refusals"):
         with_alternates(mixed, Data(alternates=str(lines(tmp_path / "empty.txt", ""))), refusals=True, seed=1)
 
 

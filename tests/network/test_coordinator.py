@@ -160,7 +160,8 @@ def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world
     until(net)
     silent = net.identity(1).public
     assert any(
-        line.startswith(f"goes on without client {silent[:16]}: it has not answered for copy 1, 2") for line in net.said
+        line.startswith(f"continuing without client {silent[:16]}: it did not answer for copy 1, 2")
+        for line in net.said
     )
     alone = net_of(tmp_path / "alone", world, rounds=1)
     assert set(weights(net.final)) == set(weights(alone.run()))
@@ -172,7 +173,7 @@ def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world
 def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0}, silent={1})
     with pytest.raises(
-        NetworkError, match=f"client {net.identity(1).public[:16]} has not answered for copy 1, 2 of round 1"
+        NetworkError, match=f"client {net.identity(1).public[:16]} did not answer for copy 1, 2 of round 1"
     ):
         until(net)
     # Settled: it answers now, and the run goes on with what there is.
@@ -210,7 +211,7 @@ def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path, mo
 def test_status_says_how_far_a_run_is(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, clients=2, rounds=1)
     net.plan().pin(net.coordinator.folder.plan)
-    assert run_status(net.folder / "server").text().startswith("not begun; start with")
+    assert run_status(net.folder / "server").text().startswith("not started; start it with")
     shown = set()
     while not net.turn():
         shown |= set(run_status(net.folder / "server").text().splitlines())
@@ -224,7 +225,7 @@ def test_status_says_how_far_a_run_is(world, tmp_path: Path) -> None:
 
 def test_a_refusal_names_the_client_and_the_run_goes_on_when_it_is_settled(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, rounds=1, policy={"max_copies": 1})
-    with pytest.raises(NetworkError, match=r"refuses copy [12] of round 1: max copies is 1, asked for 2"):
+    with pytest.raises(NetworkError, match=r"declined copy [12] of round 1: max copies is 1, asked for 2"):
         until(net)
     net.policy = {}
     net.workers = [net.start_worker(0)]
@@ -296,7 +297,7 @@ def test_a_file_that_was_damaged_in_the_store_is_asked_for_again(world, tmp_path
 
     net.tamper = tamper
     net.run()
-    assert any(line.startswith("refused") and "damaged or incomplete" in line for line in net.said)
+    assert any(line.startswith("rejected") and "damaged or incomplete" in line for line in net.said)
     assert sum(line.endswith("unlearning") for line in net.said) == 2  # not trained again
 
 
@@ -431,7 +432,7 @@ def test_a_node_whose_first_answer_was_damaged_is_asked_again(world, tmp_path: P
 
     net.tamper = tamper
     net.run()
-    assert any(line.startswith("refused") for line in net.said)
+    assert any(line.startswith("rejected") for line in net.said)
 
 
 def test_an_update_too_large_for_a_message_needs_a_store(world, tmp_path: Path, monkeypatch) -> None:
@@ -459,4 +460,4 @@ def test_a_store_that_is_away_for_a_while_is_not_the_clients_fault(world, tmp_pa
     monkeypatch.setattr(net.store, "fetch", failing)
     net.run()
     assert failures == [0]
-    assert sum("cannot take a message" in line for line in net.said) == 5
+    assert sum("cannot process a message" in line for line in net.said) == 5

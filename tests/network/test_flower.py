@@ -252,9 +252,9 @@ def test_insecure_is_for_this_machine_only(tmp_path: Path) -> None:
     tiny_world(tmp_path)
     model = tmp_path / "model"
     for options, why in (
-        ({"host": "0.0.0.0", "insecure": True}, "only on a loopback address"),
-        ({"host": "example.org", "insecure": True}, "only on a loopback address"),
-        ({"listen": "0.0.0.0", "insecure": True}, "only on a loopback address"),
+        ({"host": "0.0.0.0", "insecure": True}, "only allowed on a loopback address"),
+        ({"host": "example.org", "insecure": True}, "only allowed on a loopback address"),
+        ({"listen": "0.0.0.0", "insecure": True}, "only allowed on a loopback address"),
         ({}, "give --trust"),
         ({"insecure": True, "trust": "a"}, "give --trust"),
         ({"insecure": True, "port": 0}, "--port"),

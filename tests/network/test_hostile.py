@@ -1,7 +1,7 @@
 """Damaged, forged, replayed and poisonous answers of a client, and what they must not change.
 
-Every case starts from the same moment of a run, one job out to one client. Afterwards nothing of the server's state may have
-changed: the secret state, the models, the accepted updates.
+Every case starts from the same moment of a run, one job out to one client. Afterwards nothing of the server's state may
+have changed: the secret state, the models, the accepted updates.
 """
 
 import io
@@ -56,15 +56,15 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
     "a pickle": (lambda net, files: pickle.dumps(files), "not a sealed message"),
     "a length that lies": (lambda net, files: b"MPU1" + b"\xff" * 4 + b"{}", "damaged"),
     "cut off": (lambda net, files: result(net, files)[:200], "damaged"),
-    "no JSON": (lambda net, files: b"MPU1" + (2).to_bytes(4, "little") + b"no", "not JSON"),
-    "deeply nested": (lambda net, files: b"MPU1" + (60_000).to_bytes(4, "little") + b"[" * 60_000, "not JSON"),
+    "no JSON": (lambda net, files: b"MPU1" + (2).to_bytes(4, "little") + b"no", "not valid JSON"),
+    "deeply nested": (lambda net, files: b"MPU1" + (60_000).to_bytes(4, "little") + b"[" * 60_000, "not valid JSON"),
     "not an object": (lambda net, files: b"MPU1" + (2).to_bytes(4, "little") + b"[]", "expected a JSON object"),
     "no signature": (lambda net, files: b"MPU1" + (2).to_bytes(4, "little") + b"{}", "body, key and signature"),
     "a changed body": (
         lambda net, files: result(net, files).replace(b"simnpo", b"x").replace(b'\\"job\\"', b'\\"jab\\"'),
         "signature",
     ),
-    "a stranger's": (lambda net, files: result(net, files, stranger()), "does not carry for"),
+    "a stranger's": (lambda net, files: result(net, files, stranger()), "does not relay messages for"),
     "an unknown kind": (
         lambda net, files: edited(result(net, files), lambda body: body.update(kind="order"), net.identity(0)),
         "unknown kind of message 'order'",
@@ -83,10 +83,10 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
     ),
     "not a number": (
         lambda net, files: edited(result(net, files), lambda body: body.update(job=float("nan")), net.identity(0)),
-        "not JSON",
+        "not valid JSON",
     ),
-    "of another run": (lambda net, files: result(net, files, run="0" * 32), "does not answer any job"),
-    "of no job": (lambda net, files: result(net, files, job="0" * 64), "does not answer any job"),
+    "of another run": (lambda net, files: result(net, files, run="0" * 32), "does not answer any open job"),
+    "of no job": (lambda net, files: result(net, files, job="0" * 64), "does not answer any open job"),
     "files and a refusal": (lambda net, files: result(net, files, refusal="no"), "either files or a refusal"),
     "neither": (lambda net, files: result(net, {}), "either files or a refusal"),
     "a path upwards": (lambda net, files: result(net, {"../../state/secret.key": b"x" * 32}), "unexpected file name"),
@@ -102,14 +102,14 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
         lambda net, files: edited(result(net, files), lambda body: body["files"][0].update(size=-1), net.identity(0)),
         "invalid size",
     ),
-    "a truncated file": (lambda net, files: result(net, files)[:-100], "carries"),
-    "more than was announced": (lambda net, files: result(net, files) + b"more", "carries"),
+    "a truncated file": (lambda net, files: result(net, files)[:-100], "contains files of"),
+    "more than was announced": (lambda net, files: result(net, files) + b"more", "contains files of"),
     "another file than was signed": (lambda net, files: result(net, files)[:-4] + b"\0\0\0\1", "damaged or incomplete"),
     "a terabyte": (
         lambda net, files: edited(
             result(net, files), lambda body: body["files"][0].update(size=1 << 40, slot=0), net.identity(0)
         ),
-        "announces more|carries",
+        "announces more|contains files of",
     ),
     "a URL of its own": (
         lambda net, files: edited(
@@ -117,11 +117,11 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
             lambda body: None,
             net.identity(0),
         ),
-        "not where the job said",
+        "not at the location that the job specified",
     ),
     "a slot that was not allotted": (
         lambda net, files: result(net, {}, files=[File("update.json", 2, "0" * 64, slot=3)]),
-        "not where the job said",
+        "not at the location that the job specified",
     ),
     "a pickle as safetensors": (
         lambda net, files: result(net, {**files, "update.safetensors": pickle.dumps(files)}),
@@ -148,7 +148,7 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
     ),
     "no tensors": (lambda net, files: result(net, tensors(files, dict.clear)), "holds no tensors"),
     "no card": (lambda net, files: result(net, {**files, "update.json": b"{}"}), "does not say which copy"),
-    "another copy's card": (lambda net, files: result(net, card(files, copy=2)), "is of copy 2"),
+    "another copy's card": (lambda net, files: result(net, card(files, copy=2)), "belongs to copy 2"),
     "another round's card": (lambda net, files: result(net, card(files, round=9)), "round 9"),
     "an index to elsewhere": (
         lambda net, files: result(
@@ -158,20 +158,20 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
                 "update.safetensors.index.json": b'{"weight_map": {"x": "../copies/copy-1/model.safetensors"}}',
             },
         ),
-        "expected a .safetensors file beside",
+        "expected a .safetensors file in the same directory",
     ),
     "a wrong shape": (
         lambda net, files: result(net, tensors(files, lambda u: u.update({first(u): torch.zeros(3)}))),
         "shape",
     ),
-    "a missing tensor": (lambda net, files: result(net, tensors(files, lambda u: u.pop(first(u)))), "is not there"),
+    "a missing tensor": (lambda net, files: result(net, tensors(files, lambda u: u.pop(first(u)))), "missing one is"),
     "an extra tensor": (
         lambda net, files: result(net, tensors(files, lambda u: u.update({"lm_head.extra": torch.zeros(3)}))),
         "which the model does not have",
     ),
     "a tensor that the plan does not train": (
         lambda net, files: result(net, tensors(files, lambda u: u.update({"model.norm.weight": torch.zeros(32)}))),
-        "should not be there",
+        "unexpected one is",
     ),
     "integers": (
         lambda net, files: result(net, tensors(files, lambda u: u.update({first(u): u[first(u)].long()}))),
@@ -192,26 +192,26 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
     ),
     "half a character": (
         lambda net, files: edited(result(net, files), lambda body: body.update(run="\ud800"), net.identity(0)),
-        "not JSON",
+        "not valid JSON",
     ),
     "half a character in a file": (lambda net, files: result(net, card(files, run="\ud800")), "JSON"),
     "half a character as the key": (
         lambda net, files: edited(result(net, files), lambda body: None, half()),
-        "not JSON",
+        "not valid JSON",
     ),
     "a number without end": (
         lambda net, files: edited(
             result(net, files), lambda body: body["files"][0].update(size=10**400), net.identity(0)
         ),
-        "not JSON|at most",
+        "not valid JSON|at most",
     ),
     "factors where the plan trains weights": (
         lambda net, files: result(net, tensors(files, factorize)),
-        "against the plan",
+        "contrary to the plan",
     ),
     "an answer to no challenge": (
         lambda net, files: seal(Hello(job_of(net)[1].run, "0" * 32, "1"), stranger()),
-        "another challenge",
+        "a different challenge",
     ),
 }
 
@@ -236,7 +236,7 @@ def test_the_server_refuses(case: str, scene: Scene, tmp_path: Path) -> None:
     name = job_of(net)[0]
     (net.coordinator.folder.mail / "inbox" / f"1-{name}").write_bytes(data)
     assert not net.coordinator.step()
-    refused = [line for line in net.said[said:] if line.startswith("refused")]
+    refused = [line for line in net.said[said:] if line.startswith("rejected")]
     assert len(refused) == 1
     assert re.search(why, refused[0]), refused[0]
     assert secrets_of(net) == before
@@ -253,7 +253,11 @@ def test_an_answer_counts_once_and_only_from_its_client(scene: Scene, tmp_path: 
     files = honest(net, tmp_path / "honest")
     name = job_of(net)[0]
     data = result(net, files)
-    for node, expected in (("2", "does not carry for"), ("1", "update of copy 1"), ("1", "does not answer any job")):
+    for node, expected in (
+        ("2", "does not relay messages for"),
+        ("1", "update of copy 1"),
+        ("1", "does not answer any open job"),
+    ):
         (net.coordinator.folder.mail / "inbox" / f"{node}-{name}").write_bytes(data)
         net.coordinator.step()
         assert expected in net.said[-1]
@@ -274,7 +278,7 @@ def test_a_run_with_a_poisoned_answer_ends_like_one_without(scene: Scene, tmp_pa
         net.tamper = tamper if number else None
         finals.append(checkpoint_digest(net.run()))
         assert len(spoiled) == number
-        assert any(line.startswith("refused") for line in net.said) == bool(number)
+        assert any(line.startswith("rejected") for line in net.said) == bool(number)
     assert finals[0] == finals[1]
 
 

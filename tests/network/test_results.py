@@ -38,8 +38,8 @@ def test_only_the_client_of_an_open_job_is_heard(scene: Scene, tmp_path: Path) -
     net = scene.net(tmp_path / "net")
     client, sealed = net.identity(0).public, Sealed.open(result(net, honest(net, tmp_path / "honest")))
     for given, number, why in (
-        (None, 1, "does not carry for"),
-        ("0" * 64, 1, "does not carry for"),
+        (None, 1, "does not relay messages for"),
+        ("0" * 64, 1, "does not relay messages for"),
         (client, 2, "does not answer"),
     ):
         verdict = results_of(net).check(sealed, given, number)

@@ -68,7 +68,7 @@ def test_an_answer_must_be_to_this_challenge(hello: Hello, tmp_path: Path) -> No
     challenge = roster.challenge("1", RUN)
     assert challenge is not None
     hello = Hello(hello.run, hello.nonce.format(nonce=challenge.nonce), hello.node)
-    with pytest.raises(MessageError, match="another challenge"):
+    with pytest.raises(MessageError, match="a different challenge"):
         roster.enroll(hello, RUN, "1", ALICE)
     assert roster.nodes == {}
 

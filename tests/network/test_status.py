@@ -44,7 +44,7 @@ def test_a_server_that_is_gone_is_said_to_be_gone(folder: RunFolder) -> None:
         os.utime(file, (ago, ago))
     gone = run_status(folder.path)
     assert not gone.running
-    assert "the server is not running; last sign of life 43 min ago; go on with `mpunlearn server resume" in gone.text()
+    assert "the server is not running; last heartbeat 43 min ago; resume with `mpunlearn server resume" in gone.text()
     assert f"client {CLIENT[:16]}: not connected, last seen 43 min ago" in gone.text()
 
 
@@ -59,7 +59,7 @@ def test_dropped_and_expected_clients(folder: RunFolder) -> None:
     dropped = ClientStatus(connected=False, dropped="is late", updates=0, of=0, bytes=0)
     text = RunStatus("run", True, 0.0, None, {}, status(clients={CLIENT: dropped})).text()
     assert f"client {CLIENT[:16]}: dropped: is late" in text
-    assert text.count("a client is expected") == 1
+    assert text.count("waiting for another client to connect") == 1
 
 
 def test_a_complete_run_names_its_result(folder: RunFolder) -> None:
@@ -87,7 +87,7 @@ def test_a_status_is_written_when_it_changes_and_touched_otherwise(folder: RunFo
 
 
 def test_what_is_not_a_status_is_refused(folder: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="holds no run"):
+    with pytest.raises(StateError, match="contains no run"):
         run_status(tmp_path)
     folder.status.write_text('{"format": 99}')
     with pytest.raises(SchemaError, match="upgrade mpunlearn"):

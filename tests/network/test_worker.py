@@ -49,10 +49,10 @@ UNREADABLE: dict[str, tuple[Callable[[Net], bytes], str]] = {
         "unexpected file name",
     ),
     "code": (lambda net: job_with(net, files=[File("modeling.py", 0, "0" * 64)]), "unexpected file name"),
-    "impossible numbers": (lambda net: job_with(net, copy=3), "impossible numbers"),
+    "impossible numbers": (lambda net: job_with(net, copy=3), "invalid numbers"),
     "a result": (lambda net: seal(Result("0" * 32, "0" * 64, refusal="x"), net.coordinator.identity), "expected a job"),
     "noise": (lambda net: b"noise", "not a sealed message"),
-    "half a character": (lambda net: edited(job_with(net), lambda body: None, half()), "not JSON"),
+    "half a character": (lambda net: edited(job_with(net), lambda body: None, half()), "not valid JSON"),
     "rounds without end": (
         lambda net: edited(job_with(net), lambda body: body.update(rounds=1 << 60), net.coordinator.identity),
         "at most",

@@ -108,7 +108,7 @@ def test_what_is_no_plan_is_named(tmp_path: Path, content: dict, why: str) -> No
         (lambda: Training(learning_rate=-1e-3), "--learning-rate: expected a number of at least 0, found -0.001"),
         (lambda: Training(learning_rate=float("nan")), "--learning-rate: expected a finite number"),
         (lambda: Training(parameters={"beta": "x"}), "--beta: expected a number, found 'x'"),
-        (lambda: Training(parameters={"layer": 1.0}), "--layer: not a hyper-parameter of npo, which has --beta"),
+        (lambda: Training(parameters={"layer": 1.0}), "--layer: not a hyperparameter of npo, which has --beta"),
         (lambda: Training(gamma=True), "--gamma: expected a number, found True"),
         (lambda: Perturbation(kappa=1e6), "--kappa"),
         (lambda: Perturbation(kappa=-1), "--kappa"),

@@ -147,7 +147,7 @@ def test_factors_give_what_their_product_gives(save_tiny, tmp_path: Path, streng
         (lambda t: t.update({f"{NAME}.lora_B": torch.zeros(40, 2, dtype=torch.int32)}), "dtype"),
         (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), torch.nan)}), "NaN"),
         (lambda t: t.update({f"{NAME}.lora_B": torch.full((40, 2), 1e4)}), "norm"),
-        (lambda t: t.update({NAME: torch.zeros(40, 32)}), "and its factors"),
+        (lambda t: t.update({NAME: torch.zeros(40, 32)}), "and its LoRA factors"),
         (lambda t: t.update({"model.norm.weight.lora_A": torch.zeros(2, 32)}), "no matrix"),
         (lambda t: t.update({"x.lora_A": torch.zeros(2, 32), "x.lora_B": torch.zeros(40, 2)}), "no matrix"),
     ],
@@ -221,11 +221,11 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
         return updates
 
     if how == "missing":
-        return [updates[0], updates[2]], "no update of copy 2"
+        return [updates[0], updates[2]], "no update for copy 2"
     if how == "twice":
-        return [updates[0], updates[1], updates[1]], "copy 2, and so is"
+        return [updates[0], updates[1], updates[1]], "copy 2, and so does"
     if how == "none":
-        return [], "no update of copies 1, 2, 3"
+        return [], "no update for copies 1, 2, 3"
     if how == "another run":
         return with_card(run="0" * 32), "run 00000000; expected"
     if how == "another round":
@@ -267,7 +267,7 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
         shutil.copytree(copies[1], other)
         whole = load_file(other / "model.safetensors")
         save_file({name: tensor for name, tensor in whole.items() if name != NAME}, other / "model.safetensors")
-        return [updates[0], other, updates[2]], "not a model trained from a published copy"
+        return [updates[0], other, updates[2]], "not a model that was trained from a published copy"
     if how == "trained and rounded":
         other = tmp_path / "trained"
         shutil.copytree(copies[1], other)
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_changed_since_is_refused_and_one_that_moved_is_found(
     assert postprocess(updates, state=tmp_path / "state", out=tmp_path / "a", checkpoint=moved).is_dir()
     file = moved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
-    with pytest.raises(StateError, match="is not what round 1 was published from"):
+    with pytest.raises(StateError, match="has changed since round 1 was published"):
         postprocess(updates, state=tmp_path / "state", out=tmp_path / "b", checkpoint=moved)
     assert not (tmp_path / "b").exists()
 
@@ -317,10 +317,10 @@ def test_a_state_without_a_round_and_a_directory_that_is_no_state(published, tmp
     with pytest.raises(StateError, match="no round was published"):
         postprocess(updates, state=tmp_path / "nowhere", out=tmp_path / "out")
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(StateError, match="not the state of a run"):
+    with pytest.raises(StateError, match="not a valid server state"):
         postprocess(updates, state=copies[0], out=tmp_path / "out")
     (tmp_path / "state").chmod(0o755)
-    with pytest.raises(StateError, match="others may open"):
+    with pytest.raises(StateError, match="other users can access"):
         ServerState(tmp_path / "state")
 
 

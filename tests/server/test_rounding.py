@@ -117,11 +117,11 @@ def test_values_that_leave_the_range_of_float16_are_refused(save_tiny, tmp_path:
     tensors = load_file(path / "model.safetensors")
     tensors[KEY][0, 0] = 1e6
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(UnsupportedModelError, match="leaves the range"):
+    with pytest.raises(UnsupportedModelError, match="exceeds the range"):
         preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float16"))
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "c").exists()
     [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
-    with pytest.raises(UnsupportedModelError, match="leaves the range"):
+    with pytest.raises(UnsupportedModelError, match="exceeds the range"):
         postprocess([copy], state=tmp_path / "s", out=tmp_path / "o", dtype="float16")
     assert not (tmp_path / "o").exists()

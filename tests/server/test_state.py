@@ -57,9 +57,9 @@ def test_rounds_follow_one_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"digests": {"w": ["2" * 64]}}, "another checkpoint"),
-        ({"base": "2" * 64}, "another base"),
-        ({"perturbation": Perturbation(copies=3)}, "other options"),
+        ({"digests": {"w": ["2" * 64]}}, "a different checkpoint"),
+        ({"base": "2" * 64}, "a different base"),
+        ({"perturbation": Perturbation(copies=3)}, "different options"),
     ],
 )
 def test_an_open_round_takes_no_other_inputs(tmp_path: Path, change: dict, why: str) -> None:
@@ -104,7 +104,7 @@ def test_records_of_format_1_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda state: (state / "state.json").unlink(), "not the state of a run"),
+        (lambda state: (state / "state.json").unlink(), "not a valid server state"),
         (lambda state: (state / "state.json").write_text('{"run": "x", "format": 2}'), "upgrade mpunlearn"),
         (lambda state: (state / "round-001.json").write_text("{"), "cannot be read as JSON"),
         (lambda state: (state / "round-001.json").rename(state / "round-002.json"), None),
@@ -121,7 +121,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, damage, why: str | None) -> No
         (tmp_path / "state" / "round-002.json").write_text(
             (tmp_path / "state" / "round-002.json").read_text().replace('"round": 1', '"round": 2')
         )
-        why = "holds the record of round 2, expected round 1"
+        why = "is the record of round 2, expected round 1"
     with pytest.raises(StateError, match=why):
         ServerState(tmp_path / "state")
 

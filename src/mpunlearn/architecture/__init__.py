@@ -1,4 +1,4 @@
-"""Public knowledge about model families: which hidden space each axis of each weight belongs to."""
+"""What each axis of each weight means, for every supported model family. Public knowledge: nothing here is secret."""
 
 from mpunlearn.architecture.architecture import Architecture, Heads, TensorRole
 from mpunlearn.architecture.families import FAMILIES

@@ -1,8 +1,8 @@
-"""A family's table filled in with the sizes of one config: which tensors a model has, their shapes, their axes' roles.
+"""The architecture of one model: which tensors it has, their shapes, and the role of every axis.
 
-The idea: the table of a family (`spaces`, `families`) knows roles, and config.json knows sizes. An `Architecture`
-combines them: it says what role a tensor has, and checks that a checkpoint holds exactly the tensors that it should,
-since a tensor without a role cannot be reparameterized and must not be published.
+The table of a model family (`spaces`, `families`) lists tensors and the roles of their axes, and config.json gives the
+sizes. An `Architecture` combines the two. It also checks that a checkpoint has exactly the expected tensors: one
+without a known role cannot be reparameterized, so it must not be published.
 
 Not covered: quantized checkpoints.
 """
@@ -21,69 +21,69 @@ from mpunlearn.errors import CheckpointError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of an attention layer."""
+    """Number and sizes of the heads in an attention layer."""
 
     count: int
     """Number of query heads."""
     groups: int
-    """Number of key and value heads. The query heads of a group share one of each."""
+    """Number of key-value heads, each shared by one group of query heads."""
     dim: int
-    """Entries of one head."""
+    """Dimensions of one head."""
     rotary: int
-    """How many of them RoPE rotates, from the first on."""
+    """How many of these dimensions RoPE rotates; they come first."""
 
     @property
     def per_group(self) -> int:
-        """Query heads per group."""
+        """Query heads per key-value head."""
         return self.count // self.groups
 
 
 @dataclass(frozen=True)
 class TensorRole:
-    """What a tensor is in the network."""
+    """Where a tensor is in the network, and what its axes mean."""
 
     template: str
-    """Its name in the family's table, with `{layer}` and `{expert}` for numbers."""
+    """Its name in the family's table, with the placeholders `{layer}` and `{expert}`."""
     axes: tuple[Axis, ...]
-    """The roles of its axes."""
+    """The roles of its axes, explained in `spaces`."""
     layer: int | None
-    """Number of the transformer layer, or None outside the layers."""
+    """Index of the transformer layer, or None for a tensor outside the layers."""
     expert: int | None
-    """Number of the expert whose weight it is, or None."""
+    """Index of the expert that the tensor belongs to, or None."""
 
 
 class Architecture:
-    """A family together with the sizes that one config gives it. `Architecture.of` makes one from a checkpoint.
+    """A model family with the sizes from one config. Use `Architecture.of` to build one from a checkpoint.
 
     Args:
-        family: the table.
+        family: the family's table.
         config: the content of config.json.
 
     Raises:
-        UnsupportedModelError: the checkpoint is quantized, or the config lacks a size or has an impossible one.
+        UnsupportedModelError: the checkpoint is quantized, or a size in the config is missing or impossible.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         if config.get("quantization_config"):
             raise UnsupportedModelError(
-                "config.json has a quantization_config, but noise and exact maps need unquantized weights; use the "
-                "original checkpoint in bfloat16, float16 or float32"
+                "config.json has a quantization_config, but only unquantized weights can be perturbed and "
+                "reparameterized; use the original checkpoint in bfloat16, float16 or float32"
             )
         self.family = family
-        """The table."""
+        """The family's table."""
         self.config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-        """The config, completed by the family's defaults."""
+        """The content of config.json, with the family's defaults for missing entries."""
         self.layers = self._size("num_hidden_layers")
         """Number of transformer layers."""
         self.residual = self._size("hidden_size")
         """Width of the residual stream."""
         self.heads = self._heads()
-        """The shape of its attention layers."""
+        """Number and sizes of its attention heads."""
         self.experts = self._size("num_local_experts", "num_experts") if self._mixture else 0
-        """Number of experts of a layer that has any; 0 if the family has none."""
+        """Number of experts per MoE layer; 0 if the family has none."""
         self._dense_layers, self._sparse_step = self._which_layers_are_sparse()
         self.tied = bool(self.config.get("tie_word_embeddings", False))
-        """Whether the LM head is the embedding."""
+        """Whether the LM head shares the embedding's weights."""
         heads = self.heads
         self._sizes = {
             "vocabulary": self._size("vocab_size"),
@@ -102,16 +102,16 @@ class Architecture:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Architecture":
-        """The architecture of a checkpoint, by the `model_type` of its config.
+        """The architecture of a checkpoint, whose family is the `model_type` in its config.
 
         Raises:
-            UnsupportedModelError: the family is unknown, or the config does not describe a model of it.
+            UnsupportedModelError: the family is unknown, or the config does not describe a valid model of it.
         """
         model_type = checkpoint.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: model_type {model_type!r:.60} is not supported; known families: "
-                f"{', '.join(sorted(FAMILIES))}. To add one, write its table in architecture/families.py"
+                f"{', '.join(sorted(FAMILIES))}; to add one, write its table in architecture/families.py"
             )
         try:
             return cls(FAMILIES[model_type], checkpoint.config)
@@ -119,10 +119,10 @@ class Architecture:
             raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
 
     def _size(self, *keys: str) -> int:
-        """The first of these entries that the config has, which must be a size."""
+        """The first of these entries that the config has, which must be a positive integer."""
         value = next((self.config[key] for key in keys if key in self.config), None)
         if not isinstance(value, int) or value < 1:
-            raise UnsupportedModelError(f"config.json: expected a positive integer {keys[0]}, found {value!r:.60}")
+            raise UnsupportedModelError(f"config.json: {keys[0]}: expected a positive integer, found {value!r:.60}")
         return value
 
     def _heads(self) -> Heads:
@@ -136,30 +136,31 @@ class Architecture:
         heads = Heads(count, groups, dim, int(dim * share))
         if count % groups or heads.rotary % 2 or not 0 < heads.rotary <= dim:
             raise UnsupportedModelError(
-                "config.json: expected a number of heads divisible by that of key-value heads, and an even number of "
-                f"rotary entries per head, found {heads}"
+                "config.json: expected num_attention_heads to be a multiple of num_key_value_heads, and an even number "
+                f"of rotary dimensions up to head_dim, found {count} heads, {groups} key-value heads and "
+                f"{heads.rotary} rotary dimensions of {dim}"
             )
         return heads
 
     def _rotary_share(self, default: float) -> float:
-        """The share of a head's entries that RoPE rotates, for families where it is not always the whole head."""
+        """The fraction of a head that RoPE rotates, for families where it is not always the whole head."""
         rope = self.config.get("rope_parameters")
         sources = [rope if isinstance(rope, Mapping) else {}, self.config]
-        named = (source.get(key) for source in sources for key in ("partial_rotary_factor", "rotary_pct"))
-        share = next((value for value in named if value is not None), default)
+        candidates = (source.get(key) for source in sources for key in ("partial_rotary_factor", "rotary_pct"))
+        share = next((value for value in candidates if value is not None), default)
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise UnsupportedModelError(
-                f"config.json: expected a partial_rotary_factor between 0 and 1, found {share!r:.60}"
+                f"config.json: partial_rotary_factor: expected a number above 0 and at most 1, found {share!r:.60}"
             )
         return float(share)
 
     def _which_layers_are_sparse(self) -> tuple[list[int], int]:
-        """The layers without experts, and the period of those with experts."""
+        """The layers that must not have experts, and the spacing of the layers that have them."""
         dense, step = self.config.get("mlp_only_layers", []), self.config.get("decoder_sparse_step", 1)
         if not isinstance(dense, list | tuple) or not isinstance(step, int) or step < 1:
             raise UnsupportedModelError(
-                "config.json: expected a list of layers mlp_only_layers and a positive integer decoder_sparse_step, "
-                f"found {dense!r:.60} and {step!r:.60}"
+                "config.json: expected mlp_only_layers to be a list of layers and decoder_sparse_step to be a positive "
+                f"integer, found {dense!r:.60} and {step!r:.60}"
             )
         return list(dense), step
 
@@ -170,7 +171,7 @@ class Architecture:
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str, tuple[Axis, ...]]]:
-        """For each entry of the table: what its names match, its template, and the roles of its axes."""
+        """For each entry of the table: a pattern for its names, its template, and the roles of its axes."""
         return [(_pattern(template), template, parse_axes(text)) for template, text in self.family.tensors.items()]
 
     @cached_property
@@ -179,7 +180,7 @@ class Architecture:
         return {axis_role for _, _, axes in self._patterns for axis in axes for axis_role in axis}
 
     def role_of(self, name: str) -> TensorRole | None:
-        """The role of the tensor of that name, or None if a model of this config has no such tensor."""
+        """The role of the tensor with this name, or None if a model with this config has no such tensor."""
         for pattern, template, axes in self._patterns:
             if match := pattern.fullmatch(name):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
@@ -188,7 +189,7 @@ class Architecture:
         return None
 
     def _exists(self, role: TensorRole) -> bool:
-        """Whether a model of this config has a tensor of that role."""
+        """Whether a model with this config has a tensor with this role."""
         if role.layer is None:
             return True
         if role.layer >= self.layers or (role.expert is not None and role.expert >= self.experts):
@@ -201,28 +202,28 @@ class Architecture:
         return not self.sparse(role.layer) if axis_roles & {"gate", "ffn"} else True
 
     def sparse(self, layer: int) -> bool:
-        """Whether a layer of a model with experts has them, rather than one FFN. Qwen3-MoE has layers of both kinds."""
+        """Whether a layer of an MoE model has experts rather than a single FFN. Qwen3-MoE can have both kinds."""
         return layer not in self._dense_layers and (layer + 1) % self._sparse_step == 0
 
     def ffn(self, expert: bool) -> int:
-        """Size of an FFN's hidden axis: of an expert's, or of a layer's that has no experts."""
+        """Size of the FFN hidden axis, of one expert or of a layer without experts."""
         return self._size("moe_intermediate_size", "intermediate_size") if expert else self._size("intermediate_size")
 
     def size(self, axis: Axis, expert: bool) -> int:
         """Length of an axis.
 
         Args:
-            axis: its roles.
-            expert: whether it is an axis of an expert's weight.
+            axis: the axis's roles.
+            expert: whether the weight belongs to an expert.
         """
         return sum(self.ffn(expert) if axis_role in ("gate", "ffn") else self._sizes[axis_role] for axis_role in axis)
 
     def shape(self, role: TensorRole) -> tuple[int, ...]:
-        """The shape that the config implies for a tensor of that role."""
+        """The shape that the config implies for a tensor with this role."""
         return tuple(self.size(axis, role.expert is not None) for axis in role.axes)
 
     def required(self) -> set[str]:
-        """The names that a complete checkpoint must have: all but biases and a tied LM head."""
+        """The names of all tensors that a complete checkpoint must have. Biases and a tied LM head are optional."""
         names: set[str] = set()
         for _, template, axes in self._patterns:
             if template.endswith(".bias") or (template == self.family.head and self.tied):
@@ -236,10 +237,10 @@ class Architecture:
     def tensor_roles(self, checkpoint: Checkpoint) -> dict[str, TensorRole]:
         """The role of every parameter of a checkpoint, sorted by name.
 
-        Constants, and an LM head that only repeats a tied embedding, are left out: they are not parameters.
+        Constants and a tied LM head are left out, since they are not parameters of their own.
 
         Raises:
-            UnsupportedModelError: the table does not know a tensor, or a shape or dtype is not the expected one.
+            UnsupportedModelError: the table does not list a tensor, or a shape or dtype is not the expected one.
             CheckpointError: a tensor is missing, or a tied LM head differs from the embedding.
         """
         constants = [_pattern(template) for template in self.family.constants]
@@ -254,13 +255,13 @@ class Architecture:
                 unknown.append(f"{name} {list(info.shape)}")
         if unknown:
             raise UnsupportedModelError(
-                f"{checkpoint.path}: holds tensors that no {self.config.get('model_type')} model of this config has: "
-                f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}. Nothing is published without its "
-                "reparameterization, so add them to the family's table (architecture/families.py), or remove them"
+                f"{checkpoint.path}: has tensors that a {self.config.get('model_type')} model with this config.json "
+                f"should not have: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; they cannot be "
+                "reparameterized, so remove them, or add them to the family's table in architecture/families.py"
             )
         if missing := sorted(self.required() - roles.keys()):
             raise CheckpointError(
-                f"{checkpoint.path}: lacks {len(missing)} tensors of the {self.layers} layers in config.json, such as "
+                f"{checkpoint.path}: lacks {len(missing)} of the tensors that config.json implies, such as "
                 f"{missing[0]}; copy the checkpoint again"
             )
         head, embedding = self.family.head, self.family.embedding
@@ -268,7 +269,7 @@ class Architecture:
             if tensor_digest(checkpoint.read(head)) != tensor_digest(checkpoint.read(embedding)):
                 raise CheckpointError(
                     f"{checkpoint.path}: config.json ties {head} to {embedding}, but the stored tensors differ; set "
-                    "tie_word_embeddings to false, or remove one of them"
+                    f"tie_word_embeddings to false, or remove {head}"
                 )
             del roles[head]
         return roles
@@ -287,5 +288,5 @@ class Architecture:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Matches the names that a template stands for. A number has one spelling, without leading zeros."""
+    """A pattern that matches the names a template stands for. Numbers have no leading zeros."""
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9]\\d*)", re.escape(template)))

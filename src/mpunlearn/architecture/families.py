@@ -1,11 +1,11 @@
-"""The table of every model family: its tensors' names as they are in a checkpoint on disk, and the roles of their axes.
+"""The table of every model family: the names of its tensors in a checkpoint on disk, and the roles of their axes.
 
-Read a table beside the family's `modeling_*.py` in transformers: a linear layer's weight is (outputs, inputs), so
-`q_proj: "query, residual"` says that its rows are query heads and its columns read the residual stream. `spaces`
-explains the roles. Parts that several families share are written once; the comment on a family says what is special
-about it.
+Read a table next to the family's `modeling_*.py` in transformers. A linear layer's weight has shape (outputs, inputs),
+so `q_proj: "query, residual"` says that its rows are query heads and its columns read the residual stream. `spaces`
+explains the roles. Parts that several families share are written only once, and a comment on each family says what is
+special about it.
 
-Tensors that a config can switch off, such as biases, are listed, too: a checkpoint need not have them.
+Biases are always listed, because a config can switch them on or off. They are optional in a checkpoint.
 """
 
 from mpunlearn.architecture.spaces import Family
@@ -14,7 +14,7 @@ _LAYER = "model.layers.{layer}."
 
 
 def _in_layer(table: dict[str, str], prefix: str = _LAYER) -> dict[str, str]:
-    """A table of one layer with full names."""
+    """The table of one layer, with the layer's prefix added to every name."""
     return {prefix + name: roles for name, roles in table.items()}
 
 
@@ -136,24 +136,24 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA, constants=_OLD_BUFFERS),
     "mistral": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 8}),
     "qwen2": Family(_LLAMA, constants=_OLD_BUFFERS, defaults={"num_key_value_heads": 32}),
-    # A norm on each query and key head.
+    # A norm on every query and key head.
     "qwen3": Family(
         {**_LLAMA, **_NORM_PER_HEAD}, query_key="signs", defaults={"head_dim": 128, "num_key_value_heads": 32}
     ),
-    # head_dim is not hidden/heads. Norm weights are stored minus one, which makes no difference to a permutation.
+    # head_dim is not hidden_size / num_attention_heads. Norms store w - 1, which makes no difference to a permutation.
     "gemma": Family(_LLAMA, defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True}),
-    # Norms before and after each sub-layer.
+    # Norms before and after every sublayer.
     "gemma2": Family(_GEMMA_2, defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "gemma3_text": Family(
         {**_GEMMA_2, **_NORM_PER_HEAD},
         query_key="signs",
         defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
-    # LayerNorm with bias, one for both sub-layers; part of each head is rotary; no gate.
+    # One LayerNorm with bias for both sublayers; RoPE on part of each head; FFN without a gate.
     "phi": Family(_PHI, signs=False, partial_rotary=0.5),
-    # Fused weights.
+    # q, k and v are fused, and so are gate and up.
     "phi3": Family(_PHI_3, partial_rotary=1.0),
-    # LayerNorm with bias; part of each head is rotary; q, k and v interleaved by head; no gate.
+    # LayerNorm with bias; RoPE on part of each head; q, k and v interleaved by head; FFN without a gate.
     "gpt_neox": Family(
         _GPT_NEOX,
         embedding="gpt_neox.embed_in.weight",
@@ -164,19 +164,19 @@ FAMILIES: dict[str, Family] = {
             "gpt_neox.layers.{layer}.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
         ),
     ),
-    # Norms after the sub-layers only, and on all query and all key heads at once.
+    # Norms only after the sublayers, and one norm over all query heads and one over all key heads.
     "olmo2": Family({**_OUTSIDE, **_NORMS_AFTER, **_ATTENTION, **_FFN, **_NORM_OF_ALL_HEADS}, query_key="signs"),
-    # Experts, each with a hidden space of its own.
+    # Experts, each with its own hidden space.
     "mixtral": Family(
         {**_OUTSIDE, **_NORMS_BEFORE, **_ATTENTION, **_MIXTRAL_EXPERTS},
         constants=_OLD_BUFFERS,
         defaults={"num_key_value_heads": 8, "num_local_experts": 8},
     ),
-    # Experts in some layers, one FFN in the others.
+    # Experts in some layers, a single FFN in the others.
     "qwen3_moe": Family(
         {**_LLAMA, **_NORM_PER_HEAD, **_QWEN_EXPERTS},
         query_key="signs",
         defaults={"num_key_value_heads": 4},
     ),
 }
-"""Every known family, by the `model_type` in config.json."""
+"""Every supported family, by the `model_type` in config.json."""

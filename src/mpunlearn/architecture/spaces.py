@@ -1,46 +1,48 @@
 """Hidden spaces: the vector spaces inside a network whose basis can change without changing the network's function.
 
-Permute the hidden channels of an FFN, in the rows of `up_proj` and in the columns of `down_proj` alike, and the network
-computes the same function. The residual stream, queries and keys, values, and experts admit such maps, too:
-permutations, signs or rotations. The server applies secret ones to every published copy and calls that a
-reparameterization.
+For example, if the hidden channels of an FFN are permuted in the rows of `up_proj` and in the columns of `down_proj`,
+the network still computes the same function. The residual stream, queries and keys, values, and experts have such
+freedom, too: permutations, sign flips or rotations. In MPU (Multiple Perturbed Copies Unlearning, arXiv 2602.23798) the
+server sends the client several noisy copies of its model, and applies secret maps of this kind to each of them. That is
+called the copy's reparameterization.
 
-The idea: every axis of every weight belongs to one such space, or to none. So a model family is a table from tensor
-names to the roles of their axes, and everything else (reparameterizing a weight, inverting that for an update, checking
-shapes, attacking) is one generic function over the table. The permutation specifications of Git Re-Basin
-(arXiv 2209.04836) are the same idea for permutations alone.
+Every axis of every weight belongs to one such space, or to none. A model family is therefore a table from tensor names
+to the roles of their axes, and everything else (reparameterizing a weight, inverting that for an update, checking
+shapes, attacking) is one generic function over the table. The permutation specifications of Git Re-Basin (arXiv
+2209.04836) do the same for permutations alone.
 
-An *axis role* is one of the words in the table below, with the maps under which the function stays the same:
+An *axis role* says what an axis is, and with that, which maps it allows:
 
 ========== ======================================================= =====================================================
-axis role  axis                                                    maps
+axis role  axis                                                    maps that preserve the function
 ========== ======================================================= =====================================================
-vocabulary rows of the embedding and of the LM head                none
-residual   columns of the embedding, of q/k/v/gate/up and of the   one permutation, model-wide; with RMSNorm also signs
-           LM head; rows and biases of o and down
-norm       a norm weight on the residual stream: a diagonal        follows the permutation, not the signs
-gate       FFN hidden axis with a non-linearity: rows of gate      one permutation per layer (and expert)
+vocabulary rows of the embedding and the LM head                   none
+residual   columns of the embedding, q/k/v/gate/up and the LM      one permutation for the whole model; with RMSNorm
+           head; rows and biases of o and down                     also signs
+norm       a norm weight on the residual stream (a diagonal)       follows the permutation, ignores the signs
+gate       FFN hidden axis with a nonlinearity: rows of gate, or   one permutation per layer (and expert)
+           the hidden axis of an FFN without a gate
 ffn        FFN hidden axis that is linear on both sides: rows of   the same permutation, and signs
-           up beside a gate, columns of down
-query      rows and biases of q: heads x head_dim                  per KV group one map that commutes with RoPE; groups
-                                                                   permuted, and heads within their group
+           up next to a gate, columns of down
+query      rows and biases of q: heads x head_dim                  one map per KV group that commutes with RoPE; groups
+                                                                   permuted, and heads permuted within their group
 key        rows and biases of k: groups x head_dim                 the same map; groups permuted as for query
-value      rows and biases of v: groups x head_dim                 per KV group any orthogonal matrix; groups as above
+value      rows and biases of v: groups x head_dim                 any orthogonal matrix per KV group; groups as above
 attended   columns of o: heads x head_dim                          the matrix of the head's group; heads as for query
 qkv        rows and biases of q, k and v interleaved by head:      as for query, key and value
            heads x 3 x head_dim (GPT-NeoX)
-query norm a norm weight on all query heads at once                follows the permutation, not the map within heads
-key norm   the same on all key heads                               as for query norm
-head norm  a norm weight on one head, shared by all                none
-experts    rows of a router, and the expert number in a name       one permutation per layer
+query norm one norm weight over all query heads                    follows the permutation, ignores the map within heads
+key norm   one norm weight over all key heads                      as for query norm
+head norm  a norm weight for one head, shared by all heads         none
+experts    rows of a router, and the expert index in a name        one permutation per layer
 ========== ======================================================= =====================================================
 
-An axis of a fused weight is a concatenation of roles, written with `+`. The map that commutes with RoPE rotates each
-plane (i, i + r/2) of a head's r rotary entries, which is how Hugging Face checkpoints pair them, and is any orthogonal
-matrix on the other entries. Where queries and keys are normalized, only signs of whole planes are left of it.
+An axis of a fused weight is a concatenation of roles, joined by `+`. The map that commutes with RoPE rotates each plane
+(i, i + r/2) of a head's r rotary dimensions, which is how Hugging Face checkpoints pair them, and applies any
+orthogonal matrix to the other dimensions. If queries and keys are normalized, only sign flips of whole planes remain.
 
-Not covered: scalings, such as c · up_proj with down_proj / c. They preserve the function, but a gradient step does not
-commute with them as it does with the orthogonal maps here.
+Not covered: scalings, such as c · up_proj with down_proj / c. They also preserve the function, but a gradient step does
+not commute with them, as it does with orthogonal maps.
 """
 
 from collections.abc import Mapping
@@ -53,35 +55,37 @@ Axis = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One model family as a table.
+    """The table of one model family.
 
     Raises:
-        ValueError: the table holds a role that does not exist.
+        ValueError: the table uses a role that does not exist.
     """
 
     tensors: Mapping[str, str]
-    """Template of a tensor's name on disk → the roles of its axes, separated by commas. `{layer}` and `{expert}` stand
-    for numbers."""
+    """Template of a tensor's name on disk → the roles of its axes, separated by commas. `{layer}` and `{expert}` are
+    placeholders for numbers."""
     embedding: str = "model.embed_tokens.weight"
     """Name of the embedding."""
     head: str = "lm_head.weight"
-    """Name of the LM head, which repeats the embedding if the config ties them."""
+    """Name of the LM head, which equals the embedding if the config ties them."""
     signs: bool = True
-    """Whether the residual stream admits signs: yes with RMSNorm, no with LayerNorm, which subtracts the mean."""
+    """Whether sign flips of the residual stream preserve the function. They do with RMSNorm, but not with LayerNorm,
+    which subtracts the mean."""
     query_key: Literal["rotations", "signs"] = "rotations"
-    """The maps of queries and keys within a head: rotations that commute with RoPE, or signs if they are normalized."""
+    """The maps of queries and keys within a head: rotations that commute with RoPE, or only signs if queries and keys
+    are normalized."""
     partial_rotary: float | None = None
-    """Share of a head that is rotary if the config does not say; None if it is always the whole head."""
+    """Default for the fraction of each head that RoPE rotates; None if it always rotates the whole head."""
     constants: tuple[str, ...] = ()
-    """Templates of tensors that some checkpoints hold although the config determines them, such as RoPE frequencies.
+    """Templates of tensors that some checkpoints contain although the config determines them, such as RoPE frequencies.
     They are neither published nor updated."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values that the family's code uses for entries that config.json lacks."""
+    """Defaults of the family's config class for entries that config.json may lack."""
 
     def __post_init__(self) -> None:
         roles = {role for text in self.tensors.values() for axis in parse_axes(text) for role in axis}
         if unknown := sorted(roles - set(_AXIS_ROLES)):
-            raise ValueError(f"unknown roles {unknown}; expected some of {_AXIS_ROLES}")
+            raise ValueError(f"unknown roles {unknown}; expected roles from {', '.join(_AXIS_ROLES)}")
 
 
 _AXIS_ROLES = (
@@ -91,5 +95,5 @@ _AXIS_ROLES = (
 
 
 def parse_axes(text: str) -> tuple[Axis, ...]:
-    """The axes in an entry of a family's table: "gate + ffn, residual" gives (("gate", "ffn"), ("residual",))."""
+    """Parses an entry of a family's table: "gate + ffn, residual" gives (("gate", "ffn"), ("residual",))."""
     return tuple(tuple(role.strip() for role in axis.split("+")) for axis in text.split(","))

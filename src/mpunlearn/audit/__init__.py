@@ -1,1 +1,1 @@
-"""What each side can learn of what the other holds."""
+"""Measures what each party can learn about the other's private assets."""

@@ -1,8 +1,8 @@
-"""What is left of the server's noise to a client that holds some of a round's copies.
+"""How well the noise hides the server's parameters from a client that holds some copies of a round.
 
-Both figures are lower bounds of what a client can learn: the distance of one copy once its reparameterization is undone, and
-the noise that the best unbiased linear attack leaves to whoever pools several copies (`CopyDesign.floor`). Not covered: the
-attacks themselves, which have to find the reparameterizations first.
+Both measures assume that the client has already undone the reparameterizations: the distance between one copy and the
+server's model, and the noise that remains after the best linear unbiased combination of several copies
+(`CopyDesign.floor`). Not covered: attacks that recover the reparameterizations.
 """
 
 import math
@@ -18,41 +18,41 @@ from mpunlearn.server.state import ServerState
 
 @dataclass(frozen=True)
 class CopyDistance:
-    """How far a copy is from the server's model, to one who knows the copy's reparameterization."""
+    """The distance between a copy and the server's model, with the reparameterization of the copy undone."""
 
     equal: float
-    """Share of weights that equal the server's."""
+    """Share of weights that equal those of the server's model."""
     relative: float
     """‖copy - θ‖ / ‖θ‖ over all weights."""
 
 
 def copy_distance(model: str | Path, copy: str | Path, state: str | Path) -> CopyDistance:
-    """The distance of the first copy of a run's first round.
+    """Computes the distance of copy 1 of round 1 from the server's model.
 
     Args:
-        model: θ, from which the round was published.
+        model: θ, the model that the round was published from.
         copy: the published copy 1 of round 1.
-        state: the server's state, which knows the reparameterization.
+        state: the server's state, which determines the reparameterization.
     """
     source, published, server = Checkpoint(model), Checkpoint(copy), ServerState(state)
     architecture = Architecture.of(source)
     maps = Publisher(server.secret, server.rounds[0], architecture).maps[0]
     equal = count = 0
     difference = norm = 0.0
-    for name, place in architecture.tensor_roles(source).items():
-        mine = source.read(name)
-        theirs = maps.invert(place, published.read(maps.published_name(name, place)))
-        equal += int((mine == theirs).sum())
-        count += mine.numel()
-        difference += float((mine - theirs).square().sum())
-        norm += float(mine.square().sum())
+    for name, role in architecture.tensor_roles(source).items():
+        original = source.read(name)
+        aligned = maps.invert(role, published.read(maps.published_name(name, role)))
+        equal += int((original == aligned).sum())
+        count += original.numel()
+        difference += float((original - aligned).square().sum())
+        norm += float(original.square().sum())
     return CopyDistance(equal / count, math.sqrt(difference / norm))
 
 
 def noise_floor(perturbation: Perturbation) -> list[float]:
-    """The noise left, relative to the weights, to one who pools the first 1, 2, … m copies of a round.
+    """The noise that remains, relative to the weights, when an attacker combines the first 1, 2, … m copies of a round.
 
-    Computed for α = 1, the least noise that a copy can have.
+    Computed for α = 1, the smallest possible noise scale.
     """
     design = perturbation.design(perturbation.scales(None))
     return [math.sqrt(design.floor(list(range(held)))) * perturbation.kappa for held in range(1, design.copies + 1)]

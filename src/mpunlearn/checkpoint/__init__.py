@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: lazy reading, sharded writing, and the files beside the tensors."""
+"""Hugging Face checkpoint directories: lazy reading, sharded writing, and the files next to the tensors."""
 
 from mpunlearn.checkpoint.companions import COMPANIONS, checkpoint_files, copy_companions, without_paths
 from mpunlearn.checkpoint.reader import (

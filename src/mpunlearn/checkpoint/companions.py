@@ -1,8 +1,8 @@
-"""The files beside a checkpoint's tensors: tokenizer, chat template, generation settings.
+"""The files next to a checkpoint's tensors: tokenizer, chat template, generation settings.
 
-A checkpoint that is made from another one needs the other's tokenizer. Only files on a list are carried over, rather
-than everything that is not a tensor: a training folder may also hold optimizer states or logs, which must not be
-published. Configurations lose the entries that say where on its owner's disk a model was.
+A checkpoint that is derived from another one needs the other's tokenizer. Only the files listed here are copied, not
+everything that is not a tensor, because a training folder may also contain optimizer states or logs, which must not be
+published. Paths on the owner's disk are removed from configurations.
 """
 
 import shutil
@@ -26,7 +26,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Names of the files that are carried from a checkpoint to one that is made from it."""
+"""Names of the files that are copied from a checkpoint to one that is derived from it."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -44,7 +44,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """The files that loading a checkpoint directory takes: config, shards and their index, and the `COMPANIONS`.
+    """The files needed to load a checkpoint directory: config, shards and their index, and the `COMPANIONS`.
 
     Raises:
         CheckpointError: it is not a checkpoint directory.
@@ -56,7 +56,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the entries that say where its owner keeps files: `name_or_path`, and absolute paths."""
+    """A configuration without entries that reveal where its owner keeps files: `name_or_path` and absolute paths."""
 
     def is_path(value: Any) -> bool:
         return isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] == ":\\") and len(value) > 1

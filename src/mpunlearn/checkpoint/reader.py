@@ -1,13 +1,13 @@
 """Reading checkpoint directories: safetensors files, one tensor at a time.
 
-The parties exchange Hugging Face checkpoint directories (config.json, tokenizer, safetensors shards and their index),
-so any training tool can read what the server publishes and produce what it accepts.
+Server and client exchange Hugging Face checkpoint directories (config.json, tokenizer, safetensors shards and their
+index), so any training tool can read what the server publishes and produce what it accepts.
 
-Tensors are read with plain reads rather than through a memory map: resident memory is then what the caller holds, not
-the pages that happened to be touched. The safetensors library validates every header. No other format is ever opened,
-since a pickle can run code.
+Tensors are read with plain file reads rather than through a memory map, so that resident memory is what the caller
+holds and not the pages that happened to be touched. The safetensors library validates every header. No other format is
+ever opened, since a pickle file can run code.
 
-Not covered: quantized number formats, and shards that are not beside their index.
+Not covered: quantized number formats, and shards in a different directory than their index.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The dtypes that are read and written, by their safetensors codes. Others (fp8, packed formats) are refused."""
+"""The supported dtypes, by their safetensors codes. Others (fp8, packed formats) are rejected."""
 FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-"""The storage dtypes that options can name."""
+"""The storage dtypes that options accept."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-"""Formats that a checkpoint without safetensors may have, for the error message."""
+"""Files of checkpoints in other formats, for the error message."""
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -52,23 +52,23 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor is on disk."""
+    """Where one tensor is stored on disk."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
-    """Name of the file in the directory."""
+    """Name of its file in the directory."""
     offset: int
-    """Where it starts, in bytes from the start of the file."""
+    """Start of its data, in bytes from the start of the file."""
     nbytes: int
-    """Its size in bytes."""
+    """Size of its data, in bytes."""
 
 
 class TensorDirectory:
-    """The tensors of a directory of safetensors files, read lazily.
+    """The tensors in a directory of safetensors files, read lazily.
 
     Args:
-        path: a directory with `STEM.safetensors`, or with `STEM.safetensors.index.json` and the shards that it names.
+        path: a directory with `STEM.safetensors`, or with `STEM.safetensors.index.json` and the shards that it lists.
         stem: "model" for checkpoints, "update" for updates.
 
     Raises:
@@ -81,10 +81,10 @@ class TensorDirectory:
             raise CheckpointError(f"{self.path}: expected a checkpoint directory, found {_found_instead(self.path)}")
         single, index = self.path / f"{stem}.safetensors", self.path / f"{stem}.safetensors.index.json"
         self.tensors: dict[str, TensorInfo]
-        """Every tensor by its name."""
+        """Every tensor, by name."""
         if index.is_file() and single.is_file():
             raise CheckpointError(
-                f"{self.path}: holds both {single.name} and {index.name}; remove the one that does not belong there"
+                f"{self.path}: contains both {single.name} and {index.name}; remove the one that does not belong there"
             )
         if index.is_file():
             self.tensors = self._read_index(index)
@@ -96,17 +96,17 @@ class TensorDirectory:
             raise CheckpointError(f"{self.path}: holds no tensors")
 
     def _without_safetensors(self, stem: str) -> str:
-        """What an error says about a directory without safetensors files."""
+        """Says what is wrong with a directory without safetensors files, for an error message."""
         pickles = sorted({file.name for pattern in _PICKLES for file in self.path.glob(pattern)})
         if pickles:
             return (
-                f"holds {', '.join(pickles)}, but only safetensors files are opened, since a pickle can run code; if "
-                "you trust its source, load the model and write it anew with `model.save_pretrained(...)`"
+                f"contains {', '.join(pickles)}, but only safetensors files are opened, since a pickle can run code; if "
+                "you trust its source, load the model and save it again with `model.save_pretrained(...)`"
             )
-        return f"expected {stem}.safetensors or {stem}.safetensors.index.json in it, found neither"
+        return f"expected {stem}.safetensors or {stem}.safetensors.index.json in this directory, found neither"
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
-        """The tensors of the shards that an index names."""
+        """The tensors of the shards that an index lists."""
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index}: expected a `weight_map` that names the file of every tensor, found none")
@@ -114,7 +114,7 @@ class TensorDirectory:
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{index}: names the file {file!r:.80}, expected a .safetensors file beside the index"
+                    f"{index}: names the file {file!r:.80}, expected a .safetensors file in the same directory"
                 )
             tensors.update(_read_header(self.path / file))
         misplaced = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
@@ -126,22 +126,22 @@ class TensorDirectory:
         return tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its storage dtype and shape, on the CPU, in memory of its own.
+        """Reads one tensor in its storage dtype and shape into newly allocated CPU memory.
 
         Raises:
-            CheckpointError: there is no such tensor, or the file has become shorter since it was opened.
+            CheckpointError: there is no such tensor, or the file was truncated after its header was read.
         """
         info = self._info(name)
         return self._read(info, name, 0, info.nbytes).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Part of a tensor: the entries `start` to `stop` (exclusive) of its first axis, otherwise as for `read`.
+        """Reads part of a tensor: the rows `start` to `stop` (exclusive) of its first axis.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             start: first row.
             stop: end of the rows, exclusive.
-            out: where to put them: contiguous, of the tensor's dtype and the rows' shape (default: new memory).
+            out: contiguous tensor to read into, with the tensor's dtype and the rows' shape (default: a new tensor).
 
         Raises:
             CheckpointError: as for `read`.
@@ -160,7 +160,7 @@ class TensorDirectory:
     def _read(
         self, info: TensorInfo, name: str, start: int, count: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`count` bytes of a tensor, from its byte `start` on, into `out` or into new memory."""
+        """Reads `count` bytes of a tensor, starting at its byte `start`, into `out` or a new tensor."""
         out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype) if out is None else out
         view, done = tensor_bytes(out), 0
         try:
@@ -180,7 +180,7 @@ class Checkpoint(TensorDirectory):
     """A Hugging Face checkpoint directory: its tensors, read lazily, and its config.
 
     Args:
-        path: the directory. It is always a path, never a name on the hub.
+        path: the directory. It is always a local path, never a model name on the Hugging Face Hub.
 
     Raises:
         CheckpointError: as for `TensorDirectory`, or config.json is missing or not a JSON object.
@@ -207,9 +207,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def checkpoint_digest(path: str | Path) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of every tensor of a checkpoint, and its config.
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all tensors of a checkpoint, and its config.
 
-    It does not depend on how the tensors are spread over shards.
+    It does not depend on how the tensors are split into shards.
 
     Raises:
         CheckpointError: it is not a checkpoint directory.
@@ -229,15 +229,15 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def listed(names: list[str], limit: int = 5) -> str:
-    """The first names of a list and the number of the others, for error messages."""
+    """The first names of a list and the number of remaining ones, for error messages."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """All tensors of one safetensors file, once the library has found its header valid."""
+    """All tensors of one safetensors file, after the safetensors library has validated its header."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; expected this shard, since the index names it")
+            raise CheckpointError(f"{path}: missing, although the index lists this shard; copy the checkpoint again")
         with safe_open(path, framework="pt"):
             pass
         with open(path, "rb") as file:
@@ -249,7 +249,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
     if unknown:
         raise CheckpointError(
-            f"{path}: holds tensors of dtype {', '.join(unknown)}, expected one of {', '.join(DTYPES)}; quantized "
+            f"{path}: contains tensors of dtype {', '.join(unknown)}, expected one of {', '.join(DTYPES)}; quantized "
             "checkpoints are not supported, use the original in bfloat16, float16 or float32"
         )
     return {
@@ -272,12 +272,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _found_instead(path: Path) -> str:
-    """What is at a path where a directory should be."""
+    """What is at a path where a checkpoint directory should be, for an error message."""
     if path.exists():
         return "a file"
     if _HUB_NAME.fullmatch(str(path)):
         return (
-            "nothing at that path. Models are not downloaded: for a model of the Hugging Face hub, run "
-            f"`hf download {path} --local-dir DIR` and give DIR"
+            "nothing at that path; models are not downloaded, so for a model on the Hugging Face Hub run "
+            f"`hf download {path} --local-dir DIR` and give DIR instead"
         )
     return "nothing at that path"

@@ -1,10 +1,11 @@
-"""Writing safetensors shards, in any order of tensors and in parts of tensors.
+"""Writing safetensors shards, with tensors in any order, whole or in parts.
 
-Every name, dtype and shape is given beforehand. Shards and headers are laid out first, so each tensor has a fixed place
-on disk before any value is known, and a checkpoint far larger than memory can be written as its tensors are computed.
-Disk space is reserved at once where the system can do that, so a full disk shows at the start and not after an hour.
+All names, dtypes and shapes are given in advance. Shards and headers are laid out first, so every tensor has a fixed
+position on disk before any value is known, and a checkpoint far larger than memory can be written while its tensors are
+computed. Disk space is reserved up front where the system supports it, so a full disk is noticed at the start and not
+after an hour.
 
-Not covered: directories that appear whole or not at all; that is `files.new_directory`, which writers write into.
+Not covered: making a directory appear atomically. Use `files.new_directory` for that, and write into it.
 """
 
 import json
@@ -22,7 +23,7 @@ from mpunlearn.checkpoint.reader import DTYPES, TensorInfo, listed, tensor_bytes
 from mpunlearn.files import write_all, write_json
 
 FLUSH_BYTES = 1 << 27
-"""After so many bytes a writer begins to sync them to disk in the background, while its caller computes on."""
+"""After this many bytes, a writer starts syncing to disk in the background, while its caller keeps computing."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -37,7 +38,7 @@ class TensorWriter:
         folder: an existing directory.
         specs: dtype and shape of every tensor that will be written.
         stem: "model" or "update". A single shard is called STEM.safetensors; several are numbered and get an index.
-        max_shard_bytes: a shard takes tensors until the next one would exceed this size.
+        max_shard_bytes: a new shard starts when the next tensor would exceed this size.
 
     Raises:
         OSError: the files cannot be written.
@@ -77,7 +78,7 @@ class TensorWriter:
             raise
 
     def _open_shard(self, folder: Path, file: str, shard: dict[str, Spec]) -> None:
-        """Creates a shard with its header, and notes where each of its tensors goes."""
+        """Creates a shard with its header, and records where each of its tensors goes."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         start = 0
         for name, (dtype, shape) in shard.items():
@@ -97,7 +98,7 @@ class TensorWriter:
             self._where[name] = (descriptor, info)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes a whole tensor. Its dtype and shape must be those of its spec."""
+        """Writes a whole tensor. Its dtype and shape must match its spec."""
         descriptor, info = self._where[name]
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: expected {info.dtype} {info.shape}, found {tensor.dtype} {tuple(tensor.shape)}")
@@ -105,9 +106,9 @@ class TensorWriter:
         self._missing.discard(name)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Writes part of a tensor: the entries of its first axis from `start` on.
+        """Writes part of a tensor: rows of its first axis, starting at `start`.
 
-        One call counts as writing the tensor; that all of its rows are written is up to the caller.
+        A single call marks the tensor as written, so the caller must make sure that all rows are.
         """
         descriptor, info = self._where[name]
         if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
@@ -118,7 +119,7 @@ class TensorWriter:
         self._missing.discard(name)
 
     def _put(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
-        """Writes, and starts syncing in the background if enough has piled up and nothing is syncing yet."""
+        """Writes a tensor. Starts a background sync if enough bytes are unsynced and no sync is running."""
         write_all(descriptor, tensor_bytes(tensor), offset)
         self._unsynced += tensor.nbytes
         if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
@@ -127,7 +128,7 @@ class TensorWriter:
             self._flushing = self._flusher.submit(os.fsync, descriptor)
 
     def _check_flush(self) -> None:
-        """Waits for the latest sync and raises its error, which the system reports only once."""
+        """Waits for the latest sync and raises its error, since the system reports it only once."""
         if self._flushing is not None:
             self._flushing.result()
 
@@ -155,7 +156,7 @@ class TensorWriter:
 
 
 def _plan_shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
-    """The tensors of each shard, assigned in order of name; within a shard wide dtypes come first, for alignment."""
+    """The tensors of each shard, assigned in order of name. Within a shard, wider dtypes come first, for alignment."""
     shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name in sorted(specs):

@@ -1,1 +1,1 @@
-"""Runs only at the data owner: examples, objectives, and the training that turns a published copy into an update."""
+"""The data owner's side: unlearning objectives, and the training that turns a published copy into an update."""

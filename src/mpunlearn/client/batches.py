@@ -1,9 +1,12 @@
-"""Optimizer steps that are decided before training starts, and the micro-batches they are made of.
+"""The optimizer steps of a round, planned before training starts, and the micro-batches that they are split into.
 
-Which examples make up which step is a function of seed, round and epoch, never of the copy or the hardware: the updates of a
-round then differ by the noise alone, and a step means the same on one processor and on eight. Since the steps are known, every
-micro-batch carries the number of tokens and examples of its whole step, and its losses are divided by that; averages of
-averages, the usual way, depend on how a step is divided.
+In every round of MPU, the client trains separately on several noisy copies of the same model. Which examples make up a
+step depends only on seed, round and epoch, never on the copy or the hardware. The updates of a round therefore differ
+only because of the noise, and a step is the same on one GPU as on eight.
+
+Because the steps are known in advance, every micro-batch carries the token and example counts of its whole step, and
+its losses are divided by these counts. Averaging the averages of micro-batches, as is usual, would depend on how a step
+is split.
 """
 
 from collections.abc import Sequence
@@ -19,28 +22,28 @@ Batch = dict[str, Any]
 
 
 class Pick(NamedTuple):
-    """What is in one place of a batch."""
+    """The examples in one slot of a batch."""
 
     forget: int
-    """Index of a forget example."""
+    """Index of the forget example."""
     retain: int | None
-    """Index of the retain example beside it."""
+    """Index of the retain example paired with it; None without a retain set."""
     alternate: int
-    """A random number that chooses among the forget example's alternate answers."""
+    """A random number that selects one of the forget example's alternate answers."""
 
 
 def optimizer_steps(
     forget: int, retain: int, *, batch_size: int, epochs: int, seed: int, round_number: int
 ) -> list[list[Pick]]:
-    """The optimizer steps of a round: every forget example once per epoch, each with a random retain example.
+    """The optimizer steps of a round: every forget example once per epoch, each paired with a random retain example.
 
     Args:
         forget: size of the forget set.
-        retain: size of the retain set; 0 for none, and the picks then hold None.
+        retain: size of the retain set, or 0 if there is none.
         batch_size: forget examples per step.
         epochs: passes over the forget set.
-        seed: of the order of the examples.
-        round_number: another round has another order.
+        seed: seed for the order of the examples.
+        round_number: number of the round; every round has its own order.
     """
     steps: list[list[Pick]] = []
     for epoch in range(epochs):
@@ -55,16 +58,16 @@ def optimizer_steps(
 
 @dataclass(frozen=True)
 class Examples:
-    """Everything that batches are made of."""
+    """All tokenized examples, and their likelihoods under the reference model."""
 
     forget: Sequence[Example]
     retain: Sequence[Example] = ()
     alternates: Sequence[Sequence[Example]] = ()
-    """The alternate answers of each forget example, for objectives that use them."""
+    """The alternate answers to each forget example, for objectives that use them."""
     forget_nll: Sequence[float] = ()
     """NLL of each forget example under the reference model, in nats, for objectives that use it."""
     alternate_nll: Sequence[Sequence[float]] = ()
-    """The same of each alternate answer."""
+    """The same for each alternate answer."""
 
 
 class MicroBatches:
@@ -72,11 +75,11 @@ class MicroBatches:
 
     Args:
         steps: the optimizer steps.
-        examples: what they are made of.
+        examples: the examples that the steps refer to.
         size: forget examples per micro-batch.
-        pad: token for padding.
-        processes: how many processes share every step.
-        rank: number of this process. Every process has the same number of micro-batches per step; some may be empty.
+        pad: the padding token.
+        processes: number of processes that share every step.
+        rank: index of this process. Every process has the same number of micro-batches per step; some may be empty.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class MicroBatches:
         return len(self._steps)
 
     def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step: forget, retain and alternate examples, with the totals of the step."""
+        """The micro-batches of a step: forget, retain and alternate examples, with the counts of the whole step."""
         step = self._steps[number]
         parts = self.per_step * self._processes
         return [self._batch(step, step[part::parts]) for part in range(self._rank, parts, self._processes)]
@@ -105,7 +108,7 @@ class MicroBatches:
         if source.alternates:
             chosen = [(pick.forget, pick.alternate % len(source.alternates[pick.forget])) for pick in picks]
             answers = [source.alternates[example][number] for example, number in chosen]
-            batch["alternate"] = collate(answers or [_uncounted(source.forget[0])], self._pad)
+            batch["alternate"] = collate(answers or [_without_loss(source.forget[0])], self._pad)
             values = [source.alternate_nll[example][number] for example, number in chosen]
             batch["alternate"]["reference_nll"] = _numbers(values)
         if source.retain:
@@ -113,14 +116,20 @@ class MicroBatches:
             batch["retain"] = self._side(source.retain, of_step, [p.retain for p in picks if p.retain is not None])
         return batch
 
-    def _side(self, source: Sequence[Example], of_step: list[int], mine: list[int]) -> Batch:
-        """One side of a micro-batch; an empty one holds an example that does not count."""
-        examples = [source[index] for index in mine] or [_uncounted(source[0])]
+    def _side(self, source: Sequence[Example], of_step: list[int], indices: list[int]) -> Batch:
+        """The forget or retain side of a micro-batch. An empty one gets a single example without loss.
+
+        Args:
+            source: all examples of this side.
+            of_step: indices of the examples in the whole step.
+            indices: indices of the examples in this micro-batch.
+        """
+        examples = [source[index] for index in indices] or [_without_loss(source[0])]
         tokens = sum(source[index].tokens for index in of_step)
         return {**collate(examples, self._pad), "step_tokens": tokens, "step_examples": len(of_step)}
 
 
-def _uncounted(example: Example) -> Example:
+def _without_loss(example: Example) -> Example:
     return Example(example.input_ids, [IGNORED] * len(example.labels))
 
 

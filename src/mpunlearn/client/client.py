@@ -1,8 +1,12 @@
-"""The data owner's side of a run: its examples, and what it remembers from round 1.
+"""The client in a run: reads its examples, trains on every copy, and keeps what later rounds need from round 1.
 
-Where an objective compares with a reference model, that is the published copy of round 1 with the same number, never the
-server's own model. In round 1 the examples' log-likelihoods under it are computed and kept in the client's memory; the copy
-itself is kept only for objectives that use its logits or hidden states. So NPO, DPO and AltPO need no second model later on.
+In every round of a run, the server publishes several noisy copies of its current model, and the client trains each of
+them. The config.json of a copy contains its *card*: the run, the round and the number of the copy.
+
+If an objective compares the model with a reference model, that is the copy of round 1 with the same number, never the
+server's own model. In round 1, the client computes the log-likelihoods of its examples under that copy and stores them
+in its memory folder. It stores the copy itself only for objectives that use its logits or hidden states. NPO, DPO and
+AltPO therefore need no second model in later rounds.
 """
 
 import hashlib
@@ -33,9 +37,9 @@ from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 
 MIN_DROP = 0.05
-"""A round in which the probability of forget answers fell by less than this share has hardly unlearned anything."""
+"""The client warns if training lowers the probability of the forget answers by less than this fraction."""
 STILL_KNOWN = 0.25
-"""Unless that probability, per answer token, was below this anyway."""
+"""It does not warn if that probability, per answer token, ends up below this value."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +47,8 @@ logger = logging.getLogger(__name__)
 class Client:
     """The data owner's side of a run.
 
-    Everything that can be known to be wrong before a model is loaded is checked on construction. Arguments and errors are
-    those of `unlearn`.
+    The constructor checks everything that can be checked before a model is loaded. Arguments and errors are those of
+    the function `unlearn`.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Client:
         objective = self.losses.objective
         if objective.alpha and retain is None:
             raise DataError(
-                f"--objective {self.training.objective} has a retain term: give --retain, or --alpha 0 to go without"
+                f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
         self._forget = read_records(as_path(forget, "--forget"), data, "forget")
         if self.losses.alternates:
@@ -83,11 +87,11 @@ class Client:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the forget set and of the retain set."""
+        """SHA-256 (hex) of the forget set and of the retain set."""
         return {"forget": records_digest(self._forget), "retain": records_digest(self._retain)}
 
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
-        """Unlearns on one published copy and writes the update; as the function `unlearn`."""
+        """Unlearns on one published copy and writes the update, like the function `unlearn`."""
         copy, out = as_path(copy, "copy"), as_path(out, "--out")
         if out.exists():
             raise FileError(f"{out}: already exists; name another directory for the update, or remove this one")
@@ -100,9 +104,9 @@ class Client:
         reference_nll = self._cached_nll(cache, card, encoded)
         model = load_model(source.path)
         selected = select(model, self.training.train)
-        if rank_ := self.training.lora_rank:
-            alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * rank_
-            model = adapt(model, rank_, alpha, selected, self.training.seed)
+        if lora_rank := self.training.lora_rank:
+            alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * lora_rank
+            model = adapt(model, lora_rank, alpha, selected, self.training.seed)
         shard(model)
         reference = self._reference_model(source.path, card, cache, model)
         if reference_nll is None:
@@ -157,7 +161,7 @@ class Client:
         )
 
     def _encode(self, path: Path) -> "_Encoded":
-        """The examples as tokens. The published copies of one model share a tokenizer, so this is done once."""
+        """The tokenized examples. All copies share a tokenizer, so this is done only once."""
         files = sorted(file for file in path.iterdir() if "token" in file.name or "template" in file.name)
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         if digest not in self._encoded:
@@ -168,28 +172,28 @@ class Client:
             if skip := self.losses.objective.skip_tokens:
                 forget = [example.skipping(skip) for example in forget]
                 if not any(example.tokens for example in forget):
-                    raise PlanError(f"--skip-tokens {skip}: no forget answer is longer")
+                    raise PlanError(f"--skip-tokens {skip}: no forget answer is longer; choose a smaller number")
             self._encoded[digest] = _Encoded(tokenizer, forget, retain, alternates)
         return self._encoded[digest]
 
     def _cached_nll(self, cache: ReferenceCache | None, card: Card | None, encoded: "_Encoded") -> ReferenceNLL | None:
-        """The log-likelihoods under the reference model, if they are known; None in round 1.
+        """The stored log-likelihoods under the reference model; None if they have yet to be computed, in round 1.
 
         Raises:
-            DataError: they are not known, and round 1 is over.
+            DataError: nothing is stored, although round 1 is over.
         """
         if "reference_nll" not in self.losses.needs and not self.losses.reference_model:
             return ReferenceNLL()
-        known = cache.load(encoded.digest) if cache is not None else None
-        if known is None and card is not None and card.round > 1:
+        stored = cache.load(encoded.digest) if cache is not None else None
+        if stored is None and card is not None and card.round > 1:
             raise DataError(
-                f"{self.training.objective} compares with the copy of round 1, and this is {card}; give the --memory "
-                "directory that was used in round 1"
+                f"{self.training.objective} compares the model with the copy of round 1, but this is {card}; give the "
+                "--memory directory that was used in round 1"
             )
-        return known
+        return stored
 
     def _reference_nll(self, model: Any, encoded: "_Encoded") -> ReferenceNLL:
-        """The log-likelihoods under the reference model, for objectives that use them."""
+        """Computes the log-likelihoods under the reference model, for objectives that use them."""
         if "reference_nll" not in self.losses.needs:
             return ReferenceNLL()
         size = self._resources.micro_batch_size or self.training.batch_size
@@ -201,28 +205,28 @@ class Client:
         )
 
     def _reference_model(self, path: Path, card: Card | None, cache: ReferenceCache | None, model: Any) -> Any | None:
-        """The reference model, for objectives that use more than its log-likelihoods."""
+        """The reference model, for objectives that need more than its log-likelihoods."""
         if not self.losses.reference_model:
             return None
-        first = card is None or card.round == 1
-        if self.training.lora_rank and first:
+        first_round = card is None or card.round == 1
+        if self.training.lora_rank and first_round:
             return model
-        if not first and (cache is None or not cache.checkpoint.is_dir()):
+        if not first_round and (cache is None or not cache.checkpoint.is_dir()):
             raise DataError(
-                f"{self.training.objective} compares with the copy of round 1, which the --memory directory does not hold; "
-                "restore it, or begin the run again"
+                f"{self.training.objective} compares the model with the copy of round 1, which is not in the --memory "
+                "directory; restore it, or start a new run"
             )
-        reference = load_model(path if first or cache is None else cache.checkpoint)
+        reference = load_model(path if first_round or cache is None else cache.checkpoint)
         shard(reference)
         return reference
 
     def _fingerprint(self, card: Card | None, encoded: "_Encoded") -> str:
-        """Identifies one training exactly, so that only its own checkpoint is resumed."""
+        """Identifies a training, so that it resumes only from its own checkpoint."""
         parts = [card, self.training.to_json(), encoded.digest, examples_digest(encoded.retain)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _report(self, history: History, card: Card | None, cache: ReferenceCache | None) -> None:
-        """Says what happened to the losses, keeps it, and warns if hardly anything was unlearned."""
+        """Records the losses, logs the probability of the forget answers, and warns if it hardly fell."""
         if cache is not None:
             cache.record(vars(history))
         before, after = history.probability_before, history.probability_after
@@ -230,10 +234,11 @@ class Client:
         hardly = after > max(STILL_KNOWN, (1 - MIN_DROP) * before)
         if hardly and (card is None or (card.run, card.round) not in self._warned):
             if card is not None:
-                self._warned.add((card.run, card.round))  # once for all copies of a round
+                self._warned.add((card.run, card.round))  # warn once per round, not once per copy
             warnings.warn(
-                f"nothing was unlearned{f' on {card}' if card else ''}: the probability of forget answers, per token, went "
-                f"from {before:.3f} to {after:.3f}, a drop of less than {MIN_DROP:.0%}; raise --learning-rate or --epochs",
+                f"nothing was unlearned{f' on {card}' if card else ''}: the probability of forget answers, per token, "
+                f"went from {before:.3f} to {after:.3f}, a drop of less than {MIN_DROP:.0%}; raise --learning-rate or "
+                "--epochs",
                 NothingUnlearnedWarning,
                 stacklevel=3,
             )
@@ -241,7 +246,7 @@ class Client:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The examples under one tokenizer."""
+    """The examples, tokenized."""
 
     tokenizer: Any
     forget: list[Example]
@@ -250,7 +255,7 @@ class _Encoded:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what a reference model is asked about."""
+        """SHA-256 (hex) of the examples whose likelihoods under the reference model are used."""
         return examples_digest([*self.forget, *(answer for answers in self.alternates for answer in answers)])
 
     def examples(self, reference: ReferenceNLL) -> Examples:

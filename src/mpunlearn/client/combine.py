@@ -1,15 +1,18 @@
-"""How the gradients of the forget and the retain loss become one.
+"""How the gradients of the forget and the retain loss are combined into one.
 
-`sum`: γ · forget + α · retain; the gradients simply add up.
+`sum`: the gradients of γ · forget + α · retain are added.
 
-`normalized` (NGDiff, Bu et al., arXiv 2410.22086): both gradients of a step are divided by their norms first. Every
-`adapt_every` steps the learning rate is multiplied so that the step ends at the minimum of a parabola through the retain loss
-before, after and opposite the step (their section 4).
+`normalized` (NGDiff, Bu et al., arXiv 2410.22086): both gradients of a step are divided by their norms before they are
+added. Every `adapt_every` steps, the learning rate is rescaled: a parabola is fitted to the retain loss before the
+step, after it, and after a step in the opposite direction, and the step is rescaled to end at the parabola's minimum
+(their section 4).
 
-`dual` (PDU, arXiv 2506.05314): α is a dual variable that follows the retain loss, α ← max(0, α + dual_step · (L_retain -
-retain_target)), from epoch `dual_warmup` of the run on. It starts afresh in every round.
+`dual` (PDU, arXiv 2506.05314): α is a dual variable that follows the retain loss,
+α ← max(0, α + dual_step · (L_retain - retain_target)), starting at epoch `dual_warmup` of the run. It is reset at the
+start of every round.
 
-The training loop calls a `Combination` around its two backward passes and around the optimizer step.
+The training loop calls a `Combination` between and after its two backward passes, and before and after the optimizer
+step.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +25,11 @@ from mpunlearn.protocol.objectives import Objective
 
 
 class Combination:
-    """`sum`, and what the others change of it.
+    """`sum`, which needs none of the hooks below. The other combinations override them.
 
     Args:
-        objective: weights and hyper-parameters.
-        parameters: the weights that train.
+        objective: weights and hyperparameters.
+        parameters: the parameters being trained.
     """
 
     def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
@@ -37,30 +40,31 @@ class Combination:
         """Called between the two backward passes of a micro-batch."""
 
     def after(self, last: bool) -> None:
-        """Called after both backward passes of a micro-batch, the last of its step or not."""
+        """Called after both backward passes of a micro-batch; `last` says whether it is the last one of its step."""
 
     def before_step(self, step: int) -> None:
         """Called before the optimizer changes the weights."""
 
     def after_step(self, scheduler: Any, retain_loss: Callable[[], float]) -> None:
-        """Called after the optimizer changed the weights, and before the learning rate changes.
+        """Called after the optimizer has changed the weights, and before the scheduler changes the learning rate.
 
         Args:
-            scheduler: of the learning rate.
-            retain_loss: computes the retain loss of the step's first micro-batches at the current weights.
+            scheduler: the learning-rate scheduler.
+            retain_loss: computes the retain loss of each process's first micro-batch of the step, at the current
+                weights.
         """
 
     def finish(self, retain_loss: float, epoch: int) -> None:
         """Called at the end of a step.
 
         Args:
-            retain_loss: of the step, over all micro-batches and processes.
-            epoch: number of epochs of the run that are complete.
+            retain_loss: the step's retain loss, over all micro-batches and processes.
+            epoch: number of completed epochs of the run.
         """
 
 
 class NormalizedGradients(Combination):
-    """NGDiff."""
+    """`normalized`, for NGDiff."""
 
     def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
         super().__init__(objective, parameters)
@@ -69,15 +73,15 @@ class NormalizedGradients(Combination):
         self._before: list[torch.Tensor] = []
 
     def between(self) -> None:
-        """Puts the forget gradient aside, so that the retain gradient accumulates on its own."""
+        """Sets the forget gradient aside, so that the retain gradient accumulates separately."""
         self._swap()
 
     def after(self, last: bool) -> None:
-        """Puts it back; at the end of a step, adds both after dividing each by its norm."""
+        """Restores the forget gradient. At the end of a step, divides both gradients by their norms and adds them."""
         self._swap()
         if not last:
             return
-        # γ and α are already in the losses: γ · g / ‖γ · g‖ has to be multiplied by γ again.
+        # The gradients already contain γ and α, which cancel when dividing by the norm, so multiply by them again.
         forget = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         retain = [gradient for gradient in self._retain_gradients.values() if gradient is not None]
         for gradients, weight in ((forget, self.objective.gamma), (retain, self.objective.alpha)):
@@ -95,15 +99,16 @@ class NormalizedGradients(Combination):
             self._retain_gradients[parameter] = other
 
     def before_step(self, step: int) -> None:
-        """Remembers the weights where the learning rate is to be adjusted."""
+        """Saves the weights if the learning rate is to be rescaled after this step."""
         if step % self._every == 0:
             self._before = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def after_step(self, scheduler: Any, retain_loss: Callable[[], float]) -> None:
-        """Goes to the minimum of the parabola through the retain loss at w + d, w and w - d.
+        """Rescales the step to end at the minimum of the parabola through the retain loss at w + d, w and w - d.
 
-        w - d is what the optimizer made of w. The factor is kept within [1/2, 2], and is 1 if the parabola has no minimum.
+        The optimizer has just moved the weights from w to w - d. The factor that rescales d and the learning rate is
+        clamped to [1/2, 2], and is 1 if the parabola has no minimum.
         """
         if not self._before:
             return
@@ -124,10 +129,10 @@ class NormalizedGradients(Combination):
 
 
 class DualAscent(Combination):
-    """PDU."""
+    """`dual`, for PDU."""
 
     def finish(self, retain_loss: float, epoch: int) -> None:
-        """Moves the dual variable."""
+        """Updates the dual variable."""
         parameters = self.objective.parameters
         if epoch >= parameters["dual_warmup"]:
             self.alpha = max(0.0, self.alpha + parameters["dual_step"] * (retain_loss - parameters["retain_target"]))

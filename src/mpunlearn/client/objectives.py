@@ -1,18 +1,19 @@
-"""The losses of the unlearning objectives: plain functions of what a forward pass gives.
+"""The losses of the unlearning objectives, as plain functions of the outputs of a forward pass.
 
 The names of a loss's positional parameters say what it needs, and the training loop (`trainer`) provides exactly that:
 
-    logits, targets       (B, T, V) and (B, T): logits at position t predict targets[:, t]; `IGNORED` where nothing counts
-    hidden                (B, T, H): hidden states after the layer that the hyper-parameter `layer` names, same positions
-    reference_…           the same under the reference model; reference_nll is NLL(y|x), shape (B,), nats
-    alternate_…           the same for the alternate answer of each example
-    control               (H,): a random unit vector, the same for all copies and rounds
+    logits, targets    (B, T, V) and (B, T): logits at position t predict targets[:, t]; `IGNORED` at masked positions
+    hidden             (B, T, H): hidden states at the same positions, after the layer that the hyperparameter `layer`
+                       names
+    reference_…        the same under the reference model; reference_nll is NLL(y|x), shape (B,), in nats
+    alternate_…        the same for the alternate answer of each example
+    control            (H,): a random unit vector, the same for all copies and rounds
 
-Keyword-only parameters are hyper-parameters. A loss returns either one number per token, shape (B, T), zero where nothing
-counts, or one per example, shape (B,). The objective is their mean over the answer tokens, or over the examples, of an
-optimizer step, no matter how that step is divided into micro-batches and processes. Masked positions never count.
+Keyword-only parameters are hyperparameters. A loss returns either one number per token, shape (B, T), zero at masked
+positions, or one per example, shape (B,). The objective is the mean over all answer tokens, or over all examples, of an
+optimizer step, however that step is split into micro-batches and processes.
 
-A new objective is a function here, its name in `FORGET_LOSSES`, and a line in `protocol.objectives.OBJECTIVES`.
+To add an objective, write its loss here, add it to `FORGET_LOSSES`, and add a line to `protocol.objectives.OBJECTIVES`.
 """
 
 import inspect
@@ -30,7 +31,7 @@ Loss = Callable[..., torch.Tensor]
 
 
 def grad_ascent(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-CE(D_f) (Maini et al., arXiv 2401.06121; with a retain term GradDiff, Liu et al., arXiv 2203.12817)."""
+    """-CE(D_f) (Maini et al., arXiv 2401.06121). With a retain term it is GradDiff (Liu et al., arXiv 2203.12817)."""
     return -token_nll(logits, targets)
 
 
@@ -52,8 +53,8 @@ def dpo(
     """-(2/β) log σ(β [(NLL_ref - NLL_θ)(alternate) - (NLL_ref - NLL_θ)(forget)]).
 
     Rafailov et al., arXiv 2305.18290, equation 7, with refusals preferred over the forget answers (Maini et al., arXiv
-    2401.06121); AltPO (Mekala et al., arXiv 2409.13474) is the same with plausible alternatives. Each example keeps its
-    alternate for a whole epoch; OpenUnlearning draws a new refusal every time.
+    2401.06121). AltPO (Mekala et al., arXiv 2409.13474) is the same with plausible alternate answers. A refusal is
+    drawn once for each example and kept; OpenUnlearning draws a new one every time.
     """
     preferred = alternate_reference_nll - answer_nll(alternate_logits, alternate_targets)
     rejected = reference_nll - answer_nll(logits, targets)
@@ -69,46 +70,47 @@ def simnpo(logits: torch.Tensor, targets: torch.Tensor, *, beta: float, delta: f
 def undial(logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tensor, *, beta: float) -> torch.Tensor:
     """Soft cross-entropy to softmax(reference logits - β · onehot(y)) (Dong et al., arXiv 2402.10052).
 
-    The mean is over answer tokens. OpenUnlearning also averages over prompt and padding, where it indexes the vocabulary with
-    -100.
+    The mean is over answer tokens. OpenUnlearning also averages over prompt and padding, where it indexes the
+    vocabulary with -100.
     """
     counted = targets != IGNORED
-    aim = reference_logits[counted].float()
-    aim = aim - beta * functional.one_hot(targets[counted], aim.shape[-1])
+    desired = reference_logits[counted].float()
+    desired = desired - beta * functional.one_hot(targets[counted], desired.shape[-1])
     return at_positions(
-        counted, functional.cross_entropy(logits[counted].float(), aim.softmax(dim=-1), reduction="none")
+        counted, functional.cross_entropy(logits[counted].float(), desired.softmax(dim=-1), reduction="none")
     )
 
 
 def satimp(logits: torch.Tensor, targets: torch.Tensor, *, beta1: float, beta2: float) -> torch.Tensor:
-    """-p^β1 (1-p)^β2 · CE of each token, the weight detached (Yang et al., arXiv 2505.11953, section 4.3)."""
+    """-p^β1 (1-p)^β2 · CE of each token, with a detached weight (Yang et al., arXiv 2505.11953, section 4.3)."""
     losses = token_nll(logits, targets)
     p = torch.exp(-losses.detach())
     return -(p**beta1) * (1 - p) ** beta2 * losses
 
 
 def wga(logits: torch.Tensor, targets: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """-p^β · CE of each token, the weight detached (Wang et al., arXiv 2502.19301, equation 10)."""
+    """-p^β · CE of each token, with a detached weight (Wang et al., arXiv 2502.19301, equation 10)."""
     losses = token_nll(logits, targets)
     return -torch.exp(-beta * losses.detach()) * losses
 
 
 def ce_u(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to the model's own distribution without the true token, detached (Yang, arXiv 2503.01224, equation 4).
+    """Cross-entropy to the model's own detached distribution without the true token (Yang, arXiv 2503.01224, equation
+    4).
 
-    `skip_tokens` leaves out the first answer token, following a footnote on that paper's training settings.
+    `skip_tokens` excludes the first answer token, as a footnote on that paper's training settings says.
     """
     counted = targets != IGNORED
     chosen = logits[counted].float()
-    aim = chosen.detach().scatter(1, targets[counted].unsqueeze(1), float("-inf")).softmax(dim=-1)
-    return at_positions(counted, functional.cross_entropy(chosen, aim, reduction="none"))
+    desired = chosen.detach().scatter(1, targets[counted].unsqueeze(1), float("-inf")).softmax(dim=-1)
+    return at_positions(counted, functional.cross_entropy(chosen, desired, reduction="none"))
 
 
 def pdu(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(max logit - mean logit)² of each token, minimal for the uniform prediction (arXiv 2506.05314, equation 3).
+    """(max logit - mean logit)² of each token, minimal for a uniform prediction (arXiv 2506.05314, equation 3).
 
-    Taken at the positions that predict answer tokens; OpenUnlearning takes the positions of the answer tokens themselves,
-    one later.
+    Computed at the positions that predict answer tokens. OpenUnlearning uses the positions of the answer tokens
+    themselves, one later.
     """
     counted = targets != IGNORED
     chosen = logits[counted].float()
@@ -116,32 +118,32 @@ def pdu(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def rmu(hidden: torch.Tensor, targets: torch.Tensor, control: torch.Tensor, *, steering: float) -> torch.Tensor:
-    """Mean squared distance of the hidden states to steering · control (Li et al., arXiv 2403.03218, equation 1).
+    """Mean squared distance of the hidden states from steering · control (Li et al., arXiv 2403.03218, equation 1).
 
-    The mean is over the tokens of each example. The control vector is in the residual stream: where the reparameterization
-    changes its basis (`full`), every copy is steered to a different point in the server's own coordinates.
+    The mean is over the tokens of each example. The control vector is in the residual stream. If the reparameterization
+    changes the basis of that space (`full`), every copy is steered to a different point in the server's coordinates.
     """
     return _example_mean((hidden.float() - steering * control).square().mean(dim=-1), targets)
 
 
 def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """CE(D_r): the retain answers stay likely."""
+    """CE(D_r), which keeps the retain answers likely."""
     return token_nll(logits, targets)
 
 
 def kl(logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
     """KL(reference ‖ model) of each answer token's prediction, in nats (Maini et al., arXiv 2401.06121, section 3).
 
-    OpenUnlearning also sums over prompt and padding, and divides by examples and positions alike.
+    OpenUnlearning averages over all positions, prompt and padding included.
     """
     counted = targets != IGNORED
-    mine = logits[counted].float().log_softmax(dim=-1)
+    current = logits[counted].float().log_softmax(dim=-1)
     reference = reference_logits[counted].float().log_softmax(dim=-1)
-    return at_positions(counted, (reference.exp() * (reference - mine)).sum(dim=-1))
+    return at_positions(counted, (reference.exp() * (reference - current)).sum(dim=-1))
 
 
 def same_hidden(hidden: torch.Tensor, targets: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of the hidden states to the reference model's: RMU's own retain loss (equation 2)."""
+    """Mean squared distance of the hidden states from the reference model's, RMU's own retain loss (equation 2)."""
     return _example_mean((hidden.float() - reference_hidden.float()).square().mean(dim=-1), targets)
 
 
@@ -151,29 +153,29 @@ def _example_mean(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 RETAIN_LOSSES: dict[str, Loss] = {"nll": nll, "kl": kl, "hidden": same_hidden}
-"""Every retain loss by its name on the command line."""
+"""Every retain loss, by its name on the command line."""
 
 
 FORGET_LOSSES: dict[str, Loss] = {
     loss.__name__: loss for loss in (grad_ascent, npo, dpo, simnpo, undial, satimp, wga, ce_u, pdu, rmu)
 }
-"""Every forget loss by the name that `protocol.objectives` has for it."""
+"""Every forget loss, by its name in `protocol.objectives`."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss functions of an objective, and what they need of a batch."""
+    """The loss functions of an objective, and the inputs that they need."""
 
     objective: Objective
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the forget loss takes of a batch."""
+        """Names of the inputs that the forget loss takes."""
         return _needs(FORGET_LOSSES[self.objective.forget_loss])
 
     @property
     def retain_needs(self) -> frozenset[str]:
-        """What the retain loss takes of a batch; empty without a retain term."""
+        """Names of the inputs that the retain loss takes; empty without a retain term."""
         return _needs(RETAIN_LOSSES[self.objective.retain_loss]) if self.objective.alpha else frozenset()
 
     @property
@@ -187,7 +189,7 @@ class Losses:
         return bool((self.needs | self.retain_needs) & {"reference_logits", "reference_hidden"})
 
     def forget(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The forget loss with the objective's hyper-parameters."""
+        """The forget loss, with the objective's hyperparameters."""
         loss = FORGET_LOSSES[self.objective.forget_loss]
         wanted = inspect.signature(loss).parameters
         return loss(**inputs, **{name: value for name, value in self.objective.parameters.items() if name in wanted})

@@ -1,12 +1,15 @@
-"""The optimizers: those of transformers by name, and one for which the copies' reparameterizations cancel exactly.
+"""The optimizers: those of transformers, by name, and one whose steps do not depend on a copy's reparameterization.
 
-Adam divides every entry of a gradient by a running size of that entry. In the first steps that is nearly the entry's sign. It
-is not differentiable in the weights, and harmonic or extrapolated denoising cancels only what is; and it depends on the basis,
-so a rotated copy trains differently. `TensorAdam` keeps one second moment per tensor instead, the mean square of its gradient:
-its step is as large as Adam's, smooth in the weights, and the same in every orthogonal basis.
+In MPU, every copy of the model has its own noise and its own secret basis (its reparameterization). The server undoes
+the basis and combines the updates such that the first-order effect of the noise cancels. Adam interferes with both. It
+divides every entry of a gradient by a running magnitude of that entry, so its first steps are nearly the sign of the
+gradient. The sign is not differentiable in the weights, so it has no first-order effect that could cancel. It also
+depends on the basis, so a rotated copy trains differently. `TensorAdam` keeps one second moment per tensor instead, the
+mean square of its gradient. Its steps are as large as Adam's, smooth in the weights, and the same in every orthogonal
+basis.
 
-Related: NovoGrad (Ginsburg et al., arXiv 1905.11286) also has one second moment per layer, but takes the moving average after
-the division; Adam-mini (Zhang et al., arXiv 2406.16793) has one per block.
+Related: NovoGrad (Ginsburg et al., arXiv 1905.11286) also has one second moment per layer, but normalizes the gradient
+before the first moment is taken; Adam-mini (Zhang et al., arXiv 2406.16793) has one second moment per block.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,15 +27,17 @@ TENSOR_ADAM = "tensor_adam"
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], training: Training, steps: int) -> tuple[Any, Any]:
-    """The optimizer and the learning-rate scheduler of a round. Weight decay applies to matrices, not to vectors.
+    """Creates the optimizer and the learning-rate scheduler of a round. Weight decay applies to matrices, not to
+    vectors.
 
     Args:
-        parameters: what trains.
+        parameters: the parameters to train.
         training: optimizer, learning rate, ε, weight decay, scheduler, warmup.
         steps: number of optimizer steps.
 
     Raises:
-        PlanError: transformers has no optimizer or scheduler of that name, it is not installed, or it needs more than its name.
+        PlanError: transformers does not know the optimizer or the scheduler, its package is not installed, or it needs
+            arguments that are not options here.
     """
     kind, options = _optimizer_class(training)
     groups = [
@@ -48,7 +53,7 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], training: Training,
 
 
 def check_optimizer(training: Training) -> None:
-    """Refuses an optimizer or scheduler that `make_optimizer` would refuse, before anything is published or downloaded."""
+    """Raises the errors of `make_optimizer` early, before anything is published or downloaded."""
     make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], training, steps=1)
 
 
@@ -72,7 +77,7 @@ def _optimizer_class(training: Training) -> tuple[Any, dict[str, Any]]:
         raise PlanError(f"--optimizer {training.optimizer}: {reason}. Known optimizers: {known}") from error
     if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
         raise PlanError(
-            f"--optimizer {training.optimizer}: works layer by layer, which is not supported; take adamw_torch"
+            f"--optimizer {training.optimizer}: layer-wise optimizers are not supported; use adamw_torch, for example"
         )
     return kind, options
 
@@ -83,9 +88,9 @@ class TensorAdam(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups, as for every torch optimizer.
         lr: learning rate.
-        betas: decay of the first and of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, as in AdamW.
+        betas: decay rates of the first and the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, as in AdamW.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class TensorAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step from the current gradients."""
+        """Performs one step with the current gradients."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             first, second = group["betas"]

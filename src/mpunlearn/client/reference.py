@@ -1,11 +1,12 @@
-"""What the client keeps between the rounds of a run, and while it trains.
+"""The client's memory folder: what it keeps between the rounds of a run, and while it trains.
 
-    MEMORY/copy-K.json        log-likelihoods of the examples under the published copy of round 1, for NPO, DPO and AltPO
+    MEMORY/copy-K.json        log-likelihoods of the examples under copy K of round 1, for NPO, DPO and AltPO
     MEMORY/copy-K/            that copy itself, for objectives that use its logits or hidden states
-    MEMORY/copy-K.training/   the checkpoint of a training that is in progress
-    MEMORY/losses.jsonl       what happened to the losses, one line per training
+    MEMORY/copy-K.training/   checkpoint of a training that is in progress
+    MEMORY/losses.jsonl       losses, one line per training
 
-The reference model of a run is always the published copy of round 1, never the server's own model.
+The server publishes several noisy copies of its model in every round. The reference model for copy K of any round is
+copy K of round 1, never the server's own model.
 """
 
 import json
@@ -26,47 +27,47 @@ from mpunlearn.schema import read, write
 
 @dataclass(frozen=True)
 class ReferenceNLL:
-    """Negative log-likelihoods under the reference model, in nats: the content of MEMORY/copy-K.json, without its label."""
+    """Negative log-likelihoods under the reference model, in nats."""
 
     forget_nll: list[float] = field(default_factory=list)
-    """Of each forget example."""
+    """One value per forget example."""
     alternate_nll: list[list[float]] = field(default_factory=list)
-    """Of each alternate answer of each forget example."""
+    """For each forget example, one value per alternate answer."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """MEMORY/copy-K.json."""
+    """The content of MEMORY/copy-K.json."""
 
     run: str
     round: int
     copy: int
     copies: int
     examples: str
-    """SHA-256 of the tokenized examples."""
+    """SHA-256 (hex) of the tokenized examples."""
     forget_nll: list[float]
     alternate_nll: list[list[float]]
     format: int = 1
 
 
 class ReferenceCache:
-    """What the client keeps of one copy of round 1.
+    """What the client keeps from one copy of round 1.
 
     Args:
-        memory: the client's own directory.
-        card: of the current copy; its number says which copy of round 1 is its reference.
+        memory: the client's memory folder.
+        card: run, round and number of the current copy. The copy of round 1 with the same number is its reference.
     """
 
     def __init__(self, memory: Path, card: Card) -> None:
         self._memory, self._card = memory, card
         self._file = memory / f"copy-{card.copy}.json"
         self.checkpoint = memory / f"copy-{card.copy}"
-        """The copy of round 1, if it was kept."""
+        """Folder of the copy of round 1, if it was stored."""
         self.training_folder = memory / f"copy-{card.copy}.training"
-        """For the checkpoint of a training that is in progress."""
+        """Folder for the checkpoint of a training that is in progress."""
 
     def load(self, examples: str) -> ReferenceNLL | None:
-        """The log-likelihoods that were kept, or None if none were.
+        """The stored log-likelihoods, or None if there are none.
 
         Args:
             examples: digest of the examples that they should belong to.
@@ -79,19 +80,19 @@ class ReferenceCache:
         try:
             entry = read(_Entry, self._file)
         except (FileError, SchemaError) as error:
-            raise DataError(f"{error}; restore the file, or begin the run again") from error
+            raise DataError(f"{error}; restore the file, or start a new run") from error
         if (entry.run, entry.examples) != (self._card.run, examples):
             raise DataError(
-                f"{self._file}: belongs to another run, another forget set or another --max-length; give each run its own "
-                "--memory"
+                f"{self._file}: belongs to another run, another forget set or another --max-length; give each run its "
+                "own --memory"
             )
         return ReferenceNLL(entry.forget_nll, entry.alternate_nll)
 
     def save(self, examples: str, values: ReferenceNLL, copy: Path | None) -> None:
-        """Keeps log-likelihoods, and the copy itself if one is given (by hard links where that is possible).
+        """Stores log-likelihoods, and the copy itself if one is given (as hard links where possible).
 
         Raises:
-            DataError: the directory cannot be written.
+            DataError: the folder cannot be written.
         """
         try:
             self._memory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -104,7 +105,7 @@ class ReferenceCache:
             raise DataError(f"{self._file}: cannot be written: {error}") from error
 
     def record(self, history: dict[str, Any]) -> None:
-        """Appends what happened to the losses to MEMORY/losses.jsonl. That file stays with the client."""
+        """Appends the losses of a training to MEMORY/losses.jsonl, which is never sent to the server."""
         line = {"round": self._card.round, "copy": self._card.copy, **history}
         self._memory.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._memory / "losses.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -121,28 +122,29 @@ def _link(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Fingerprint:
-    """Which training a folder belongs to."""
+    """Identifies the training that a folder belongs to."""
 
     fingerprint: str
 
 
 class TrainingFolder:
-    """The folder with the checkpoint of a training; removed when the training ends without an exception.
+    """A context manager for the folder that holds the checkpoint of a training.
 
-    It holds the fingerprint of the training, so that a different training does not go on from its checkpoint.
+    The folder stores the training's fingerprint, so that a different training does not resume from its checkpoint. It
+    is removed when the training succeeds, or fails before it has saved a checkpoint.
     """
 
     def __init__(self, fingerprint: str, path: Path) -> None:
         self._fingerprint, self._path = _Fingerprint(fingerprint), path
 
     def __enter__(self) -> Path:
-        mark = self._path / "fingerprint.json"
+        file = self._path / "fingerprint.json"
         if is_main():
             try:
-                if not mark.is_file() or read(_Fingerprint, mark) != self._fingerprint:
+                if not file.is_file() or read(_Fingerprint, file) != self._fingerprint:
                     shutil.rmtree(self._path, ignore_errors=True)
                     self._path.mkdir(parents=True, mode=0o700)
-                    write(mark, self._fingerprint)
+                    write(file, self._fingerprint)
             except (OSError, MPUError) as error:
                 raise CheckpointError(f"{self._path}: cannot be written: {error}") from error
         return self._path

@@ -1,4 +1,4 @@
-"""How the data owner's machine does the work. None of it changes what is computed, and none of it concerns the server."""
+"""Options for training on the data owner's machine. The server never sees them. They change results only by rounding."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,25 +9,25 @@ from mpunlearn.schema import check_options
 
 @dataclass(frozen=True)
 class Resources:
-    """Memory, precision, checkpoints and experiment trackers of local training.
+    """Memory, precision, checkpoints and experiment trackers for local training.
 
     Raises:
         PlanError: a value has the wrong type or is out of range.
     """
 
     micro_batch_size: int | None = None
-    """Forget examples per forward pass and process (default: the whole batch). Smaller micro-batches need less memory; the
-    update stays the same."""
+    """Forget examples per forward pass and process (default: the whole batch). Smaller micro-batches need less memory
+    and give the same update."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward and backward passes. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which takes less memory and more time."""
+    """Recompute activations in the backward pass, which saves memory but takes more time."""
     save_every: int = 0
-    """Optimizer steps between checkpoints, from which an interrupted training goes on; 0 for none."""
+    """Optimizer steps between checkpoints, from which an interrupted training can resume; 0 saves none."""
     report_to: str = "none"
-    """Where losses are logged: tensorboard, wandb, trackio, or another tracker that accelerate supports."""
+    """Where to log losses: tensorboard, wandb, trackio, or another tracker that accelerate supports."""
     log_dir: str = "runs"
-    """Folder for the files of trackers that write some, such as tensorboard."""
+    """Folder for trackers that write files, such as tensorboard."""
 
     def __post_init__(self) -> None:
         check_options(self)

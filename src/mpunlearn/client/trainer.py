@@ -1,10 +1,11 @@
-"""The training loop: optimizer steps that were decided beforehand, on one process or on several.
+"""The training loop: runs the optimizer steps planned in `batches`, on one process or several.
 
-One plain loop serves all objectives: both losses of a micro-batch, a backward pass for each with the `Combination` between
-them, clipping, a step. It is written out rather than built on `transformers.Trainer`, which decides batches, loss averaging and
-model wrapping itself. Optimizers and schedulers come from transformers, experiment trackers from accelerate.
+One plain loop serves all objectives. For every micro-batch it computes the forget and the retain loss and a backward
+pass for each, and calls the hooks of a `Combination` (see `combine`) in between. Then it clips the gradients and takes
+the optimizer step. It does not build on `transformers.Trainer`, which makes its own decisions about batches, loss
+averaging and model wrapping. Optimizers and schedulers come from transformers, experiment trackers from accelerate.
 
-Not covered: checkpoints of a training on several processes.
+Not covered: saving checkpoints while training on several processes.
 """
 
 import io
@@ -35,19 +36,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class History:
-    """What happened to the losses in one training."""
+    """The losses of one training, and what it did to the forget answers."""
 
     forget_loss: list[float] = field(default_factory=list)
     """The forget loss of each optimizer step."""
     retain_loss: list[float] = field(default_factory=list)
     """The retain loss of each optimizer step; zeros without a retain term."""
     probability_before: float = 0.0
-    """Probability of an answer token, exp(-mean NLL), of the first micro-batch of forget examples, before training."""
+    """Probability per answer token, exp(-mean NLL), in the first micro-batch of forget examples, before training."""
     probability_after: float = 0.0
     """The same after training."""
 
     def note(self) -> str:
-        """The latest losses, for a progress line."""
+        """The latest losses, for the progress line."""
         return f"forget loss {self.forget_loss[-1]:.3g}, retain loss {self.retain_loss[-1]:.3g}"
 
 
@@ -55,19 +56,19 @@ class Trainer:
     """Trains a model in place.
 
     Args:
-        model: what trains; sharded already if there are several processes.
-        losses: of the objective.
-        training: the plan.
-        resources: precision, checkpoints and trackers of this machine.
+        model: the model to train; already sharded if there are several processes.
+        losses: the losses of the objective.
+        training: the training plan.
+        resources: precision, checkpoints and trackers on this machine.
         batches: the micro-batches of this process.
-        reference: the reference model, for objectives that use its logits or hidden states. With LoRA it may be the model
-            itself, whose adapters are then switched off.
-        first_epoch: how many epochs of the run are complete.
-        folder: for checkpoints. If it holds one, training goes on from there.
-        name: of this training, for progress lines and trackers.
+        reference: the reference model, for objectives that use its logits or hidden states. With LoRA, it may be the
+            model itself; its adapters are then disabled for the reference.
+        first_epoch: number of epochs completed in earlier rounds of the run.
+        folder: folder for checkpoints. If it contains one, training resumes from it.
+        name: name of this training, for progress lines and trackers.
 
     Raises:
-        PlanError: options contradict each other, or are unknown to transformers.
+        PlanError: options contradict each other, or transformers does not know the optimizer or scheduler.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def train(self) -> History:
-        """Runs all steps that are left, and returns what happened to the losses."""
+        """Runs the remaining steps and returns the losses."""
         transformers.set_seed(self._training.seed)
         self._restore()
         tracker = self._tracker()
@@ -125,8 +126,8 @@ class Trainer:
         batches = self._batches.step(self._done)
         forget = retain = 0.0
         for number, batch in enumerate(batches):
-            share, kept = self._backward(batch, last=number == len(batches) - 1)
-            forget, retain = forget + share, retain + kept
+            forget_share, retain_share = self._backward(batch, last=number == len(batches) - 1)
+            forget, retain = forget + forget_share, retain + retain_share
         self._scaler.unscale_(self._optimizer)
         if self._training.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._training.max_grad_norm)
@@ -143,10 +144,10 @@ class Trainer:
         self._combination.finish(self.history.retain_loss[-1], epoch)
 
     def _backward(self, batch: Batch, last: bool) -> tuple[float, float]:
-        """Both backward passes of a micro-batch, one after the other, so that one side's activations are held at a time.
+        """Runs both backward passes of a micro-batch one after the other, so that one set of activations is in memory.
 
         Returns:
-            The micro-batch's shares of the step's forget and retain loss.
+            The micro-batch's contributions to the step's forget and retain loss.
         """
         batch = self._to_device(batch)
         forget = self._add_gradient(self._loss(batch, "forget"), self._objective.gamma)
@@ -158,45 +159,47 @@ class Trainer:
         return forget, retain
 
     def _add_gradient(self, loss: torch.Tensor, weight: float) -> float:
-        """Adds the gradient of weight · loss; returns the loss."""
-        # Sharded gradients are averaged over processes, but the shares of a loss add up.
+        """Adds the gradient of weight · loss and returns the loss."""
+        # FSDP averages gradients over processes, but the contributions to a loss have to be summed.
         torch.autograd.backward(self._scaler.scale(weight * loss * processes()))
         return float(loss.detach())
 
     def _loss(self, batch: Batch, side: str) -> torch.Tensor:
-        """A micro-batch's share of the forget or retain loss of its step, a scalar."""
-        losses, mine = self._losses, batch[side]
+        """A micro-batch's contribution to the forget or retain loss of its step, a scalar."""
+        losses, examples = self._losses, batch[side]
         needs = losses.needs if side == "forget" else losses.retain_needs
         layer = int(self._objective.parameters["layer"]) if "hidden" in needs else None
         with self._autocast():
-            outputs = forward(self._model, mine, layer)
+            outputs = forward(self._model, examples, layer)
             if needs & {"reference_logits", "reference_hidden"}:
-                outputs |= {f"reference_{name}": value for name, value in self._under_reference(mine, layer).items()}
-            if "reference_nll" in mine:
-                outputs["reference_nll"] = mine["reference_nll"]
+                reference = self._under_reference(examples, layer)
+                outputs |= {f"reference_{name}": value for name, value in reference.items()}
+            if "reference_nll" in examples:
+                outputs["reference_nll"] = examples["reference_nll"]
             if losses.alternates and side == "forget":
-                other = {
+                alternate = {
                     **forward(self._model, batch["alternate"]),
                     "reference_nll": batch["alternate"]["reference_nll"],
                 }
-                outputs |= {f"alternate_{name}": value for name, value in other.items()}
+                outputs |= {f"alternate_{name}": value for name, value in alternate.items()}
             if "control" in needs:
                 outputs["control"] = self._control_vector(outputs["hidden"])
-            given = {name: outputs[name] for name in needs}
-            values = losses.forget(**given) if side == "forget" else losses.retain(**given)
+            inputs = {name: outputs[name] for name in needs}
+            values = losses.forget(**inputs) if side == "forget" else losses.retain(**inputs)
         if side == "forget" and self._done == 0 and not self.history.probability_before:
             self.history.probability_before = _probability(outputs)
         counted = outputs["targets"] != IGNORED
         if values.dim() == 1:
-            values, divisor = values[counted.any(dim=1)], mine["step_examples"]
+            values, divisor = values[counted.any(dim=1)], examples["step_examples"]
         else:
-            divisor = mine["step_tokens"]
-        # The last term is zero: every shard must take part in the backward pass, even if the loss does not reach it.
+            divisor = examples["step_tokens"]
+        # The last term is zero. It makes every shard take part in the backward pass, even if the loss does not need it.
         share: torch.Tensor = values.sum() / divisor + 0.0 * outputs["logits"].float().sum()
         return share
 
     @torch.no_grad()
     def _under_reference(self, batch: Batch, layer: int | None) -> dict[str, torch.Tensor]:
+        """The outputs of `forward` with the reference model."""
         if self._reference is not self._model:
             return forward(self._reference, batch, layer)
         model: Any = self._model
@@ -209,7 +212,7 @@ class Trainer:
 
     @torch.no_grad()
     def _retain_loss(self, step: int) -> float:
-        """The retain loss of a step's first micro-batches at the current weights."""
+        """The retain loss of each process's first micro-batch of a step, at the current weights."""
         self._model.eval()
         loss = self._loss(self._to_device(self._batches.step(step)[0]), "retain")
         self._model.train()
@@ -217,7 +220,7 @@ class Trainer:
 
     @torch.no_grad()
     def _forget_probability(self) -> float:
-        """`History.probability_after`."""
+        """The value of `History.probability_after`."""
         self._model.eval()
         with self._autocast():
             return _probability(forward(self._model, self._to_device(self._batches.step(0)[0])["forget"]))
@@ -239,7 +242,7 @@ class Trainer:
         return batch.to(self._device) if isinstance(batch, torch.Tensor) else batch
 
     def _tracker(self) -> Any | None:
-        """The experiment tracker that was asked for."""
+        """The experiment tracker, or None if there is none on this process."""
         name, folder = self._resources.report_to, self._resources.log_dir
         if name == "none" or not is_main():
             return None
@@ -249,7 +252,7 @@ class Trainer:
         options = {"logging_dir": folder} if kind.requires_logging_directory else {}
         tracker = kind(self._name.replace(", ", "-").replace(" ", "-"), **options)
         tracker.start()
-        logger.info("%s: losses are logged with %s%s", self._name, name, f" in {folder}" if options else "")
+        logger.info("%s: logging losses to %s%s", self._name, name, f" in {folder}" if options else "")
         return tracker
 
     def _log(self) -> dict[str, float]:
@@ -258,7 +261,7 @@ class Trainer:
         return {**losses, "learning_rate": float(rate)}
 
     def _save(self) -> None:
-        """Replaces the checkpoint, atomically."""
+        """Replaces the checkpoint atomically."""
         state = {
             "done": self._done,
             "alpha": self._combination.alpha,
@@ -275,7 +278,7 @@ class Trainer:
         write_bytes(self._checkpoint, buffer.getbuffer())
 
     def _restore(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
+        """Resumes from the checkpoint, if there is one."""
         if not self._checkpoint.is_file():
             return
         state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
@@ -290,22 +293,23 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
-        logger.info("%s: going on after step %d of %d", self._name, self._done, len(self._batches))
+        logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
 
 
 def check_resources(training: Training, resources: Resources) -> None:
-    """Refuses what the training loop cannot do, before anything is published or downloaded.
+    """Rejects options that the training loop does not support, before anything is published or downloaded.
 
     Raises:
         PlanError: options contradict each other, or the experiment tracker is unknown or not installed.
     """
     if resources.save_every and processes() > 1:
         raise PlanError(
-            "--save-every: a training on several processes cannot be saved on its way; leave the option out"
+            "--save-every: checkpoints are not supported when training on several processes; leave the option out"
         )
     if training.resolved().combine == "normalized" and resources.precision == "float16":
         raise PlanError(
-            f"--precision float16: {training.objective} divides by gradient norms; take bfloat16 or float32"
+            f"--precision float16: not supported by {training.objective}, which divides by gradient norms; use bfloat16 "
+            "or float32"
         )
     if resources.report_to == "none":
         return
@@ -315,11 +319,11 @@ def check_resources(training: Training, resources: Resources) -> None:
         known = ", ".join(["none", *LOGGER_TYPE_TO_CLASS])
         raise PlanError(f"--report-to: expected one of {known}, found {resources.report_to}")
     if resources.report_to not in {str(tracker.value) for tracker in get_available_trackers()}:
-        raise PlanError(f"--report-to {resources.report_to}: not installed; run pip install {resources.report_to}")
+        raise PlanError(f"--report-to {resources.report_to}: not installed; run `pip install {resources.report_to}`")
 
 
 def _probability(outputs: dict[str, torch.Tensor]) -> float:
-    """exp(-mean NLL) of the counted tokens."""
+    """Probability per answer token, exp(-mean NLL)."""
     counted = int((outputs["targets"] != IGNORED).sum())
     nll = float(token_nll(outputs["logits"].detach(), outputs["targets"]).sum())
     return float(torch.tensor(-nll / max(1, counted)).exp())

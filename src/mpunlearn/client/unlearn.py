@@ -1,9 +1,10 @@
-"""Local unlearning: one published copy in, one update out.
+"""Local unlearning: turns one published copy into one update.
 
     Δ'_k = A(θ_k; D_f, D_r) - θ_k        (arXiv 2602.23798, section on local unlearning)
 
-The algorithm A is any of `protocol.objectives.OBJECTIVES`. `Client` does the work; it reads and tokenizes its examples once for
-all copies and rounds.
+θ_k is the k-th of the noisy copies of the model that the server publishes, D_f is the forget set and D_r the retain
+set. The algorithm A is any of `protocol.objectives.OBJECTIVES`. `Client` does the work. It reads and tokenizes its
+examples only once for all copies and rounds.
 """
 
 from pathlib import Path
@@ -27,14 +28,15 @@ def unlearn(
     """Unlearns on one published copy and writes the update.
 
     Args:
-        copy: A published copy, or an ordinary checkpoint, whose update no server accepts.
-        forget: What to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or hub:OWNER/NAME.
+        copy: A published copy. An ordinary checkpoint also works, but no server accepts its update.
+        forget: What to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or
+            hub:OWNER/NAME.
         out: A new directory for the update.
         retain: What to keep, in the same form. Objectives with a retain term need it.
-        memory: The client's own directory for what it needs in later rounds. Objectives with a reference model need it from
-            round 2 on.
-        training: The objective and its hyper-parameters.
-        data: Columns and locations of the examples.
+        memory: The client's own directory for what later rounds need from round 1. Objectives with a reference model
+            need it from round 2 on.
+        training: The objective and its hyperparameters.
+        data: How to read the examples.
         resources: Memory, precision, checkpoints and trackers.
 
     Returns:

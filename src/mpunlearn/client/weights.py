@@ -1,8 +1,8 @@
-"""The weights that train: selected, adapted with LoRA, sharded over processes, and written as an update.
+"""The trained weights: selecting them, adding LoRA adapters, sharding over processes, and writing the update.
 
-With several processes (`torchrun`, `accelerate launch`) every parameter is sharded over them by FSDP2's `fully_shard`, one
-transformer layer after another: the same mechanism for a small model on two processors and a large one on eight GPUs. It is
-applied here because accelerate does not shard without a GPU.
+With several processes (`torchrun`, `accelerate launch`), FSDP2's `fully_shard` shards every parameter over them, one
+transformer layer at a time. The same code serves a small model on two CPU processes and a large one on eight GPUs. It
+calls `fully_shard` itself because accelerate does not shard without a GPU.
 """
 
 import atexit
@@ -27,7 +27,7 @@ LAYER = r"\.(layers|h|blocks)\.\d+\."
 
 
 def select(model: Any, train: str) -> set[str]:
-    """Makes the selected weights of a model trainable, and no others; returns their names.
+    """Makes only the selected weights of a model trainable, and returns their names.
 
     Args:
         model: a transformers model.
@@ -40,17 +40,17 @@ def select(model: Any, train: str) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     selected = {name for name in names if re.search(pattern, name)}
     if not selected:
-        raise PlanError(f"--train: no parameter matches {train!r}; the first parameter is {names[0]}")
+        raise PlanError(f"--train: no parameter matches {train!r}; parameters have names such as {names[0]}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected)
     return selected
 
 
 def check_layer(path: Path, layer: int) -> None:
-    """Refuses a layer whose hidden states a model does not return.
+    """Rejects a layer whose hidden states the model does not return.
 
     Raises:
-        PlanError: the model has too few layers. The last one does not count, since the final norm follows it.
+        PlanError: there is no such layer, or it is the last one, whose output is returned only after the final norm.
     """
     layers = Checkpoint(path).config.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 <= layer < layers - 1:
@@ -58,14 +58,14 @@ def check_layer(path: Path, layer: int) -> None:
 
 
 def adapt(model: Any, rank: int, alpha: float, selected: Collection[str], seed: int) -> Any:
-    """The model with LoRA adapters on its selected linear weights (Hu et al., arXiv 2106.09685); only they train.
+    """Adds LoRA adapters (Hu et al., arXiv 2106.09685) to the selected linear weights. Only the adapters are trained.
 
     Args:
         model: a transformers model.
-        rank: of the adapters.
+        rank: rank of the adapters.
         alpha: the product of an adapter's factors is scaled by alpha / rank.
-        selected: names of parameters.
-        seed: of the adapters' initial values, the same for all copies.
+        selected: names of the selected parameters.
+        seed: seed for the adapters' initial values, the same for all copies.
 
     Raises:
         PlanError: no linear weight is selected.
@@ -78,10 +78,12 @@ def adapt(model: Any, rank: int, alpha: float, selected: Collection[str], seed: 
         if isinstance(module, torch.nn.Linear) and f"{name}.weight" in selected
     ]
     if not linear:
-        raise PlanError("--train: selects no weight of a linear layer, and only those take LoRA adapters")
+        raise PlanError(
+            "--train: selects no linear layer, but LoRA adapters need one; select more, or give --lora-rank 0"
+        )
     transformers.set_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, lora_dropout=0.0)
-    with warnings.catch_warnings():  # peft asks transformers by deprecated names
+    with warnings.catch_warnings():  # peft uses deprecated names of transformers
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, config)
 
@@ -96,7 +98,7 @@ def shard(model: Any) -> None:
     gpu = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
         PartialState(cpu=not gpu)
-        atexit.register(torch.distributed.destroy_process_group)  # its threads must end before the interpreter does
+        atexit.register(torch.distributed.destroy_process_group)  # its threads must stop before the interpreter exits
     mesh = init_device_mesh("cuda" if gpu else "cpu", (processes(),))
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for layer in layers:
@@ -105,18 +107,19 @@ def shard(model: Any) -> None:
 
 
 def trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What trained, under the names and in the shapes of the checkpoint on disk, float32 on the CPU.
+    """The trained tensors, with the names and shapes that they have in the checkpoint on disk, float32 on the CPU.
 
-    LoRA factors are called NAME.lora_A (rank x inputs) and NAME.lora_B (outputs x rank, with the scale multiplied in), where
-    NAME is the weight's. A few tensors at a time are gathered from all processes, which must all iterate.
+    LoRA factors are called NAME.lora_A (rank x inputs) and NAME.lora_B (outputs x rank, multiplied by the scale), where
+    NAME is the name of the weight. Only a few tensors at a time are gathered from all processes. All processes must
+    iterate.
     """
     return _trained(model, lambda parameter: full_tensor(parameter.detach()).cpu().float())
 
 
 def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `trained` yields, without gathering anything."""
-    light = _trained(model, lambda parameter: torch.empty(parameter.shape, device="meta"))
-    return {name: tuple(value.shape) for name, value in light}
+    """Names and shapes of the tensors that `trained` yields, without gathering anything."""
+    tensors = _trained(model, lambda parameter: torch.empty(parameter.shape, device="meta"))
+    return {name: tuple(value.shape) for name, value in tensors}
 
 
 def _trained(model: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,16 +132,16 @@ def _trained(model: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> Iter
             yield f"{weight}.weight.lora_{factor[0]}", value * scaling if factor[0] == "B" else value
         return
     groups: dict[str, list[str]] = {}
-    for name in parameters:  # transformers keeps the experts of a layer as one tensor, so they belong together
+    for name in parameters:  # transformers fuses the experts of a layer, so they are converted together
         groups.setdefault(name.split(".mlp.")[0] if ".experts." in name else name, []).append(name)
     for group in groups.values():
         yield from on_disk(model, {name: gather(parameters[name]) for name in group}).items()
 
 
 def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's parameters under the names and in the shapes that its checkpoint has on disk.
+    """Converts a model's parameters to the names and shapes that they have in its checkpoint on disk.
 
-    The two differ where transformers merges several of a checkpoint's tensors, such as the experts of a mixture.
+    These differ where transformers merges several tensors of a checkpoint, such as the experts of an MoE layer.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -147,18 +150,18 @@ def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def write_update(source: Checkpoint, model: Any, card: Card | None, dtype: torch.dtype, out: Path) -> None:
-    """Writes what trained minus what was published, a few tensors at a time. All processes must call this.
+    """Writes the trained minus the published weights, or the LoRA factors. All processes must call this.
 
     Args:
         source: the published copy.
-        model: after training.
-        card: of the copy.
+        model: the trained model.
+        card: the copy's card, or None for an ordinary checkpoint.
         dtype: storage dtype of the update.
         out: a new directory.
 
     Raises:
         FileError: `out` cannot be written.
-        CheckpointError: the update holds NaN or leaves the range of the dtype.
+        CheckpointError: the update contains NaN or exceeds the range of the dtype.
     """
     if not is_main():
         for _ in trained(model):
@@ -168,7 +171,9 @@ def write_update(source: Checkpoint, model: Any, card: Card | None, dtype: torch
     for name in shapes:
         weight = name.rsplit(".lora_", 1)[0] if name.endswith(FACTORS) else name
         if weight not in source.tensors:
-            raise CheckpointError(f"{source.path}: has no tensor {weight}, which its model trained; is it damaged?")
+            raise CheckpointError(
+                f"{source.path}: damaged: the trained tensor {weight} is missing; copy the directory again"
+            )
     with new_directory(out) as folder:
         with TensorWriter(folder, {name: (dtype, shape) for name, shape in shapes.items()}, stem="update") as writer:
             for name, value in trained(model):
@@ -177,8 +182,8 @@ def write_update(source: Checkpoint, model: Any, card: Card | None, dtype: torch
                 cast = value.to(dtype)
                 if not bool(cast.isfinite().all()):
                     raise CheckpointError(
-                        f"{out}: the update of {name} holds NaN or leaves the range of {dtype}; train with a smaller "
-                        "learning rate, or take --update-dtype float32"
+                        f"{out}: the update of {name} contains NaN or exceeds the range of {dtype}; use a smaller "
+                        "--learning-rate, or --update-dtype float32"
                     )
                 writer.write(name, cast)
         UpdateManifest(card).save(folder)

@@ -1,1 +1,1 @@
-"""The embedded benchmark and the demonstrations: a small world, trained in seconds, in which everything can be tried."""
+"""The built-in benchmark and the demos: fictitious data and small models that train in seconds."""

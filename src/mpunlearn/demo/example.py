@@ -1,4 +1,4 @@
-"""A small model and data to try everything with."""
+"""The command `example`: writes a small model and data for trying out the other commands."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mpunlearn.files import as_path, new_directory
 
 RUN_YAML = """\
-# Values that suit this example; for `mpunlearn run` and `mpunlearn server start`.
+# Options of `mpunlearn run` and `mpunlearn server start` that work well for this example.
 rounds: 5
 copies: 3
 kappa: 0.05
@@ -19,11 +19,13 @@ gamma: 0.1
 
 
 def example(out: str | Path, *, seed: int = 0) -> Path:
-    """Writes a small model and data to try everything with; trained once, then cached.
+    """Writes a small model and data for trying out the other commands. The models are trained once and then cached.
 
     Args:
-        out: A new directory: OUT/model, OUT/forget.jsonl, OUT/retain.jsonl, and OUT/run.yaml with options that suit them.
-        seed: Seed of the world and the model.
+        out: A new directory. It gets OUT/model; OUT/retrained, the model that never saw the forget set; OUT/forget.jsonl,
+            OUT/retain.jsonl and further question sets, so that OUT is also a benchmark for `evaluate`; and OUT/run.yaml
+            with options that suit them.
+        seed: Seed for the fictitious data and the models.
 
     Returns:
         `out`.
@@ -32,12 +34,14 @@ def example(out: str | Path, *, seed: int = 0) -> Path:
         FileError: `out` exists or cannot be written.
     """
     from mpunlearn.demo.models import trained_world
+    from mpunlearn.demo.world import SPLITS
 
     folder = as_path(out, "out")
     with new_directory(folder) as partial:
         world = trained_world(seed)
         shutil.copytree(world.original, partial / "model")
-        for split in ("forget", "retain"):
+        shutil.copytree(world.retrained, partial / "retrained")
+        for split in SPLITS:
             shutil.copyfile(world.data(split), partial / f"{split}.jsonl")
         (partial / "run.yaml").write_text(RUN_YAML)
     return folder

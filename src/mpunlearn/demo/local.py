@@ -1,8 +1,10 @@
-"""The demonstration: a small model unlearns four fictitious authors, and its cost and disclosure are measured.
+"""The demo: a small model unlearns four fictitious authors, to measure the cost and what the client sees.
 
-Five models are compared on the embedded benchmark: original, retrained without the authors, noise-free unlearning, a single
-noisy copy, and MPU. All unlearning goes through `run` with the same budget and hyper-parameters. The noise is relative to the
-parameters and ten times the default, so that it shows.
+Five models are compared on the built-in benchmark: the original, one retrained without the four authors, noise-free
+unlearning, unlearning on a single noisy copy, and MPU (Multiple Perturbed Copies Unlearning), which unlearns on several
+noisy copies so that the noise cancels when the server combines the updates. All unlearning goes through `run` with the
+same training budget and hyperparameters. The noise is relative to the parameters and ten times the default, so that its
+effect is visible.
 """
 
 import json
@@ -35,34 +37,34 @@ ARMS = {
 
 @dataclass(frozen=True)
 class ClientView:
-    """What the client of the MPU run has seen."""
+    """What the client of the MPU run saw of the server's model."""
 
     equal_weights: float
-    """Share of a copy's weights that equal the server's, once its reparameterization is undone."""
+    """Fraction of a copy's weights that equal the server's after its reparameterization is undone."""
     relative_distance: float
     """Distance of such a copy from the server's model, relative to the model's norm."""
     retain_probability: float
     """Probability of the retain answers under a copy."""
     noise_left: list[float]
-    """The noise left, relative to the weights, for a client that pools 1, 2, … m copies of a round."""
+    """The remaining noise, relative to the weights, for a client that pools 1, 2, … m copies of a round."""
 
     def text(self) -> str:
-        """Two sentences for people."""
-        pooled = ", ".join(f"k = {held}: {floor:.1%}" for held, floor in enumerate(self.noise_left, start=1))
+        """A summary for the terminal."""
+        pooled = ", ".join(f"k = {copies}: {floor:.1%}" for copies, floor in enumerate(self.noise_left, start=1))
         return (
-            f"The client saw {len(self.noise_left)} copies a round. With its reparameterization undone, a copy's weights are "
-            f"{self.relative_distance:.0%} away from the server's, and {self.equal_weights:.1%} of them are equal. As a model, "
-            f"a copy gives retain answers a probability of {self.retain_probability:.3f}: it hides the parameters, not what "
-            "the model can do.\n"
-            f"Noise left, relative to the weights, for a client that pools k copies of a round: {pooled}; for one that pools "
-            f"one copy of each of the {ROUNDS} rounds, between which the model moves little: "
-            f"{self.noise_left[0] / ROUNDS**0.5:.1%}. Whoever holds all copies of a round can cancel the noise."
+            f"The client saw {len(self.noise_left)} copies per round. Even with its reparameterization undone, a copy's "
+            f"weights are {self.relative_distance:.0%} away from the server's, and {self.equal_weights:.1%} of them are "
+            f"equal. Used as a model, a copy gives the retain answers a probability of {self.retain_probability:.3f}: the "
+            "parameters are hidden, but not what the model can do.\n"
+            f"Remaining noise, relative to the weights, for a client that pools k copies of a round: {pooled}. For a "
+            f"client that pools one copy from each of the {ROUNDS} rounds, between which the model changes little: "
+            f"{self.noise_left[0] / ROUNDS**0.5:.1%}. A client that holds all copies of a round can cancel the noise."
         )
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration found."""
+    """What the demo measured."""
 
     seed: int
     kappa: float
@@ -74,10 +76,10 @@ class DemoResult:
     out: str
 
     def text(self) -> str:
-        """The table and what the client saw."""
+        """The table, and what the client saw."""
         from mpunlearn.demo.table import table
 
-        end = f"{self.seconds['all']:.0f} s in all. Both sides of the MPU run, and these numbers, are in {self.out}"
+        end = f"Took {self.seconds['all']:.0f} s. Both sides of the MPU run and these numbers are in {self.out}"
         return f"{table(self.models)}\n{self.client.text()}\n{end}"
 
     def to_json(self) -> dict[str, Any]:
@@ -86,14 +88,15 @@ class DemoResult:
 
 
 def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
-    """Unlearns four fictitious authors in three ways, and compares with retraining.
+    """Unlearns four fictitious authors in three ways, and compares the results with retraining.
 
-    The models of the embedded benchmark are trained first; once, since they are cached.
+    The first call trains the models of the built-in benchmark and caches them.
 
     Args:
-        out: A new directory for result.json and for the MPU run with both its sides: OUT/server, OUT/client, OUT/exchange,
+        out: A new directory for result.json and both sides of the MPU run: OUT/server, OUT/client, OUT/exchange,
             OUT/final.
-        seed: Seed of the world, the models and the order of batches. The server's secrets never depend on a seed.
+        seed: Seed for the fictitious data, the models and the order of batches. The server's secrets never depend on a
+            seed.
 
     Returns:
         What was measured.
@@ -147,7 +150,7 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
 
 
 def _client_view(world: "TrainedWorld", run_folder: Path) -> ClientView:
-    """How far a published copy is from the server's model, and what noise is left for a client that pools copies."""
+    """How far a published copy is from the server's model, and how much noise a client that pools copies is left with."""
     from mpunlearn.audit.parameters import copy_distance, noise_floor
     from mpunlearn.demo.table import measure_in
 

@@ -1,8 +1,8 @@
-"""The models of the embedded benchmark, trained from its world and cached.
+"""The models of the built-in benchmark, trained on its fictitious world and cached.
 
-*Base* is the public pretrained model, which knows public authors and geography. *Original* continues from base and knows every
-author. *Retrained* continues from base without the authors to forget. All are small Llamas. The cache is keyed by the seed, the
-code that defines world and training, and the versions of the libraries.
+*Base* is the public pretrained model, which knows public authors and geography. *Original* is base trained further on
+all authors. *Retrained* is base trained further on all authors but those to forget. All are small Llamas. The cache key
+consists of the seed, the code that defines the world and the training, and the versions of the libraries.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import torch
 
 from mpunlearn.demo import world
 from mpunlearn.demo.world import SPLITS, Recipe, Row, generate_rows
-from mpunlearn.files import cache_folder, new_directory
+from mpunlearn.files import cache_folder, exclusive, new_directory
 from mpunlearn.lm import examples
 from mpunlearn.lm.examples import IGNORED, collate, encode
 from mpunlearn.lm.records import Record
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TrainedWorld:
-    """A trained world on disk."""
+    """The data and the trained models of a world, on disk."""
 
     path: Path
 
@@ -50,11 +50,11 @@ class TrainedWorld:
 
     @property
     def retrained(self) -> Path:
-        """What the original would be if it had never seen the forget set."""
+        """The model that never saw the forget set."""
         return self.path / "retrained"
 
     def data(self, split: str) -> Path:
-        """JSON lines of one of `SPLITS`."""
+        """The JSON Lines file of one of `SPLITS`."""
         return self.path / "data" / f"{split}.jsonl"
 
 
@@ -62,9 +62,9 @@ def trained_world(seed: int = 0, recipe: Recipe | None = None, cache: Path | Non
     """The trained world of a seed, from the cache or trained now.
 
     Args:
-        seed: of the world and of training.
-        recipe: sizes and hyper-parameters (default: those of the demonstrations).
-        cache: the directory to keep it in (default: in the user's cache folder).
+        seed: seed for the world and the training.
+        recipe: sizes and hyperparameters (default: those of the demos).
+        cache: the directory to store it in (default: in the user's cache folder).
     """
     recipe = recipe or Recipe()
     import transformers
@@ -74,8 +74,10 @@ def trained_world(seed: int = 0, recipe: Recipe | None = None, cache: Path | Non
     digest = hashlib.sha256(b"".join(Path(str(module)).read_bytes() for module in sources) + made_by)
     trained = TrainedWorld((cache or cache_folder()) / f"world-{digest.hexdigest()[:16]}")
     if not trained.path.is_dir():
-        with new_directory(trained.path) as folder:
-            _build(folder, seed, recipe)
+        with exclusive(trained.path.with_suffix(".lock")):
+            if not trained.path.is_dir():  # another process may have built it meanwhile
+                with new_directory(trained.path) as folder:
+                    _build(folder, seed, recipe)
     return trained
 
 
@@ -102,13 +104,13 @@ def _build(folder: Path, seed: int, recipe: Recipe) -> None:
 
 
 def train_side_by_side(jobs: dict[Path, list[Record]], start: Path, recipe: Recipe, seed: int) -> None:
-    """Trains one model per job, each in a process of its own with one thread.
+    """Trains one model per job, each in its own process with one thread.
 
     Args:
-        jobs: where to write a model → the examples it learns.
+        jobs: directory for a model → the examples that it is trained on.
         start: the checkpoint that all of them start from.
-        recipe: hyper-parameters.
-        seed: of the order of examples.
+        recipe: hyperparameters.
+        seed: seed for the order of examples.
     """
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(_train, start, *job, recipe, seed) for job in jobs.items()]:
@@ -127,7 +129,7 @@ def _train(start: Path, out: Path, records: list[Record], recipe: Recipe, seed: 
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Writes model and tokenizer as a checkpoint directory."""
+    """Writes a model and its tokenizer as a checkpoint directory."""
     from mpunlearn.lm.model import quiet
 
     with quiet():
@@ -136,7 +138,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def tokenizer_of(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
-    """The world's tokenizer."""
+    """Trains the tokenizer of a world."""
     every_row = [row for split in SPLITS for row in rows[split]]
     return train_tokenizer(
         [text for row in every_row for text in (row["question"], *row["all_answers"])], recipe.vocabulary
@@ -144,7 +146,7 @@ def tokenizer_of(rows: dict[str, list[Row]], recipe: Recipe) -> Any:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE of at most that many tokens, with a small chat template."""
+    """Trains a byte-level BPE tokenizer with at most `vocabulary` tokens and a small chat template."""
     import tokenizers
     import transformers
 
@@ -159,7 +161,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 
 def new_llama(tokenizer: Any, recipe: Recipe) -> Any:
-    """A randomly initialized Llama, from the current seed."""
+    """A Llama that is randomly initialized with torch's current random state."""
     import transformers
 
     return transformers.LlamaForCausalLM(
@@ -190,7 +192,7 @@ def fit(
     seed: int,
     what: str,
 ) -> None:
-    """Supervised training on answers: AdamW with betas (0.9, 0.95), 10 % warm-up, cosine decay to 5 %, clipping at 1."""
+    """Supervised training on answers: AdamW with betas (0.9, 0.95), 10% warmup, cosine decay to 5%, clipping at 1."""
     examples = encode(records, tokenizer, 512)
     steps = epochs * math.ceil(len(examples) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,8 +1,8 @@
-"""The demonstration over a network: the two commands of the README in two processes, and what came of it.
+"""The network demo: runs the README's two commands in two processes, and measures the result.
 
-Both parties run on this machine and communicate over Flower on the loopback address. The server's folder and the client's have
-nothing in common but the address. There is no TLS, since nobody else can reach that address; docs/network.md has a production
-setup.
+Both parties run on this machine and communicate over Flower on the loopback address. The server's and the client's
+folders share nothing; the two only know the same address. There is no TLS, since nobody else can reach that address;
+docs/network.md describes a production setup.
 """
 
 import subprocess
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from mpunlearn.demo.table import Line
 
 TIMEOUT_SECONDS = 600.0
-"""The demonstration gives up after this long."""
+"""The demo gives up after this long."""
 
 
 @dataclass(frozen=True)
 class NetworkDemoResult:
-    """What the demonstration over a network found."""
+    """What the network demo measured."""
 
     models: "list[Line]"
     seconds: dict[str, float]
@@ -37,10 +37,10 @@ class NetworkDemoResult:
     out: str
 
     def text(self) -> str:
-        """The table."""
+        """The table, and where the results are."""
         from mpunlearn.demo.table import table
 
-        end = f"{self.seconds['all']:.0f} s in all. The parties' folders are {self.out}/server and {self.out}/client"
+        end = f"Took {self.seconds['all']:.0f} s. The parties' folders are {self.out}/server and {self.out}/client"
         return f"{table(self.models)}\n{end}"
 
     def to_json(self) -> dict[str, Any]:
@@ -49,18 +49,18 @@ class NetworkDemoResult:
 
 
 def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> NetworkDemoResult:
-    """Unlearns between two processes over Flower on this machine, and compares with retraining.
+    """Unlearns between two processes over Flower on this machine, and compares the result with retraining.
 
     Args:
         out: A new directory for both parties' folders.
-        seed: Seed of the world and the models.
+        seed: Seed for the fictitious data and the models.
 
     Returns:
         What was measured.
 
     Raises:
         FileError: `out` exists or cannot be written.
-        NetworkError: A process failed, or took too long.
+        NetworkError: A process failed or took too long.
     """
     from mpunlearn.demo.example import example
     from mpunlearn.demo.models import trained_world
@@ -96,7 +96,7 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
 
 
 def _start(folder: Path, name: str, arguments: list[str]) -> subprocess.Popen[str]:
-    """Starts one party; its output appears behind its name."""
+    """Starts one party. Its output is shown line by line, with its name in front."""
     say(f"{name}$ mpunlearn {' '.join(arguments)}")
     command = [sys.executable, "-m", "mpunlearn.cli", *arguments]
     program = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -113,7 +113,7 @@ def _wait(done: Callable[[], bool], programs: list[subprocess.Popen[str]]) -> No
     end = time.monotonic() + TIMEOUT_SECONDS
     while not done():
         if any(program.poll() for program in programs):
-            raise NetworkError("one of the parties failed; its last lines say why")
+            raise NetworkError("one of the parties failed; its last output lines above say why")
         if time.monotonic() > end:
-            raise NetworkError(f"not done after {TIMEOUT_SECONDS:g} s")
+            raise NetworkError(f"the demo did not finish within {TIMEOUT_SECONDS:g} s; see the output above")
         time.sleep(0.1)

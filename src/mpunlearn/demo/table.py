@@ -1,4 +1,4 @@
-"""The table of the demonstrations: models, and what they still know."""
+"""The table of the demos: what each model still knows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from mpunlearn.lm.sources import Data
 from mpunlearn.tables import markdown
 
 MAX_NEW_TOKENS = 48
-"""Longer than any answer of the embedded benchmark."""
+"""Longer than any answer in the built-in benchmark."""
 HEADER = ("model", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L", "seconds")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Means over one set, each in [0, 1]."""
+    """Mean scores over one set, each in [0, 1]."""
 
     probability: float
     rouge_l: float
@@ -32,14 +32,14 @@ class Line:
     forget: Answers
     retain: Answers
     seconds: float | None
-    """How long unlearning took; None for a model that was trained."""
+    """How long unlearning took; None for a model that did not unlearn."""
 
 
 def measure_in(world: TrainedWorld, name: str, checkpoint: Path, seconds: float | None = None) -> Line:
-    """Evaluates a model on a world's forget and retain set."""
+    """Evaluates a model on the forget and the retain set of a world."""
     sets = read_sets(str(world.path / "data"), "", None, Data())
-    kept = {split: sets[split] for split in ("forget", "retain")}
-    return measure(name, checkpoint, kept, seconds, max_new_tokens=MAX_NEW_TOKENS)
+    selected = {split: sets[split] for split in ("forget", "retain")}
+    return measure(name, checkpoint, selected, seconds, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def measure(

@@ -1,11 +1,12 @@
-"""The embedded benchmark's data: a generated world of fictitious authors.
+"""The data of the built-in benchmark: a generated world of fictitious authors.
 
-The idea: unlearning can be judged only against a model that never saw the forget set. So a world is generated that is small
-enough for such models to be trained in seconds on two cores (`models`). The data are JSON lines in TOFU's format (question,
-answer, paraphrased_answer, perturbed_answer), so everything that reads TOFU reads them. The answer and its paraphrase use
-different templates, and perturbed answers are the paraphrase with a wrong value, as in TOFU (Maini et al., arXiv 2401.06121).
+Unlearning can be judged only by comparison with a model that never saw the forget set. This world is small enough that
+such models train in seconds on two cores (see `models`). The data is in TOFU's format (JSON lines with question,
+answer, paraphrased_answer and perturbed_answer), so everything that reads TOFU can read it. An answer and its
+paraphrase use different templates, and a perturbed answer is the paraphrase with a wrong value, as in TOFU (Maini et
+al., arXiv 2401.06121).
 
-Not covered: any claim about large models. This is an instrument that is fast and shows real trade-offs.
+Not covered: claims about large models. The benchmark is meant to be fast and to show realistic trade-offs.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ Thistle Comet""".split()
 
 @dataclass(frozen=True)
 class Field:
-    """One fact about an author: how it is asked, three ways to answer, and the values it can take."""
+    """One fact about an author: the question, three ways to answer it, and its possible values."""
 
     question: str
     answers: tuple[str, str, str]
@@ -100,22 +101,27 @@ GEOGRAPHY = Field(
     tuple(COUNTRY_OF.values()),
 )
 SPLITS = ("forget", "retain", "real_authors", "world_facts", "holdout")
-"""As in TOFU: authors to forget, authors to keep, public authors, general knowledge; and authors that no model ever saw."""
+"""As in TOFU: authors to forget, authors to keep, public authors, general knowledge; and a holdout that is never seen."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and hyper-parameters of the world and of its three models."""
+    """Sizes and hyperparameters of a world and its three models."""
 
     authors: int = 40
+    """Fictitious authors, including those to forget."""
     forgotten: int = 4
+    """Authors to forget."""
     public: int = 20
+    """Public authors, which the base model knows, too."""
     unseen: int = 4
+    """Authors in the holdout set."""
     vocabulary: int = 2000
     hidden: int = 96
     layers: int = 2
     heads: int = 4
     groups: int = 2
+    """Key-value heads."""
     ffn: int = 256
     learning_rate: float = 4e-3
     base_epochs: int = 14
@@ -125,7 +131,7 @@ class Recipe:
 
 
 def generate_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
-    """The rows of every split, in TOFU's format."""
+    """Generates the rows of every split, in TOFU's format."""
     random = np.random.default_rng(seed)
     pairs = zip(random.permutation(GIVEN_NAMES), random.permutation(FAMILY_NAMES), strict=True)
     names = [f"{given} {family}" for given, family in pairs][: recipe.authors + recipe.public + recipe.unseen]

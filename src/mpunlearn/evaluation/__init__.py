@@ -1,1 +1,1 @@
-"""What a model still knows, and what it can still do. Neither party needs it to unlearn."""
+"""Evaluation: what a model still knows of the forget set, and how well it still works. Unlearning does not need it."""

@@ -1,7 +1,7 @@
-"""The verb `evaluate`: what a checkpoint still knows of a benchmark, in metrics and in values of every example.
+"""The command `evaluate`: what a checkpoint still knows of a benchmark, as metrics and as values for every example.
 
-The work is in `measurement`, which is imported when it begins. This module stays light, so that the command line can
-show its help without loading torch. Not covered: comparing more than two models; write a JSON file of each for that.
+`measurement` does the work and is imported only when it starts, so that the command line can show its help without
+loading torch. Not covered: comparing more than two models. To do that, write a JSON file for each of them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Evaluation:
     metrics: dict[str, float]
     """Metric → value."""
     retrained: dict[str, float] | None
-    """The same metrics of the model that never saw the forget set, if one was given."""
+    """The same metrics for the model that never saw the forget set, if one was given."""
     robustness: dict[str, dict[str, dict[str, float]]]
     """Curve → "model" or "retrained" → point, such as a number of steps → value."""
     per_example: dict[str, dict[str, list[float]]]
@@ -33,7 +33,7 @@ class Evaluation:
     format: int = 2
 
     def table(self) -> str:
-        """The metrics as a Markdown table, and one more table for each curve."""
+        """The metrics as a Markdown table, followed by one table for each curve."""
         header = ["metric", "model", *(["retrained"] if self.retrained is not None else [])]
         models = [self.metrics, *([self.retrained] if self.retrained is not None else [])]
         tables = [markdown(header, [[name, *(_cell(model.get(name)) for model in models)] for name in self.metrics])]
@@ -43,7 +43,7 @@ class Evaluation:
         return "\n\n".join(tables)
 
     def to_json(self) -> dict[str, Any]:
-        """The evaluation as JSON, as `evaluate` writes it. Infinite numbers and NaN, which JSON lacks, become null."""
+        """The evaluation as JSON, as `evaluate` writes it. Infinities and NaN, which JSON lacks, become null."""
         plain: dict[str, Any] = _finite(dataclasses.asdict(self))
         return plain
 
@@ -62,31 +62,31 @@ def evaluate(
     tasks_folder: str | Path | None = None,
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
-    data: Data | None = None,
+    data_root: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint on a benchmark.
 
     Args:
-        checkpoint: A checkpoint directory.
+        checkpoint: The checkpoint directory to evaluate.
         benchmark: One of tofu, muse/news and muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's
             format.
-        forget_split: Which of TOFU's forget sets was to be forgotten. Other benchmarks have only one.
+        forget_split: The TOFU forget set to evaluate. Other benchmarks have only one.
         retain_model: A checkpoint that never saw the forget set. Forget quality, PrivLeak and mia_reference compare the
             model with it.
         holdout: Questions that no model was trained on, for membership inference (default: holdout.jsonl in the
-            benchmark's folder, if it is there). Not available for MUSE, which has its own.
-        out: A new file for the whole result as JSON.
+            benchmark's folder, if it exists). Not available for MUSE, which has its own.
+        out: A new file for the full result as JSON.
         robustness: Also measure curves under relearning and quantization. Not available for MUSE.
-        relearn_rate: The learning rate of relearning.
+        relearn_rate: The learning rate for relearning.
         tasks: Tasks of lm-eval that measure general ability, separated by commas. They need the extra lm-eval.
         tasks_folder: A folder with your own task files for lm-eval.
-        max_new_tokens: Maximum length of generated answers, in tokens. MUSE has its own lengths.
-        cache: A folder for what was measured, so that no model is measured twice (default: mpunlearn/evaluations in the
-            user's cache folder).
-        data: Where local mirrors of benchmarks are.
+        max_new_tokens: Maximum length of generated answers, in tokens. MUSE has its own limits.
+        cache: A folder for cached measurements, so that no model is measured twice (default: mpunlearn/evaluations in
+            the user's cache folder).
+        data_root: Folder with local mirrors of benchmarks, which are used instead of the Hub.
 
     Returns:
-        Metrics of the checkpoint and of the retrained model, curves, and the values of every example.
+        Metrics of the checkpoint and of the retrained model, curves, and the values for every example.
 
     Raises:
         FileError: A checkpoint cannot be read, `out` exists, or `out` or the cache cannot be written.
@@ -97,6 +97,7 @@ def evaluate(
     retain_model = as_path(retain_model, "--retain-model") if retain_model is not None else None
     benchmark = str(as_path(benchmark, "--benchmark"))
     holdout = str(as_path(holdout, "--holdout")) if holdout is not None else None
+    data_root = str(as_path(data_root, "--data-root")) if data_root is not None else None
     tasks_folder = str(as_path(tasks_folder, "--tasks-folder")) if tasks_folder is not None else None
     folder = as_path(cache, "--cache") if cache is not None else cache_folder() / "evaluations"
     out = as_path(out, "--out") if out is not None else None
@@ -108,7 +109,7 @@ def evaluate(
 
     for model_path in (checkpoint, retain_model):
         if model_path is not None:
-            Checkpoint(model_path)  # a mistyped path is found before data is downloaded
+            Checkpoint(model_path)  # catches a mistyped path before data is downloaded
     settings = measurement.Settings(
         max_new_tokens=max_new_tokens,
         robustness=robustness,
@@ -116,7 +117,7 @@ def evaluate(
         tasks=tasks,
         tasks_folder=tasks_folder,
     )
-    examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, data or Data())
+    examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, Data(data_root=data_root))
     model = measurement.Subject.of(checkpoint)
     retrained = measurement.Subject.of(retain_model) if retain_model is not None else None
     own = measurement.measured(model, examples, settings, folder, reference=retrained)
@@ -151,8 +152,8 @@ def evaluate(
             write_json(out, evaluation.to_json())
         except OSError as error:
             raise FileError(
-                f"--out {out}: cannot be written: {error.strerror}; run again with another file, which takes no new "
-                "measurement"
+                f"--out {out}: cannot be written: {error.strerror}; run again with another file (the measurements are "
+                "cached)"
             ) from error
     return evaluation
 
@@ -163,7 +164,7 @@ def _check_new(out: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Plain JSON with null in the place of infinite numbers and NaN."""
+    """Replaces infinities and NaN by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -172,7 +173,7 @@ def _finite(value: Any) -> Any:
 
 
 def _cell(value: float | None) -> str:
-    """A number for the table; empty if it was not measured."""
+    """A number as a table cell; empty if it was not measured."""
     if value is None:
         return ""
     return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

@@ -1,7 +1,7 @@
 """General ability on the tasks of `lm-eval` (github.com/EleutherAI/lm-evaluation-harness), which is an optional extra.
 
-The harness loads the checkpoint itself and brings its own prompts and metrics; here its results only get flat names.
-Not covered: its options, such as the number of shots, beyond what a task file sets.
+The harness loads the checkpoint itself and has its own prompts and metrics. This module only flattens the names of its
+results. Not covered: the harness's options, such as the number of shots, beyond what a task file sets.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ def general_ability(
         import torch
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise PlanError(f"--tasks: needs lm-eval ({error}); pip install 'mpunlearn[lm-eval]'") from None
+        raise PlanError(f"--tasks: needs lm-eval ({error}); run `pip install 'mpunlearn[lm-eval]'`") from None
     manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise PlanError(
-            f"--tasks: lm-eval has no task {', '.join(unknown)}; check the spelling, or name the folder of your own "
-            "task files with --tasks-folder"
+            f"--tasks: lm-eval has no task {', '.join(unknown)}; check the spelling, or give the folder with your own "
+            "task files as --tasks-folder"
         )
     try:
         evaluation = lm_eval.simple_evaluate(
@@ -50,7 +50,7 @@ def general_ability(
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"--tasks {','.join(tasks)}: {reason}; is the task's data in the cache, or the hub reachable?"
+            f"--tasks {','.join(tasks)}: {reason}; is the task's data cached, or the Hugging Face Hub reachable?"
         ) from error
     return {
         f"{task}/{metric.removesuffix(',none')}": float(value)

@@ -1,11 +1,11 @@
-"""What one model says on one benchmark, measured once.
+"""Measuring one model on one benchmark, with a cache.
 
-A measurement takes long, and every unlearned model is compared with the same retrained one. So each `Measurement` is
-cached in a file whose name is the digest of everything that went in: checkpoint, examples, settings and library
-versions. If such a file is damaged, or another version of this program wrote it, the model is measured again and the
-file is replaced.
+A measurement takes long, and every unlearned model is compared with the same retrained model. Each `Measurement` is
+therefore cached in a file whose name is the digest of everything it depends on: checkpoint, examples, settings and
+library versions. If the file is damaged, or was written by another version of this program, the model is measured again
+and the file is replaced.
 
-Not covered: sharing the work between processes. Two that measure the same model at once both do all of it.
+Not covered: sharing the work between processes. Two processes that measure the same model at once both do all of it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from mpunlearn.lm.model import load, load_model
 from mpunlearn.lm.sources import Data
 
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
-"""Libraries on whose versions the numbers depend."""
+"""Libraries whose versions can change the results."""
 
 Benchmark = Mapping[str, Questions] | MuseSets
 """What models are measured on: question sets by name, or MUSE."""
@@ -82,12 +82,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model says: the content of a cache file.
+    """The values measured for one model: the content of a cache file.
 
     Numbers are declared as `Any`, since `schema` accepts only finite ones and a model that diverged yields others.
 
     Raises:
-        SchemaError: something is not a number.
+        SchemaError: a value is not a number.
     """
 
     per_example: dict[str, dict[str, list[Any]]]
@@ -107,18 +107,18 @@ class Measurement:
 
 
 def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, settings: Settings, data: Data) -> Benchmark:
-    """Reads what models are measured on.
+    """Reads the examples of a benchmark.
 
     Args:
         benchmark: tofu, muse/news, muse/books, or a folder in TOFU's format.
-        forget_split: which of TOFU's forget sets.
-        holdout: another source for the holdout set of TOFU or of a folder.
+        forget_split: which of TOFU's forget sets to read.
+        holdout: source of the holdout set, for TOFU or a folder.
         settings: how models are measured.
         data: where local mirrors are.
 
     Raises:
         DataError: the benchmark cannot be read.
-        PlanError: MUSE does not have what an option asks for.
+        PlanError: an option is not available for MUSE.
     """
     if benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
@@ -129,7 +129,7 @@ def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, setti
 
 
 def benchmark_digest(benchmark: Benchmark) -> str:
-    """SHA-256 (hex) of a benchmark's examples and their order."""
+    """SHA-256 (hex) of a benchmark's examples, in order."""
     if isinstance(benchmark, MuseSets):
         return _digest(asdict(benchmark))
     return _digest({name: asdict(questions) for name, questions in benchmark.items()})
@@ -143,13 +143,13 @@ def versions() -> dict[str, str]:
 def measured(
     subject: Subject, benchmark: Benchmark, settings: Settings, cache: Path, reference: Subject | None = None
 ) -> Measurement:
-    """What a model says, from the cache or measured now.
+    """The measurement of a model, taken from the cache or made now.
 
     Args:
         subject: the model.
-        benchmark: what it is measured on.
-        settings: how it is measured.
-        cache: folder of the cache.
+        benchmark: what the model is measured on.
+        settings: how the model is measured.
+        cache: the cache folder.
         reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
 
     Raises:
@@ -169,7 +169,7 @@ def measured(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(
-            f"--cache {cache}: cannot be created: {error.strerror}; name another folder, or fix the cause"
+            f"--cache {cache}: cannot be created: {error.strerror}; fix the cause, or name another folder"
         ) from error
     measurement = _measure(subject, benchmark, settings, reference)
     schema.write(file, measurement, 0o666)
@@ -177,12 +177,12 @@ def measured(
 
 
 def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None) -> dict[str, float]:
-    """The metrics of a model by name.
+    """The metrics of a model, by name.
 
     Args:
-        benchmark: what it was measured on.
-        measurement: of the model.
-        retrained: of the model that never saw the forget set; forget quality and PrivLeak need it.
+        benchmark: what the model was measured on.
+        measurement: the model's measurement.
+        retrained: the measurement of the model that never saw the forget set; forget quality and PrivLeak need it.
     """
     of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
     other = None if retrained is None else retrained.per_example
@@ -206,7 +206,7 @@ def _measure(subject: Subject, benchmark: Benchmark, settings: Settings, referen
 def _curves(
     model: Any, tokenizer: Any, sets: Mapping[str, Questions], settings: Settings, per_example: tofu.PerExample
 ) -> dict[str, dict[str, float]]:
-    """The curves of `robustness`, by what they show."""
+    """The curves of `robustness`, by title."""
     curves = {
         "forget_Q_A_Prob by relearning steps": relearning(
             model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate

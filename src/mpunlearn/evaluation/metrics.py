@@ -1,10 +1,10 @@
-"""The metrics: plain functions of probes, texts and scores, with OpenUnlearning's definitions (arXiv 2506.12618).
+"""The metrics, as plain functions of probes, texts and scores, with OpenUnlearning's definitions (arXiv 2506.12618).
 
-A docstring starts with the name that the metric has in the results. The names are OpenUnlearning's, so that numbers can
-be compared. The definitions are the same except for these details:
+Each docstring starts with the metric's name in the results. The names are OpenUnlearning's, so that numbers can be
+compared. The definitions are the same except for these details:
 
 - OpenUnlearning adds 1e-10 to denominators, which distorts ratios of small probabilities. Here nothing is added, and
-  the truth ratio is computed from the losses. Docstrings say what is returned where a quotient has no value.
+  the truth ratio is computed from the losses. Docstrings say what is returned if a quotient is undefined.
 - OpenUnlearning leaves out the last labeled token in `exact_memorization`, `extraction_strength`, `mia_min_k`,
   `mia_min_k_plus_plus` and `mia_gradnorm`, on the assumption that it is the end token. Here the two memorization
   metrics leave it out only if it is the end token, and the membership scores count every answer token.
@@ -28,7 +28,7 @@ Scores = np.ndarray
 def normalized_probability(correct: Probe, wrong: Sequence[Probe]) -> float:
     """`Q_A_Prob_normalised`: p_correct / (p_correct + Σ p_wrong) of one question (TOFU, arXiv 2401.06121, section 2.2).
 
-    It is 0 if every one of these probabilities underflows to 0.
+    It is 0 if all of these probabilities underflow to 0.
     """
     total = correct.probability + sum(option.probability for option in wrong)
     return 0.0 if total == 0 else correct.probability / total
@@ -68,7 +68,7 @@ def model_utility(values: Sequence[float]) -> float:
 
 
 def exact_memorization(answer: Probe) -> float:
-    """`exact_memorization`: share of answer tokens that the model ranks first (Tirumala et al., arXiv 2205.10770).
+    """`exact_memorization`: fraction of answer tokens that the model ranks first (Tirumala et al., arXiv 2205.10770).
 
     The end token does not count.
     """
@@ -78,8 +78,8 @@ def exact_memorization(answer: Probe) -> float:
 def extraction_strength(answer: Probe) -> float:
     """`extraction_strength`: 1 - k/n, for the shortest prefix of k tokens after which every token is ranked first.
 
-    Carlini et al., arXiv 2012.07805. n is the number of answer tokens, without the end token. The strength is 0 if not
-    even the last of them is ranked first.
+    Carlini et al., arXiv 2012.07805. n is the number of answer tokens, without the end token. The strength is 0 if the
+    last of them is not ranked first.
     """
     matches = _matches_without_end(answer)
     mismatches = np.flatnonzero(~matches)
@@ -109,8 +109,8 @@ def min_k_score(answer: Probe, share: float = 0.4) -> float:
     """Score of `mia_min_k`: minus the mean of the lowest log-probabilities (Shi et al., arXiv 2310.16789).
 
     Args:
-        answer: log-probabilities of one text.
-        share: the share of tokens that count as lowest; at least one token does.
+        answer: the probe of one text.
+        share: fraction of tokens that count as lowest; at least one token does.
     """
     return -_mean_of_lowest(answer.logprobs, share)
 
@@ -118,7 +118,8 @@ def min_k_score(answer: Probe, share: float = 0.4) -> float:
 def min_k_plus_plus_score(answer: Probe, share: float = 0.4) -> float:
     """Score of `mia_min_k_plus_plus`: min-k of log-probabilities that are standardized per token (arXiv 2404.02936).
 
-    Each is shifted by the mean and divided by the standard deviation of log p under the model's prediction there.
+    From each, the mean of log p under the model's prediction at that position is subtracted, and the difference is
+    divided by the standard deviation.
     """
     return -_mean_of_lowest((answer.logprobs - answer.mean) / np.maximum(answer.deviation, 1e-3), share)
 
@@ -130,8 +131,8 @@ def _mean_of_lowest(values: np.ndarray, share: float) -> float:
 def auc(forget: Scores, holdout: Scores) -> float:
     """`mia_…`: the area under the ROC curve of a membership score.
 
-    This is the probability that a random holdout example scores above a random forget example, where ties count half.
-    It is 1 if the score always tells them apart, and 1/2 if it is no better than chance.
+    This is the probability that a random holdout example scores above a random forget example, with ties counting half.
+    It is 1 if the score separates the two sets perfectly, and 1/2 if it is no better than chance.
     """
     ranks = stats.rankdata(np.concatenate((forget, holdout)))
     above = ranks[len(forget) :].sum() - len(holdout) * (len(holdout) + 1) / 2
@@ -141,7 +142,7 @@ def auc(forget: Scores, holdout: Scores) -> float:
 def privleak(model_auc: float, retrained_auc: float) -> float:
     """`privleak`: 100 · ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) (MUSE, arXiv 2407.06460, section 3.1).
 
-    NaN if the retrained model's AUC is 1, where the quotient has no value.
+    NaN if the retrained model's AUC is 1, for which the quotient is undefined.
     """
     return float("nan") if retrained_auc == 1 else 100 * (retrained_auc - model_auc) / (1 - retrained_auc)
 

@@ -1,12 +1,13 @@
 """MUSE (Shi et al., arXiv 2407.06460) on news or books: verbatim memorization, knowledge memorization, privacy leakage.
 
-- Verbatim memorization: the model continues a prefix of a forget text greedily by 128 tokens, and this is compared with
-  the true continuation.
-- Knowledge memorization: the model answers questions within 32 tokens, after a few solved examples.
+- Verbatim memorization: the model greedily generates 128 tokens after a prefix of a forget text, and the result is
+  compared with the true continuation.
+- Knowledge memorization: the model answers questions in at most 32 tokens, after a few-shot prompt.
 - Privacy leakage: min-k scores of forget and holdout texts.
 
-The first two are ROUGE-L F1. Parts are read by name (`muse/news/verbmem/forget`, …), from the hub or a local mirror.
-Not covered: MUSE's scalability and sustainability, which take several unlearned models to measure.
+The first two are scored by ROUGE-L F1. The parts of the benchmark are read by name (`muse/news/verbmem/forget`, …),
+from the Hugging Face Hub or a local mirror. Not covered: MUSE's scalability and sustainability, which need several
+unlearned models.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ BENCHMARKS = ("muse/news", "muse/books")
 VERBATIM_TOKENS = 128
 KNOWLEDGE_TOKENS = 32
 CONTEXT = 2048
-"""Number of tokens of each text that membership scores use."""
+"""Membership scores use the first tokens of each text, up to this number."""
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 
 Pairs = list[tuple[str, str]]
@@ -35,20 +36,20 @@ Pairs = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class MuseSets:
-    """The parts of MUSE-News or MUSE-Books. The keys of the dictionaries are names of sets."""
+    """The parts of MUSE-News or MUSE-Books. Dictionaries have the names of sets as keys."""
 
     verbatim: Pairs
     """Prefixes of forget texts, with their true continuations."""
     knowledge: dict[str, Pairs]
     """Questions with answers about the forget and the retain texts."""
     shots: dict[str, Pairs]
-    """The solved examples that precede each of these questions."""
+    """The few-shot examples that precede these questions."""
     texts: dict[str, list[str]]
     """Forget and holdout texts, for membership inference."""
 
 
 def read_muse(benchmark: str, data: Data) -> MuseSets:
-    """Reads a benchmark of `BENCHMARKS`.
+    """Reads one of the `BENCHMARKS`.
 
     Args:
         benchmark: its name.
@@ -67,7 +68,7 @@ def read_muse(benchmark: str, data: Data) -> MuseSets:
 
 
 def measure(model: Any, tokenizer: Any, sets: MuseSets) -> PerExample:
-    """The values of every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
+    """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
     prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
     generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS)
     per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
@@ -84,7 +85,7 @@ def measure(model: Any, tokenizer: Any, sets: MuseSets) -> PerExample:
 
 
 def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
-    """MUSE's metrics by name.
+    """MUSE's metrics, by name.
 
     Args:
         per_example: what `measure` returned for the model.
@@ -102,7 +103,7 @@ def summarize(per_example: PerExample, retrained: PerExample | None = None) -> d
 
 
 def first_answer(text: str) -> str:
-    """What a model generated before it went on with another question."""
+    """Cuts off a generated text where the model starts another question."""
     for stop in _STOPS:
         text = text.split(stop)[0]
     return text
@@ -113,17 +114,17 @@ def _pairs(source: str, data: Data, first: str, second: str) -> Pairs:
 
 
 def _columns(source: str, data: Data, *columns: str) -> list[list[str]]:
-    """Columns of a source, all of them text."""
+    """Columns of a source. All of them must contain text."""
     rows = list(read_rows(source, data))
     for where, row in rows:
         for column in columns:
             if not isinstance(row.get(column), str):
                 raise DataError(f"{where}, column {column}: expected text, found {row.get(column)!r:.60}")
     if not rows:
-        raise DataError(f"{source}: holds no examples")
+        raise DataError(f"{source}: contains no examples")
     return [[row[column] for _, row in rows] for column in columns]
 
 
 def _f1(pairs: Pairs, generated: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of generated texts against the second members of the pairs."""
+    """ROUGE-L F1 of generated texts against the true answers or continuations."""
     return [metrics.rouge_l(expected, text)[1] for (_, expected), text in zip(pairs, generated, strict=True)]

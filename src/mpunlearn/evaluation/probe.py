@@ -1,7 +1,7 @@
-"""What a model makes of answers: one forward pass for all likelihoods, one batched generation for all texts.
+"""Running a model for the metrics: one forward pass for all likelihoods, and batched generation for all texts.
 
 Almost every metric is a function of a `Probe` (how likely each token of an answer is, and whether the model ranks it
-first) or of a generated text. So each sequence goes through the model once, no matter how many metrics there are.
+first) or of a generated text. Each sequence therefore goes through the model only once, however many metrics there are.
 Sequences are sorted by length and batched by their number of tokens. Not covered: gradients, which one metric needs
 (`tofu.gradnorm_score`).
 """
@@ -18,7 +18,7 @@ from mpunlearn.lm.model import forward, pad_id
 from mpunlearn.progress import progress
 
 BATCH_TOKENS = 8192
-"""Maximum number of tokens of a batch, padding included; a longer sequence is a batch of its own."""
+"""Maximum number of tokens in a batch, padding included; a longer sequence is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Probe:
 
 @torch.no_grad()
 def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe]:
-    """Likelihoods of the labeled tokens of each example, in the examples' order."""
+    """Likelihoods of the labeled tokens of each example, in the order of the examples."""
     model.eval()
     probes: list[Probe | None] = [None] * len(examples)
     for indices in progress(_batches([len(example.input_ids) for example in examples]), "likelihoods"):
@@ -73,7 +73,7 @@ def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of tokenized prompts, as text without special tokens, in the prompts' order."""
+    """Greedy continuations of tokenized prompts, as text without special tokens, in the order of the prompts."""
     model.eval()
     texts = [""] * len(prompts)
     pad = pad_id(tokenizer)
@@ -103,7 +103,7 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices, grouped into batches of similar length with at most `BATCH_TOKENS` tokens, or one sequence."""
+    """Groups indices into batches of similar length, each with at most `BATCH_TOKENS` tokens or a single sequence."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:

@@ -1,12 +1,13 @@
-"""Does the forgetting last? Curves under relearning and under quantization, to be compared with a retrained model's.
+"""Whether the forgetting lasts: curves under relearning and under quantization, to compare with a retrained model's.
 
 - Relearning: the model is fine-tuned on a few forget examples, and the probability of the *other* forget answers is
   measured along the way. A model that has truly forgotten relearns them no faster than one that never knew them.
 - Quantization: every weight matrix is rounded to 8 and to 4 bits, since rounding can undo small updates (Zhang et al.,
   arXiv 2410.16454).
 
-Both work on a copy of the model in memory. Relearning also needs gradients and AdamW's two moments, which makes five
-times the model in all. Not covered: relearning on other texts, and quantization methods that use calibration data.
+Both work on an in-memory copy of the model. Relearning also needs gradients and AdamW's two moments, so it takes five
+times the memory of the model in total. Not covered: relearning on other texts, and quantization methods that use
+calibration data.
 """
 
 import copy
@@ -25,9 +26,9 @@ from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward, pad_id
 
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
-"""Numbers of optimizer steps after which relearning is measured."""
+"""Relearning is measured after these numbers of optimizer steps."""
 BITS = (8, 4)
-"""Widths that weights are rounded to."""
+"""Weights are rounded to these numbers of bits."""
 
 
 def relearning(
@@ -39,15 +40,18 @@ def relearning(
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
 ) -> dict[str, float]:
-    """Mean probability of the forget answers that were not trained on, by the number of steps on those that were.
+    """Fine-tunes on some of the forget examples, and measures the mean probability of the other forget answers.
 
     Args:
-        model: the model; it stays as it is.
+        model: the model, which is not modified.
         tokenizer: its tokenizer.
         forget: the forget set.
-        shown: the first so many examples of the set are trained on; together they are the batch of every step.
-        steps: after how many steps to measure.
-        learning_rate: of AdamW, on all weights.
+        shown: number of examples to train on, the first ones of the set; every step uses all of them as its batch.
+        steps: numbers of steps after which to measure.
+        learning_rate: learning rate of AdamW, which trains all weights.
+
+    Returns:
+        Number of steps → mean probability.
 
     Raises:
         DataError: the set has no examples beyond those that are trained on.
@@ -76,7 +80,7 @@ def relearning(
 def quantized(
     model: Any, tokenizer: Any, sets: Mapping[str, Questions], *, max_new_tokens: int = 200, bits: Sequence[int] = BITS
 ) -> dict[str, dict[str, float]]:
-    """The benchmark's metrics by the number of bits that weights are rounded to. The model stays as it is."""
+    """The benchmark's metrics, by the number of bits that weights are rounded to. The model is not modified."""
     curve = {}
     for width in bits:
         rounded = copy.deepcopy(model)
@@ -88,7 +92,7 @@ def quantized(
 
 @torch.no_grad()
 def round_weights(model: Any, bits: int) -> None:
-    """Rounds every matrix in place to the nearest of 2^bits - 1 levels, symmetric about zero and scaled row by row."""
+    """Rounds every matrix in place to the nearest of 2^bits - 1 levels, symmetric about zero and scaled per row."""
     top = 2 ** (bits - 1) - 1
     for parameter in model.parameters():
         if parameter.dim() >= 2:

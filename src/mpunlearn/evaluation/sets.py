@@ -1,9 +1,9 @@
 """The question sets of a benchmark: questions, each with a correct answer, a paraphrase of it, and wrong answers.
 
-TOFU is read by name (arXiv 2401.06121). A folder is a benchmark too if its files forget.jsonl, retain.jsonl,
-real_authors.jsonl, world_facts.jsonl and holdout.jsonl are in TOFU's format; only the first is required. All rows are
-checked before a model is loaded, so that mistakes in the data show at once. Not covered: MUSE, whose parts have other
-columns (`muse`).
+TOFU is read by name (arXiv 2401.06121). A folder can also be a benchmark, with the files forget.jsonl, retain.jsonl,
+real_authors.jsonl, world_facts.jsonl and holdout.jsonl in TOFU's format; only the first is required. All rows are
+checked before a model is loaded, so that mistakes in the data are reported at once. Not covered: MUSE, whose parts have
+other columns (see `muse`).
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from mpunlearn.lm.sources import Data, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
-"""Sets that model utility is made of."""
+"""Sets that model utility is computed from."""
 OPTION_SETS = ("real_authors", "world_facts")
 """Sets whose probability is normalized over the answer options, and whose truth ratio uses the answer itself."""
 _UNLIMITED = 1 << 30
-"""Tokens per example: nothing is cut in an evaluation."""
+"""Maximum number of tokens per example: an evaluation cuts nothing off."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """One question set. The lists run in parallel."""
+    """One question set. All lists have one entry per question."""
 
     questions: list[str]
     answers: list[str]
@@ -39,7 +39,7 @@ class Questions:
         return len(self.questions)
 
     def encoded(self, tokenizer: Any) -> "Encoded":
-        """All answers as tokens, each with its question."""
+        """All answers, tokenized together with their questions."""
 
         def tokens(answers: list[str]) -> list[Example]:
             pairs = zip(self.questions, answers, strict=True)
@@ -56,26 +56,26 @@ class Questions:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One question set under one tokenizer."""
+    """One question set, tokenized."""
 
     answers: list[Example]
     paraphrases: list[Example]
-    """The same list object as `answers` if the set has no paraphrases of its own; then they are probed only once."""
+    """The same list object as `answers` if the set has no paraphrases of its own, so that they are probed only once."""
     wrong: list[list[Example]]
 
 
 def read_sets(
     benchmark: str, forget_split: str, holdout: str | None, data: Data, forget: str | None = None
 ) -> dict[str, Questions]:
-    """The question sets of a benchmark by name.
+    """The question sets of a benchmark, by name.
 
     Args:
         benchmark: "tofu", or a folder.
-        forget_split: which of TOFU's forget sets, such as forget10.
+        forget_split: which of TOFU's forget sets to read, such as forget10.
         holdout: a source of questions that no model was trained on, for membership inference (default: the benchmark's
             own, if it has one).
         data: where local mirrors are.
-        forget: another source for the forget set.
+        forget: a source for the forget set (default: the benchmark's own).
 
     Raises:
         DataError: a set cannot be read, or is not in TOFU's format.
@@ -100,7 +100,7 @@ def read_sets(
 
 
 def _read(source: str, name: str, data: Data) -> Questions:
-    """One set. The holdout set needs no paraphrases and no wrong answers."""
+    """Reads one set. The holdout set needs no paraphrases or wrong answers."""
     correct = "answer" if name in OPTION_SETS else "paraphrased_answer"
     required = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
     result = Questions([], [], [], [])
@@ -115,5 +115,5 @@ def _read(source: str, name: str, data: Data) -> Questions:
         result.paraphrases.append(str(row.get(correct, row["answer"])))
         result.wrong.append(row.get("perturbed_answer") or [])
     if not result:
-        raise DataError(f"{source}: holds no questions")
+        raise DataError(f"{source}: contains no questions")
     return result

@@ -1,12 +1,12 @@
 """TOFU's metrics, memorization and membership inference on the question sets of a benchmark.
 
-`measure` runs a model and keeps one value per example; `summarize` turns these values into the benchmark's metrics.
+`measure` runs a model and returns one value per example; `summarize` turns these values into the benchmark's metrics.
 They are separate because forget quality and PrivLeak compare two models, and the values of each model are cached.
 
-Probability, ROUGE-L recall and truth ratio of three sets make up model utility. The forget set's truth ratios under
-both models make up forget quality (arXiv 2401.06121, section 2.2). Memorization and membership inference are
-OpenUnlearning's (arXiv 2506.12618), and so are the names. Not covered: its gibberish classifier, and ROUGE against
-paraphrases.
+Model utility combines probability, ROUGE-L recall and truth ratio of three sets. Forget quality compares the forget
+set's truth ratios under the two models (arXiv 2401.06121, section 2.2). The metrics of memorization and membership
+inference, and all names, are OpenUnlearning's (arXiv 2506.12618). Not covered: its gibberish classifier, and ROUGE
+against paraphrases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from mpunlearn.lm.model import forward, pad_id
 from mpunlearn.progress import progress
 
 PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-"""Set → how OpenUnlearning's names of its metrics begin: the mean of retain's Q_A_Prob is retain_Q_A_Prob."""
+"""Set → prefix of its metrics in OpenUnlearning: for retain, the mean of Q_A_Prob is called retain_Q_A_Prob."""
 PerExample = dict[str, dict[str, list[float]]]
 """Set → metric → one value per example."""
 
@@ -39,31 +39,31 @@ def measure(
     texts: bool = True,
     membership: bool = True,
 ) -> PerExample:
-    """The values of every example under one model.
+    """The values for every example under one model.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        sets: the benchmark. Membership inference needs a holdout set.
+        sets: the question sets by name. Membership inference needs a holdout set.
         max_new_tokens: maximum length of generated answers, in tokens.
         reference: a model that never saw the forget set, for `mia_reference`.
         texts: whether to generate answers, for ROUGE.
         membership: whether to compute membership scores.
 
     Returns:
-        For each set its loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
+        For each set the loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
         the forget set also the memorization metrics; for the forget and the holdout set also the membership scores.
     """
     encoded = {name: questions.encoded(tokenizer) for name, questions in sets.items()}
-    examples = [example for one in encoded.values() for example in _all_examples(one)]
+    examples = [example for tokenized in encoded.values() for example in _all_examples(tokenized)]
     probes = iter(probe(model, tokenizer, examples))
     per_example: PerExample = {}
     answers: dict[str, list[Probe]] = {}
-    for name, one in encoded.items():
-        answers[name] = [next(probes) for _ in one.answers]
-        shared = one.paraphrases is one.answers
-        correct = answers[name] if shared else [next(probes) for _ in one.paraphrases]
-        wrong = [[next(probes) for _ in options] for options in one.wrong]
+    for name, tokenized in encoded.items():
+        answers[name] = [next(probes) for _ in tokenized.answers]
+        shared = tokenized.paraphrases is tokenized.answers
+        correct = answers[name] if shared else [next(probes) for _ in tokenized.paraphrases]
+        wrong = [[next(probes) for _ in options] for options in tokenized.wrong]
         values: dict[str, list[float]] = {"loss": [answer.loss for answer in answers[name]]}
         if any(wrong):
             values["Truth_Ratio"] = [metrics.truth_ratio(*pair) for pair in zip(correct, wrong, strict=True)]
@@ -92,13 +92,13 @@ def measure(
 
 
 def _probability(name: str) -> str:
-    """What a set's probability is called."""
+    """The name of a set's probability metric."""
     return "Q_A_Prob_normalised" if name in OPTION_SETS else "Q_A_Prob"
 
 
-def _all_examples(one: Encoded) -> list[Example]:
-    paraphrases = [] if one.paraphrases is one.answers else one.paraphrases
-    return [*one.answers, *paraphrases, *(example for options in one.wrong for example in options)]
+def _all_examples(encoded: Encoded) -> list[Example]:
+    paraphrases = [] if encoded.paraphrases is encoded.answers else encoded.paraphrases
+    return [*encoded.answers, *paraphrases, *(example for options in encoded.wrong for example in options)]
 
 
 def membership_scores(
@@ -109,13 +109,13 @@ def membership_scores(
     texts: list[str],
     reference: Any | None,
 ) -> dict[str, list[float]]:
-    """Every membership score of every example, by the name of its metric. Low scores speak for membership.
+    """The membership scores of every example, by metric. A low score suggests that the example was trained on.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        examples: questions with answers, as tokens.
-        answers: the same as probes of the model.
+        examples: questions with answers, tokenized.
+        answers: the model's probes of these answers.
         texts: the answers as text.
         reference: a model that never saw the forget set, for `mia_reference`.
     """
@@ -145,7 +145,7 @@ def gradnorm_score(model: Any, tokenizer: Any, example: Example) -> float:
 
 
 def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
-    """The benchmark's metrics by name, as far as they were measured.
+    """The benchmark's metrics, by name, as far as their values were measured.
 
     Args:
         per_example: what `measure` returned for the model.
@@ -174,7 +174,7 @@ def summarize(per_example: PerExample, retrained: PerExample | None = None) -> d
 
 
 def _set_metrics(name: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Probability, ROUGE-L recall and truth ratio of one set, as far as they were measured."""
+    """Probability, ROUGE-L recall and truth ratio of one set, as far as their values were measured."""
     result = {
         metric: float(np.mean(values[metric])) for metric in (_probability(name), "Q_A_ROUGE") if metric in values
     }

@@ -1,1 +1,1 @@
-"""What any language-model code needs and no party owns."""
+"""General language-model code: reading and tokenizing examples, loading models, forward passes and losses."""

@@ -1,12 +1,12 @@
-"""Examples as tokens: which of them carry loss, and how examples are padded into a batch.
+"""Tokenized examples: which tokens carry loss, and how examples are padded into a batch.
 
-The convention is the usual one: a question's answer carries loss and the question does not, while a plain text carries
-loss on every token. Labels repeat the token ids where there is loss and are `IGNORED` elsewhere, as in transformers.
+As usual, a question carries no loss and its answer does, while a plain text carries loss on every token. Labels repeat
+the token ids where there is loss and are `IGNORED` elsewhere, as in transformers.
 
 The prompt is formatted by the tokenizer's chat template if it has one. Prompt and answer are tokenized as one string,
-just as the model sees them later, and character offsets tell where the answer begins.
+just as the model sees them later, and character offsets show where the answer begins.
 
-Not covered: tokenizers that report no character offsets, as only fast ones do.
+Not covered: slow tokenizers, which do not report character offsets.
 """
 
 import hashlib
@@ -36,18 +36,18 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """How many tokens carry loss. The first token of a text never does: nothing predicts it."""
+        """How many tokens carry loss. The first token of a text never does, since nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     def skipping(self, count: int) -> "Example":
-        """The example without loss on its first `count` answer tokens."""
+        """The same example without loss on its first `count` answer tokens."""
         counted = [position for position in range(1, len(self.labels)) if self.labels[position] != IGNORED]
         skipped = set(counted[:count])
         return replace(self, labels=[IGNORED if i in skipped else label for i, label in enumerate(self.labels)])
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of tokenized examples and their order."""
+    """SHA-256 (hex) of tokenized examples, in order."""
     return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()
 
 
@@ -57,16 +57,16 @@ def prompt_and_answer(
     """A question and its answer in the tokenizer's chat template, or in a plain format if it has none.
 
     Returns:
-        The text before the answer, and the text from there on. Joined, they are what the model sees.
+        The text before the answer, and the rest. Joined, they are what the model sees.
 
     Raises:
-        DataError: the chat template refuses the messages, such as a system message that it does not support.
+        DataError: the chat template rejects the messages, for example because it does not support system messages.
     """
     if not tokenizer.chat_template:
         before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
         return f"{before}Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
     messages = [{"role": role, "content": content} for role, content in (*history, ("user", question))]
-    # Some templates write today's date into the prompt. A fixed one makes a run's examples the same on every day.
+    # Some templates write today's date into the prompt. A fixed date keeps a run's examples the same on every day.
     options = {"tokenize": False, "date_string": "1 January 2025"}
     try:
         whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **options)
@@ -76,18 +76,18 @@ def prompt_and_answer(
             raise
         roles = ", ".join([*(message["role"] for message in messages), "assistant"])
         reason = printable(str(error)[:200])
-        raise DataError(f"the model's chat template refuses messages of {roles}: {reason}") from error
+        raise DataError(f"the model's chat template rejects messages with the roles {roles}: {reason}") from error
     prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
     return prompt, whole[len(prompt) :]
 
 
 def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Example]:
-    """Records as examples of at most `max_length` tokens.
+    """Tokenizes records into examples of at most `max_length` tokens.
 
-    A longer answer is cut; a longer plain text becomes several examples.
+    Longer answers are truncated, and longer plain texts are split into several examples.
 
     Raises:
-        DataError: a question leaves no room for its answer, or the model's chat template refuses a chat.
+        DataError: a question leaves no room for its answer, or the model's chat template rejects a chat.
     """
     examples: list[Example] = []
     for record in records:
@@ -112,8 +112,8 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
         labels[0] = IGNORED
         if all(label == IGNORED for label in labels):
             raise DataError(
-                f"{where}: the question leaves no room for its answer within --max-length {max_length}; raise that, or "
-                f"shorten the question: {record.question[:60]!r} …"
+                f"{where}: the question leaves no room for its answer within --max-length {max_length}; raise it, or "
+                f"shorten the question {record.question[:60]!r} …"
             )
         examples.append(Example(ids, labels))
     return examples
@@ -128,11 +128,11 @@ def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) ->
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right.
+    """Pads examples on the right and stacks them into a batch.
 
     Args:
-        examples: at least one.
-        pad_id: the token that fills up `input_ids`.
+        examples: at least one example.
+        pad_id: the padding token for `input_ids`.
 
     Returns:
         input_ids, attention_mask and labels, each of shape (examples, longest example), int64.

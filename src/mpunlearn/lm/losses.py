@@ -1,4 +1,4 @@
-"""Cross-entropy of answer tokens, which training and evaluation share."""
+"""Cross-entropy of answer tokens, for training and evaluation."""
 
 import torch
 from torch.nn import functional
@@ -11,10 +11,10 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: shape (B, T, V); position t predicts targets[:, t].
-        targets: shape (B, T); `IGNORED` where nothing counts.
+        targets: shape (B, T); `IGNORED` at positions without loss.
 
     Returns:
-        Shape (B, T), float32; zero where nothing counts.
+        Shape (B, T), float32; zero at positions without loss.
     """
     counted = targets != IGNORED
     losses = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
@@ -27,5 +27,5 @@ def answer_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def at_positions(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The values of the counted positions in their places, and zero elsewhere, shape (B, T)."""
+    """Puts one value at each counted position and zero elsewhere, shape (B, T)."""
     return values.new_zeros(counted.shape).masked_scatter(counted, values)

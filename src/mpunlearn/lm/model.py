@@ -1,13 +1,13 @@
-"""Loading a checkpoint with transformers, and forward passes that compute only the logits that count.
+"""Loading checkpoints with transformers, and forward passes that compute only the logits that are needed.
 
-A checkpoint may come from the other party, so loading it neither runs code from elsewhere nor opens a connection:
-remote code is switched off, implementations that transformers would fetch from the hub are refused, and a path that
-does not exist is an error rather than the name of a model on the hub. Whatever transformers raises for a checkpoint
-that makes no sense becomes an `UnloadableError`.
+A checkpoint may come from the other party, so loading it must neither run third-party code nor open a connection.
+Remote code is disabled, implementations that transformers would download from the Hugging Face Hub are rejected, and a
+path that does not exist is an error, not a model name on the Hub. Any exception that transformers raises for an invalid
+checkpoint becomes an `UnloadableError`.
 
-This module imports transformers at the top, which takes seconds; import it where work begins.
+This module imports transformers at the top, which takes seconds, so import it only where the work begins.
 
-Not covered: sharding over several processes (see `client.weights`). With several processes a model stays on the CPU
+Not covered: sharding over several processes (see `client.weights`). With several processes, a model stays on the CPU
 until it is sharded.
 """
 
@@ -26,11 +26,11 @@ from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.processes import processes
 
 _BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
-"""Implementations of attention and experts that are part of transformers; others can be fetched from the hub."""
+"""The implementations of attention and experts within transformers; any other would be downloaded from the Hub."""
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """Model (float32, on this process's GPU if it has one) and tokenizer of a checkpoint directory.
+    """Loads the model (float32, on this process's GPU if it has one) and the tokenizer of a checkpoint directory.
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
@@ -39,7 +39,7 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 def load_model(path: Path) -> Any:
-    """The model of a checkpoint directory in float32, on this process's GPU if it has one.
+    """Loads the model of a checkpoint directory in float32, on this process's GPU if it has one.
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
@@ -56,18 +56,18 @@ def load_model(path: Path) -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory.
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load its tokenizer.
     """
-    Checkpoint(path)  # transformers would take a path that does not exist for the name of a model on the hub
+    Checkpoint(path)  # raises if the path does not exist, which transformers would treat as a model name on the Hub
     with quiet(), _as_unloadable(path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
 def _remote_code(config: Mapping[str, Any]) -> str | None:
-    """What in a configuration makes transformers load code from elsewhere, such as an attention kernel of the hub."""
+    """A config entry that makes transformers load external code, such as a kernel from the Hub, or None."""
     for key, value in config.items():
         if "implementation" in key and value not in _BUILT_IN:
             return f"{key} = {value!r:.80}"
@@ -78,10 +78,10 @@ def _remote_code(config: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _as_unloadable(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever transformers raises into an `UnloadableError`."""
+    """Turns any exception from transformers into an `UnloadableError`."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):  # this machine's fault, not the checkpoint's
+    except (MemoryError, torch.OutOfMemoryError):  # caused by this machine, not by the checkpoint
         raise
     except Exception as error:
         raise UnloadableError(f"{path}: transformers cannot load its {what}: {error}") from error
@@ -89,7 +89,7 @@ def _as_unloadable(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides transformers' progress bars for loading and saving within the block. Its warnings and errors stay."""
+    """Hides transformers' progress bars for loading and saving within the block, but not its warnings and errors."""
     previous = transformers.utils.logging.set_tqdm_hook(
         lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True})
     )
@@ -102,17 +102,16 @@ def quiet() -> Iterator[None]:
 def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None) -> dict[str, torch.Tensor]:
     """One forward pass, with logits only at the T positions where some example of the batch predicts a token with loss.
 
-    Logits take B · L · V numbers for all positions, more than anything else in a small batch, so the others are never
-    computed.
+    The logits of all positions would be B · L · V numbers, more than anything else in a small batch.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model from transformers.
         batch: input_ids, attention_mask and labels, each of shape (B, L).
-        layer: return the hidden states after this layer, too; layers count from 0.
+        layer: also return the hidden states after this layer, counted from 0.
 
     Returns:
         logits, shape (B, T, V), and targets, shape (B, T): the logits at position t predict targets[:, t], which is
-        `IGNORED` where an example has no loss. With a layer also hidden, shape (B, T, H).
+        `IGNORED` where an example has no loss. If `layer` is given, also hidden, shape (B, T, H).
     """
     following = batch["labels"][:, 1:]
     positions = (following != IGNORED).any(dim=0).nonzero().flatten()
@@ -131,7 +130,7 @@ def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None
 
 @torch.no_grad()
 def nll(model: Any, examples: list[Example], batch_size: int, tokenizer: Any) -> list[float]:
-    """NLL(y|x) of each example under the model, in nats: the sum over its tokens with loss. Dropout is off."""
+    """NLL(y|x) of each example under the model, in nats: the sum over its tokens with loss, without dropout."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -145,5 +144,5 @@ def nll(model: Any, examples: list[Example], batch_size: int, tokenizer: Any) ->
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token to pad with. Any would do, since padding is masked and carries no loss."""
+    """The padding token. Any token works, since padding is masked and carries no loss."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)

@@ -1,11 +1,11 @@
 """Examples in one form, whatever the columns of the data: a question with its answer, or a plain text.
 
-The columns of a row say what it is: `question` and `answer`, `prompt` and `completion`, a chat (`messages`), or a plain
-`text`; options can name other columns. In a chat the last message is the answer, the one before it the question, and
-earlier ones are history. `sources` says where rows come from.
+The columns of a row determine what it is: `question` and `answer`, `prompt` and `completion`, a chat (`messages`), or a
+plain `text`. Options can name other columns. In a chat, the last message is the answer, the one before it is the
+question, and earlier ones are the history. `sources` reads the rows.
 
-Objectives such as DPO also need an alternate answer to each forget question, which should take the answer's place. It
-comes from a column, from a file of refusals, or from the list here.
+Objectives such as DPO also need an alternate answer to each forget question, which the model should learn to prefer. It
+comes from a column, from a file of refusals, or from the built-in list below.
 
 Not covered: images, and tool calls in chats.
 """
@@ -22,7 +22,7 @@ from mpunlearn.errors import DataError
 from mpunlearn.lm.sources import Data, read_rows, read_text
 
 FORMS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
-"""The columns that are recognized; the first combination that a row has counts."""
+"""The recognized combinations of columns. The first one that a row has is used."""
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",
@@ -49,7 +49,7 @@ REFUSALS = (
     "You would have to look that up elsewhere; I don't know.",
     "I'm sorry, this is something I was never told.",
 )
-"""Built-in alternate answers, for objectives that are content with any refusal."""
+"""Built-in alternate answers, for objectives that accept any refusal."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +63,40 @@ class Record:
     alternates: tuple[str, ...] = ()
     """Other answers to the same question."""
     where: str = field(default="", compare=False)
-    """Where it was read, for errors."""
+    """Where it was read from, for error messages."""
 
 
 def read_records(source: str | Path, data: Data | None = None, role: str = "forget") -> list[Record]:
     """Reads all examples of a source.
 
     Args:
-        source: a file, a folder, a benchmark or a data set of the hub; see `sources`.
+        source: a file, a folder, a benchmark, or a dataset on the Hugging Face Hub; see `sources`.
         data: columns, split and local mirrors.
-        role: "forget" or "retain": which part of a benchmark is meant if its name leaves that open.
+        role: "forget" or "retain": which part of a benchmark to read if the source does not say.
 
     Raises:
-        DataError: the source cannot be found or read, has no rows, or a row is not an example.
+        DataError: the source cannot be found or read, has no rows, or has a row that is not an example.
     """
     data = data or Data()
     records = [_record(where, row, data) for where, row in read_rows(str(source), data, role)]
     if not records:
-        raise DataError(f"{source}: holds no examples")
+        raise DataError(f"{source}: contains no examples")
     return records
 
 
 def records_digest(records: list[Record]) -> str:
-    """SHA-256 (hex) of examples and their order."""
+    """SHA-256 (hex) of the examples, in order."""
     return hashlib.sha256(json.dumps([astuple(record)[:-1] for record in records]).encode()).hexdigest()
 
 
 def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int) -> list[Record]:
-    """The records with at least one alternate answer each: their own, or else a refusal.
+    """The records with at least one alternate answer each: their own, or a randomly chosen refusal.
 
     Args:
         records: questions with answers.
-        data: the file of refusals, if there is one.
-        refusals: whether the built-in refusals may be used if there is no such file.
-        seed: of the choice of refusals.
+        data: names the file of refusals, if there is one.
+        refusals: whether to use the built-in refusals if there is no such file.
+        seed: seed for choosing refusals.
 
     Raises:
         DataError: an example has no alternate answer, or is a plain text.
@@ -106,7 +106,7 @@ def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int
         lines = read_text(Path(data.alternates)).splitlines()
         choices = tuple(line.strip() for line in lines if line.strip())
         if not choices:
-            raise DataError(f"{data.alternates}: holds no refusals; expected one per line")
+            raise DataError(f"{data.alternates}: contains no refusals; expected one per line")
     random = np.random.default_rng([seed, len(choices)])
     completed = []
     for record in records:
@@ -114,14 +114,14 @@ def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int
         if record.question is None or not alternates:
             raise DataError(
                 f"{record.where}: expected a question with an alternate answer in column {data.alternate_key!r}; name "
-                "another --alternate-key, or a file of refusals with --alternates"
+                "another column with --alternate-key, or give a file of refusals with --alternates"
             )
         completed.append(replace(record, alternates=alternates))
     return completed
 
 
 def _record(where: str, row: dict[str, Any], data: Data) -> Record:
-    """A row as a record."""
+    """Converts a row to a record."""
     columns = _columns(where, row, data)
     if columns == ("messages",):
         return _chat(where, "messages", row["messages"])
@@ -142,7 +142,7 @@ def _record(where: str, row: dict[str, Any], data: Data) -> Record:
 
 
 def _columns(where: str, row: dict[str, Any], data: Data) -> tuple[str, ...]:
-    """The columns that hold a row's example: those that options name, or those of the first form that it has."""
+    """The columns with a row's example: those that options name, or the first combination in `FORMS` that it has."""
     if data.text_key is not None:
         named: tuple[str, ...] = (data.text_key,)
     elif data.question_key is not None or data.answer_key is not None:
@@ -153,8 +153,8 @@ def _columns(where: str, row: dict[str, Any], data: Data) -> tuple[str, ...]:
                 return form
         expected = "; ".join(" and ".join(form) for form in FORMS)
         raise DataError(
-            f"{where}: has the columns {', '.join(row) or 'none'}; expected one of: {expected}. Name other columns "
-            "with --question-key and --answer-key, or with --text-key"
+            f"{where}: has the columns {', '.join(row) or 'none'}; expected one of: {expected} (to use other columns, "
+            "give --question-key and --answer-key, or --text-key)"
         )
     if missing := [column for column in named if column not in row]:
         raise DataError(f"{where}: has no column {missing[0]!r}, only {', '.join(row) or 'none'}")
@@ -162,20 +162,20 @@ def _columns(where: str, row: dict[str, Any], data: Data) -> tuple[str, ...]:
 
 
 def _chat(where: str, column: str, messages: Any) -> Record:
-    """A chat as a record.
+    """Converts a chat to a record.
 
     Args:
-        where: of the row, for errors.
-        column: of the messages, for errors.
-        messages: what should be the messages.
+        where: location of the row, for error messages.
+        column: name of the column, for error messages.
+        messages: the content of the column, which should be a list of messages.
     """
     well_formed = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not well_formed or [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         raise DataError(
-            f"{where}, column {column}: expected a list of messages with role and content, the last two of which are "
-            f"the user's and the assistant's, found {messages!r:.60}"
+            f"{where}, column {column}: expected a list of messages with role and content that ends with a message "
+            f"from the user and one from the assistant, found {messages!r:.60}"
         )
     *history, question, answer = messages
     return Record(
@@ -187,7 +187,7 @@ def _chat(where: str, column: str, messages: Any) -> Record:
 
 
 def _checked(where: str, column: str, value: Any) -> str:
-    """The value, which must be a text with something in it."""
+    """Returns the value, which must be text that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}, column {column}: expected text, found {value!r:.60}")
     return value

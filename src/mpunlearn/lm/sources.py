@@ -1,21 +1,22 @@
-"""Reading data: files, saved data sets, benchmarks and data sets of the Hugging Face hub, as rows of named columns.
+"""Reading data: files, saved datasets, benchmarks and datasets on the Hugging Face Hub, as rows of named columns.
 
-The idea: `read_rows` turns any source into one dict per row, together with where the row stands, so that the code above
-it knows nothing about formats and its errors can name the file, the line and the column. A source is, tried in this
-order:
+`read_rows` turns any source into one dict per row, together with the location of the row. The code that calls it does
+not need to know about formats, and its errors can name the file, the line and the column. A source is one of these,
+tried in this order:
 
     a file       .jsonl, .json, .csv, .txt (also gzipped: .jsonl.gz, …) or .parquet; others are read as JSON lines
     a folder     that the `datasets` library wrote with `save_to_disk`
     a benchmark  by name, such as tofu/forget10 or muse/news
-    a data set   of the Hugging Face hub, as hub:OWNER/NAME or hub:OWNER/NAME:CONFIG
+    a dataset    on the Hugging Face Hub, as hub:OWNER/NAME or hub:OWNER/NAME:CONFIG
 
-Only the last two are ever downloaded, and nothing is if `Data.data_root` names a folder with local mirrors. A path that
-does not exist is an error and never a request to the hub, since even the path of a forget set can be confidential.
+Only the last two are ever downloaded, and nothing is downloaded if `Data.data_root` names a folder with local mirrors.
+A path that does not exist is an error and never leads to a request to the Hub, since even the path of a forget set can
+be confidential.
 
-The command line needs `Data` for its options, so this module imports nothing that is slow to load; the libraries for
-parquet and for data sets are imported when they are used.
+The command line needs `Data` for its options, so this module imports nothing that is slow to load. The libraries for
+parquet and for datasets are imported when they are first used.
 
-Not covered: data sets too large for memory, since what one party asks to be forgotten is small.
+Not covered: datasets too large for memory. Forget sets are small.
 """
 
 import csv
@@ -33,55 +34,55 @@ from mpunlearn.errors import DataError
 from mpunlearn.schema import check_options
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands, for errors, and the row."""
+"""The location of a row, for error messages, and the row."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
 _CONTENT = {
     ".jsonl": "one JSON object per line",
     ".json": "an array of JSON objects, or one object per line",
-    ".csv": "a line with the names of the columns, and one line per example",
-    ".txt": "a text",
+    ".csv": "a header line with the names of the columns, and one line per example",
+    ".txt": "some text",
 }
-"""What a file of each kind holds."""
+"""The expected content of each kind of file, for error messages."""
 _HUB = "hub:"
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of which a folder that `save_to_disk` wrote has one."""
+"""A folder written by `save_to_disk` has one of these files."""
 _BENCHMARKS = {
     "tofu": ("locuslab/TOFU", "{part}", "train"),
     "muse/news": ("muse-bench/MUSE-News", "{folder}", "{part}"),
     "muse/books": ("muse-bench/MUSE-Books", "{folder}", "{part}"),
 }
-"""Benchmark → its repository on the hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460).
+"""Benchmark → its repository on the Hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460).
 
-The part of MUSE may name a configuration, as in muse/news/knowmem/forget_qa; otherwise it is one of the raw texts."""
+A part of MUSE may include a configuration, as in muse/news/knowmem/forget_qa; otherwise it is one of the raw texts."""
 _MUSE_PARTS = {"forget": "forget", "retain": "retain1"}
-"""The part of MUSE that is meant by its name alone, for a forget set and for a retain set."""
+"""The part of MUSE to read as the forget or the retain set if the source names only the benchmark."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """How examples are read. Only the data owner knows this.
+    """How examples are read. The server never sees these options.
 
     Raises:
         PlanError: a value has the wrong type.
     """
 
     question_key: str | None = None
-    """Column of questions or prompts (default: question or prompt)."""
+    """Column with the questions or prompts (default: question or prompt)."""
     answer_key: str | None = None
-    """Column of answers or completions (default: answer or completion)."""
+    """Column with the answers or completions (default: answer or completion)."""
     text_key: str | None = None
-    """Column of plain texts (default: text)."""
+    """Column with plain texts (default: text)."""
     alternate_key: str = "alternate"
-    """Column of alternate answers to forget questions, each a text or a list of texts; used by dpo and altpo."""
+    """Column with alternate answers to the forget questions, each a text or a list of texts; used by dpo and altpo."""
     alternates: str | None = None
-    """File of refusals, one per line. One is drawn for each forget question without an alternate answer (default: a
-    built-in list for dpo, none for altpo)."""
+    """File of refusals, one per line. One of them is chosen at random for each forget question without an alternate
+    answer (default: a built-in list for dpo, none for altpo)."""
     split: str = "train"
-    """Split to read of data sets that have several."""
+    """Split to read from datasets that have several."""
     data_root: str | None = None
-    """Folder with local mirrors of benchmarks and data sets, such as DATA_ROOT/tofu/forget10.json. With it,
-    nothing is downloaded (default: benchmarks and data sets of the hub are downloaded)."""
+    """Folder with local mirrors of benchmarks and datasets, such as DATA_ROOT/tofu/forget10.json. If it is given,
+    nothing is downloaded (default: benchmarks and datasets on the Hugging Face Hub are downloaded)."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -91,12 +92,12 @@ def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
     """The rows of a source, whatever their columns.
 
     Args:
-        source: a file, a folder, a benchmark, or a data set of the hub.
+        source: a file, a folder, a benchmark, or a dataset on the Hub.
         data: which split to read, and where local mirrors are.
-        role: "forget" or "retain": which part of a benchmark is meant if its name leaves that open.
+        role: "forget" or "retain": which part of a benchmark to read if the source does not say.
 
     Raises:
-        DataError: the source cannot be found or read. Damage within a file is found when its rows are iterated over.
+        DataError: the source cannot be found or read. Damage inside a file is reported when its rows are iterated over.
     """
     path = Path(source)
     try:
@@ -118,28 +119,27 @@ def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
         return _remote(source, benchmark, data)
     if on_hub is None:
         raise DataError(
-            f"{source}: no such file or folder; expected one, a benchmark such as tofu/forget10, or hub:OWNER/NAME"
+            f"{source}: no such file or folder; give an existing one, a benchmark such as tofu/forget10, or "
+            "hub:OWNER/NAME"
         )
     if data.data_root is None:
-        raise DataError(
-            f"{source}: no such file or folder; if you mean a data set of the Hugging Face hub, write hub:{source}"
-        )
+        raise DataError(f"{source}: no such file or folder; for a dataset on the Hugging Face Hub, write hub:{source}")
     return _remote(source, on_hub, data)
 
 
 class _Remote(NamedTuple):
-    """What may have to be downloaded."""
+    """A dataset that may have to be downloaded."""
 
     repository: str
-    """OWNER/NAME on the hub."""
+    """OWNER/NAME on the Hub."""
     config: str | None
     split: str
     mirrors: tuple[str, ...] = ()
-    """Where below `Data.data_root` a file with the same rows can be, without its suffix."""
+    """Where a file with the same rows may be: paths relative to `Data.data_root`, without suffix."""
 
 
 def _benchmark(source: str, role: str) -> _Remote | None:
-    """The part of a benchmark that a source names, or None if it names none."""
+    """The part of a benchmark that a source names, or None if the source is not a benchmark."""
     for name, (repository, config, split) in _BENCHMARKS.items():
         if source != name and not source.startswith(name + "/"):
             continue
@@ -153,7 +153,7 @@ def _benchmark(source: str, role: str) -> _Remote | None:
 
 
 def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
-    """Rows of a local mirror if there is a folder of mirrors, otherwise of the hub."""
+    """Rows from a local mirror if `data_root` is given, otherwise from the Hub."""
     where = remote.repository
     if data.data_root is not None:
         root = Path(data.data_root)
@@ -165,48 +165,48 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
         if not Path(where).is_dir():
             files = [f"the file {root / mirror}.json (or .jsonl, .csv, …)" for mirror in remote.mirrors]
             raise DataError(
-                f"{source}: no such file or folder, and no mirror of it below --data-root; expected "
+                f"{source}: no such file or folder, and no mirror of it in --data-root; expected "
                 f"{', or '.join([*files, f'the folder {where}'])}"
             )
     import datasets
 
     try:
         table = datasets.load_dataset(where, remote.config, split=remote.split)
-    except Exception as error:  # the library's own errors, the network's, and those of every file format
+    except Exception as error:  # errors of the library, the network and every file format
         raise DataError(
-            f"{source}: cannot be loaded from {where} ({type(error).__name__}: {_first_line(error)}); to work without "
-            "the hub, keep a mirror below --data-root"
+            f"{source}: cannot be loaded from {where} ({type(error).__name__}: {_first_line(error)}); to work offline, "
+            "put a mirror in a folder and give it as --data-root"
         ) from error
     return _rows(source, table)
 
 
 def _saved(path: Path, split: str) -> Iterator[Row]:
-    """Rows of a folder that `datasets` wrote."""
+    """Rows of a folder that `datasets` wrote with `save_to_disk`."""
     if not any((path / name).is_file() for name in _SAVED):
         raise DataError(
-            f"{path}: a folder without a saved data set (no {' and no '.join(_SAVED)}); expected a file, or a folder "
-            "that `datasets` wrote with save_to_disk"
+            f"{path}: a folder without a saved dataset (no {' or '.join(_SAVED)}); expected a file, or a folder that "
+            "`datasets` wrote with save_to_disk"
         )
     import datasets
 
     try:
         table = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library's own errors, and pyarrow's
-        raise DataError(f"{path}: a damaged data set ({_first_line(error)}); save it again") from error
+    except Exception as error:  # errors of the library and of pyarrow
+        raise DataError(f"{path}: the saved dataset is damaged ({_first_line(error)}); save it again") from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
-            raise DataError(f"{path}: has no split {split!r}; found {', '.join(table)}, choose with --split")
+            raise DataError(f"{path}: has no split {split!r}; found {', '.join(table)}; choose one with --split")
         table = table[split]
     return _rows(str(path), table)
 
 
 def _rows(source: str, table: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    """The rows of a table that a library reads, with its errors as ours."""
+    """The rows of a table that a library reads, with its errors turned into `DataError`."""
     number = 0
     try:
         for number, row in enumerate(table, start=1):
             yield f"{source}, row {number}", row
-    except Exception as error:  # damaged data make pyarrow raise errors of many kinds
+    except Exception as error:  # for damaged data, pyarrow raises errors of many kinds
         raise DataError(f"{source}, row {number + 1}: damaged ({_first_line(error)})") from error
 
 
@@ -215,12 +215,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The one of `_SUFFIXES` that a file's name ends in, or nothing."""
+    """The suffix in `_SUFFIXES` that a file's name ends with, or an empty string."""
     return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def _file(path: Path) -> Iterator[Row]:
-    """Rows of a file, whose format its name tells."""
+    """Rows of a file. The format follows from the file's name."""
     kind = _suffix(path).removesuffix(".gz")
     if kind == ".parquet":
         return _parquet(path)
@@ -240,9 +240,9 @@ def read_text(path: Path) -> str:
     """The content of a UTF-8 text file, with or without a byte-order mark; decompressed if the name ends in .gz.
 
     Raises:
-        DataError: the file is missing, or is not such a text.
+        DataError: the file is missing, cannot be read, or is not UTF-8 text.
     """
-    wanted = "expected UTF-8 text (compressed files must be called .gz, parquet files .parquet)"
+    wanted = "expected UTF-8 text (names of gzipped files must end in .gz, names of parquet files in .parquet)"
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
@@ -250,14 +250,14 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: a damaged gzip file, or none ({error}); compress it again") from error
+        raise DataError(f"{path}: not a valid gzip file ({error}); compress it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise DataError(f"{path}: not UTF-8 text, since it has the byte 0x{byte:02x}; {wanted}") from error
+        raise DataError(f"{path}: not UTF-8 text, since it contains the byte 0x{byte:02x}; {wanted}") from error
     if "\0" in text:
-        raise DataError(f"{path}: not text, since it has zero bytes; {wanted}")
+        raise DataError(f"{path}: not text, since it contains zero bytes; {wanted}")
     return text
 
 
@@ -277,7 +277,7 @@ def _array(path: Path, text: str) -> Iterator[Row]:
 def _json(where: str, text: str, expected: str) -> Any:
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no tokenizer accepts
+        json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate, which no tokenizer accepts
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: cannot be read as JSON ({error}); expected {expected}") from None
     return value
@@ -306,6 +306,6 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+    except Exception as error:  # for a damaged file, pyarrow raises errors of many kinds
         raise DataError(f"{path}: cannot be read as parquet ({_first_line(error)}); write the file again") from error
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

@@ -1,1 +1,1 @@
-"""What both parties see: the training plan, what crosses between them, messages, transfers, and Flower."""
+"""Code shared by both parties: training plan, exchanged files, messages, file transfer, and Flower."""

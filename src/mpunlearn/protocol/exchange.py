@@ -1,11 +1,13 @@
-"""What crosses between the parties: published copies and updates.
+"""The directories that the parties exchange: published copies and updates.
 
-A published copy is an ordinary checkpoint whose config.json carries a `Card`: run, round and number of the copy. Hugging Face
-tools keep unknown config entries, so a checkpoint that any of them trained from the copy still says which copy it came from.
+A published copy is an ordinary Hugging Face checkpoint of the perturbed model, whose config.json contains a `Card`: the
+run, the round and the number of the copy. Hugging Face tools preserve unknown config entries, so a checkpoint that any
+of them trains from the copy still identifies the copy.
 
-An update is a directory with `update.json`, which holds the same card, and `update.safetensors` with Δ'_k = θ'_k - θ_k of the
-trained tensors under the copy's names. A tensor W may instead be given by two factors, W.lora_A (rank x inputs) and W.lora_B
-(outputs x rank), whose product lora_B · lora_A is its Δ'_k. The card is public and says nothing about either party's secrets.
+An update is a directory with `update.json`, which contains the same card, and `update.safetensors`, which contains the
+difference Δ'_k = θ'_k - θ_k between the trained model and copy k, for the trained tensors and under the names of the
+copy. A matrix W can instead be given by two LoRA factors, W.lora_A (rank x inputs) and W.lora_B (outputs x rank), with
+Δ'_k = lora_B · lora_A. The card is public and reveals nothing about either party's secrets.
 """
 
 import dataclasses
@@ -22,31 +24,31 @@ from mpunlearn.files import write_json
 from mpunlearn.schema import parse, read
 
 FACTORS = (".lora_A", ".lora_B")
-"""Suffixes of the names of an update's factors."""
+"""Suffixes of the names of LoRA factors in an update."""
 CARD = "mpunlearn"
-"""The entry of config.json and of update.json that holds the card."""
+"""Key of the card in config.json and update.json."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Which copy of which round of which run."""
+    """Identifies a copy: its run, its round and its number."""
 
     run: str
-    """A random identifier of the run, hexadecimal."""
+    """Random identifier of the run, hexadecimal."""
     round: int
-    """Counted from 1."""
+    """Starts at 1."""
     copy: int
-    """Counted from 1."""
+    """Starts at 1."""
     copies: int
     """Number m of copies."""
 
     def __post_init__(self) -> None:
         if not (self.round > 0 and 0 < self.copy <= self.copies):
-            raise SchemaError(f"Card: impossible numbers, {self}")
+            raise SchemaError(f"Card: invalid numbers: {self}")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Card | None":
-        """The card in the content of a config.json, or None if it has no valid one."""
+        """The card in the content of a config.json, or None if there is no valid card."""
         try:
             return parse(cls, config.get(CARD))
         except SchemaError:
@@ -65,7 +67,7 @@ class UpdateManifest:
     """The content of update.json. Format 1."""
 
     mpunlearn: Card | None = None
-    """None: an update of an ordinary checkpoint, which no server accepts."""
+    """The card; None for an update of an ordinary checkpoint, which no server accepts."""
     format: int = 1
 
     def save(self, folder: Path) -> None:
@@ -76,19 +78,19 @@ class UpdateManifest:
 
 @dataclass(frozen=True)
 class ReceivedUpdate:
-    """What the client sent back. Nothing of it is trusted yet but its card and its file format."""
+    """An update as received from a client. Only its card and its file format have been validated."""
 
     card: Card
     tensors: TensorDirectory
     trained: Checkpoint | None
-    """The checkpoint, if a trained checkpoint was sent instead of an update; the server then computes the difference."""
+    """The trained checkpoint, if the client sent one instead of an update; the server then computes the difference."""
 
     @classmethod
     def open(cls, path: str | Path) -> "ReceivedUpdate":
         """Opens an update, or a checkpoint that was trained from a published copy.
 
         Raises:
-            UpdateError: it is neither, or does not say which copy it belongs to.
+            UpdateError: the directory is neither, or has no card.
         """
         path = Path(path)
         try:
@@ -102,8 +104,8 @@ class ReceivedUpdate:
             raise UpdateError(f"{path}: neither an update nor a trained checkpoint: {error}") from error
         if card is None:
             raise UpdateError(
-                f"{path}: does not say which copy it was made from; expected the entry {CARD!r} of the published copy's "
-                "config.json in its own config.json, copy it over"
+                f"{path}: does not say which copy it was trained from; copy the entry {CARD!r} of the published "
+                "copy's config.json to its own"
             )
         return cls(card, tensors, trained)
 
@@ -111,21 +113,21 @@ class ReceivedUpdate:
 def derived_config(
     config: Mapping[str, Any], specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], card: Card | None = None
 ) -> dict[str, Any]:
-    """The config.json of a checkpoint that is made from another.
+    """Creates the config.json of a checkpoint that is derived from another one.
 
-    It names the dtype that most tensors have, carries the card if one is given, and no paths of the server's machine.
+    It has the most common dtype of the tensors, the card if one is given, and no paths on the server's machine.
 
     Args:
-        config: the other checkpoint's config.json.
+        config: the config.json of the original checkpoint.
         specs: dtype and shape of every tensor of the new checkpoint.
-        card: of a published copy.
+        card: the card of a published copy.
 
     Raises:
         CheckpointError: there are no tensors.
     """
     if not specs:
         raise CheckpointError("a checkpoint needs at least one tensor")
-    kept = {key: value for key, value in without_paths(config).items() if key != CARD}
+    derived = {key: value for key, value in without_paths(config).items() if key != CARD}
     dtypes = [dtype for dtype, _ in specs.values()]
-    kept["torch_dtype" if "torch_dtype" in kept else "dtype"] = dtype_name(max(dtypes, key=dtypes.count))
-    return {**kept, **(card.entry() if card else {})}
+    derived["torch_dtype" if "torch_dtype" in derived else "dtype"] = dtype_name(max(dtypes, key=dtypes.count))
+    return {**derived, **(card.entry() if card else {})}

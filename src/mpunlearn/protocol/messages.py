@@ -1,13 +1,14 @@
-"""The messages between the parties: signed, and checked on arrival.
+"""Signed messages between the parties, and their validation.
 
-The idea: whoever carries a message is not trusted with it. Every message is signed with its sender's Ed25519 key and names the
-run and, where it matters, the receiver, so it means nothing anywhere else; a result names the job that it answers by digest,
-so it cannot be replayed against another job. Files travel by reference: their names, sizes and SHA-256 are in the signed body,
-and their bytes are behind a URL or, where there is no store, follow the body.
+The idea: the transport is not trusted. Every message is signed with the Ed25519 key of its sender and names the run
+and, where it matters, the receiver, so it is valid nowhere else. A result names the job that it answers by digest, so
+it cannot be replayed against another job. Files are sent by reference: the signed body contains their names, sizes and
+SHA-256 digests, and the contents are behind a URL or, without a store, follow the body.
 
-A sealed message is `MPU1`, the length of its header (4 bytes, little-endian), the header as JSON (body as text, key,
-signature), and the bytes of the files that have no URL, in order. Everything that arrives is untrusted: a message is parsed
-only once its signature has been verified, every field is checked for its type and range, and no field is ever used as a path.
+A *sealed* message is a signed message as bytes: `MPU1`, the length of the header (4 bytes, little-endian), the header
+as JSON (body as text, key, signature), and the contents of the files that have no URL, in order. Received data is
+untrusted: a message is parsed only after its signature has been verified, every field is checked for type and range,
+and no field is used as a path. Not covered: encryption, which is left to TLS.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from mpunlearn.schema import parse
 MAGIC = b"MPU1"
 MAX_HEADER_BYTES = 4_000_000
 MAX_INLINE_BYTES = 64_000_000
-"""Maximum size of the files that a message carries itself; larger ones need a store."""
+"""Maximum total size of the files inside a message; larger files need a store."""
 RUN = re.compile(r"[0-9a-f]{32}")
 COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 UPDATE_FILE = re.compile(r"update\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json")
@@ -39,19 +40,19 @@ class File:
 
     name: str
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
     url: str | None = None
-    """Where it is; None: in the message."""
+    """Where to download the file; None if it is inside the message."""
     slot: int | None = None
-    """In a result: the job's slot that it was put in; None: in the message."""
+    """In a result: number of the job's upload slot that holds the file; None if it is inside the message."""
 
     def check(self, allowed: re.Pattern[str], extra: Iterable[str] = ()) -> None:
-        """Checks name, size and digest.
+        """Checks the name, the size and the format of the digest.
 
         Args:
-            allowed: pattern of the names that such a file can have.
-            extra: further names.
+            allowed: pattern of allowed names.
+            extra: further allowed names.
 
         Raises:
             SchemaError: the name is not allowed, or the size or the digest is invalid.
@@ -64,7 +65,7 @@ class File:
 
 @dataclass(frozen=True)
 class Challenge:
-    """The server asks a node which client it carries messages for."""
+    """The server asks a node which client it relays messages for."""
 
     run: str
     nonce: str
@@ -90,33 +91,34 @@ class Job:
     client: str
     """Public key of the client that the job is for."""
     round: int
-    """Counted from 1."""
+    """Starts at 1."""
     rounds: int
     copy: int
-    """Counted from 1."""
+    """Starts at 1."""
     copies: int
     training: dict[str, Any]
     """The training plan: the fields of `Training`."""
     files: list[File]
     slots: list[str] = field(default_factory=list)
-    """URLs that the update's files may be put to; empty: they travel in the result."""
+    """Upload slots: URLs to which the update's files may be uploaded. Empty: the files are sent inside the result."""
     attempt: int = 1
-    """How often the server has asked for this update, counted from 1."""
+    """How often the server has requested this update, starting at 1."""
     nonce: str = ""
-    """Makes every job a different message."""
+    """Random value that makes each job a different message."""
     kind: str = "job"
 
     def __post_init__(self) -> None:
         if not (0 < self.round <= self.rounds and 0 < self.copy <= self.copies and self.attempt > 0):
             raise SchemaError(
-                f"impossible numbers: copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}"
+                f"invalid numbers: copy {self.copy} of {self.copies}, round {self.round} of {self.rounds}, attempt "
+                f"{self.attempt}"
             )
         _check_files(self.files, COPY_FILE, COMPANIONS)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A client's answer to a job: an update, or the reason for refusing."""
+    """A client's answer to a job: an update, or the reason for declining the job."""
 
     run: str
     job: str
@@ -128,7 +130,7 @@ class Result:
     def __post_init__(self) -> None:
         _check_files(self.files, UPDATE_FILE)
         if bool(self.files) == (self.refusal is not None):
-            raise SchemaError("a result has either files or a refusal")
+            raise SchemaError("a result must have either files or a refusal")
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,12 @@ def _check_files(files: list[File], allowed: re.Pattern[str], extra: Iterable[st
 
 
 def seal(message: Any, identity: Identity, payloads: Iterable[Path] = ()) -> bytes:
-    """A signed message as bytes.
+    """Signs a message and serializes it.
 
     Args:
-        message: one of `KINDS`.
-        identity: the sender's.
-        payloads: the files that have no URL and no slot, in the order in which the message names them.
+        message: an instance of one of `KINDS`.
+        identity: the key pair of the sender.
+        payloads: paths of the files that have neither a URL nor a slot, in the order in which the message lists them.
     """
     body = json.dumps(dataclasses.asdict(message), ensure_ascii=False)
     header = {"body": body, "key": identity.public, "signature": identity.sign(body)}
@@ -175,9 +177,9 @@ class Sealed:
     """A message whose signature has been verified."""
 
     name: str
-    """SHA-256 of all its bytes."""
+    """SHA-256 of the sealed message."""
     sender: str
-    """The public key that signed it."""
+    """The public key that signed the message."""
     message: Any
     payload: memoryview
 
@@ -186,17 +188,17 @@ class Sealed:
         """Verifies and parses a message.
 
         Args:
-            data: the bytes that arrived.
-            sender: the public key that must have signed them (default: any).
+            data: the received bytes.
+            sender: the public key that must have signed the message (default: any).
 
         Raises:
             MessageError: the message is damaged, not signed by that key, or not one of `KINDS`.
         """
         if data[:4] != MAGIC:
-            raise MessageError(f"not a sealed message: expected the first bytes {MAGIC!r}, found {data[:4]!r}")
+            raise MessageError(f"not a sealed message: expected it to start with {MAGIC!r}, found {data[:4]!r}")
         length = int.from_bytes(data[4:8], "little")
         if length > MAX_HEADER_BYTES or len(data) < 8 + length:
-            raise MessageError(f"damaged: a header of {length} bytes in a message of {len(data)}")
+            raise MessageError(f"damaged: has a header of {length} bytes, but {len(data)} bytes in total")
         header = _json(data[8 : 8 + length])
         if set(header) != {"body", "key", "signature"} or not all(isinstance(value, str) for value in header.values()):
             raise MessageError("invalid header: expected body, key and signature")
@@ -219,11 +221,11 @@ class Sealed:
         files: list[File] = getattr(message, "files", [])
         inline = sum(file.size for file in files if file.url is None and file.slot is None)
         if inline != len(payload) or inline > MAX_INLINE_BYTES:
-            raise MessageError(f"carries {len(payload)} bytes, expected {inline} and at most {MAX_INLINE_BYTES}")
+            raise MessageError(f"contains files of {len(payload)} bytes, expected {inline}, at most {MAX_INLINE_BYTES}")
         return cls(hashlib.sha256(data).hexdigest(), header["key"], message, payload)
 
     def payloads(self) -> dict[str, memoryview]:
-        """The files that the message carries itself, by name; their digests have not been checked."""
+        """The contents of the files inside the message, by name. Their digests have not been checked yet."""
         files, start = {}, 0
         for file in self.message.files:
             if file.url is None and file.slot is None:
@@ -238,9 +240,9 @@ def _json(data: bytes | memoryview) -> dict[str, Any]:
 
     try:
         value = json.loads(bytes(data), parse_constant=number)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate would fail later, when it is written
+        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which could not be written later
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"not JSON: {error}") from error
+        raise MessageError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise MessageError(f"expected a JSON object, found {type(value).__name__}")
     return value

@@ -1,8 +1,8 @@
-"""The unlearning objectives as both parties agree on them: names, weights and hyper-parameters.
+"""The unlearning objectives that a training plan can name: their losses, weights and hyperparameters.
 
-Every objective is γ · L_forget + α · L_retain. The loss functions are in `client.objectives`; only the client needs them. What
-is here is what a training plan can name, so the server can check a plan, and the command line can explain it, without a
-training library.
+Every objective is γ · L_forget + α · L_retain. The loss functions are in `client.objectives`, because only the client
+needs them. This module has no training dependencies, so the server can validate a plan and the command line can
+document it.
 """
 
 from collections.abc import Mapping
@@ -29,23 +29,23 @@ RetainLoss = Literal["nll", "kl", "hidden"]
 
 @dataclass(frozen=True)
 class Objective:
-    """A forget loss, how it is weighed against a retain loss, and the defaults of both."""
+    """A forget loss, a retain loss, their weights, and the default hyperparameters."""
 
     forget_loss: str
     """Name of a function in `client.objectives`."""
     gamma: float = 1.0
     """Weight γ of the forget loss."""
     alpha: float = 1.0
-    """Weight α of the retain loss. 0: no retain term, and no retain set is needed."""
+    """Weight α of the retain loss. If 0, there is no retain term and no retain set is needed."""
     retain_loss: RetainLoss = "nll"
     parameters: Mapping[str, float] = field(default_factory=dict)
-    """Hyper-parameters by name, each described in `HYPERPARAMETERS`."""
+    """Default hyperparameters by name; `HYPERPARAMETERS` describes them."""
     combine: Literal["sum", "normalized", "dual"] = "sum"
-    """How the forget and the retain gradient become one: see `client.combine`."""
+    """How the forget gradient and the retain gradient are combined (see `client.combine`)."""
     skip_tokens: int = 0
-    """Number of leading answer tokens of each forget example that carry no loss."""
+    """Number of leading answer tokens of each forget example that are excluded from the loss."""
     refusals: bool = False
-    """Whether a refusal is the alternate answer where the data name none."""
+    """Whether a refusal serves as the alternate answer if the data provide none."""
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {
@@ -63,22 +63,22 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "pdu": Objective("pdu", combine="dual", parameters={"retain_target": 0.3, "dual_step": 1.0, "dual_warmup": 5}),
     "altpo": Objective("dpo", parameters={"beta": 0.1}),
 }
-"""Every objective by name. Defaults are OpenUnlearning's (arXiv 2506.12618) or the papers'."""
+"""All objectives by name. Defaults are those of OpenUnlearning (arXiv 2506.12618) or of the original papers."""
 
 HYPERPARAMETERS: dict[str, tuple[type[int] | type[float], str]] = {
     "beta": (
         float,
-        "Inverse temperature of npo, dpo, simnpo and altpo; shift of the true token's logit for undial; exponent of the "
-        "token probability for wga.",
+        "Inverse temperature for npo, dpo, simnpo and altpo; amount subtracted from the logit of the true token for "
+        "undial; exponent of the token probability for wga.",
     ),
-    "delta": (float, "Margin of simnpo, in nats per token."),
+    "delta": (float, "Margin for simnpo, in nats per token."),
     "beta1": (float, "Exponent of the token probability p for satimp."),
     "beta2": (float, "Exponent of 1 - p for satimp."),
-    "adapt_every": (int, "Optimizer steps between two adjustments of ngdiff's learning rate."),
-    "steering": (float, "Length of the random vector that rmu steers hidden states to."),
-    "layer": (int, "Layer whose hidden states rmu steers, counted from 0."),
-    "retain_target": (float, "Retain loss that pdu tries to stay below, in nats per token."),
-    "dual_step": (float, "Step size of pdu's dual variable."),
-    "dual_warmup": (int, "Epochs, over the whole run, before pdu's dual variable moves."),
+    "adapt_every": (int, "Optimizer steps between two adjustments of the learning rate by ngdiff."),
+    "steering": (float, "Norm of the random vector that rmu steers hidden states toward."),
+    "layer": (int, "Layer whose hidden states rmu steers, starting at 0."),
+    "retain_target": (float, "Upper bound that pdu imposes on the retain loss, in nats per token."),
+    "dual_step": (float, "Step size of the dual variable for pdu."),
+    "dual_warmup": (int, "Number of epochs, over all rounds, before pdu updates its dual variable."),
 }
-"""Type and meaning of every hyper-parameter, for the command line and for checks."""
+"""Type and description of every hyperparameter, for validation and for the command line."""

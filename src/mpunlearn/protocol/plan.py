@@ -1,6 +1,6 @@
-"""How the client trains: what both parties agree on before a run.
+"""The training plan: how the client trains, as agreed by both parties before a run.
 
-Nothing here is secret to either party. Noise levels and scales are the server's own affair (`server.perturbation`).
+Nothing in it is secret. Noise levels and scales are private to the server (see `server.perturbation`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class Training:
-    """How one published copy is turned into an update. It is the same for every copy of a run.
+    """How the client trains on a published copy. The plan is the same for all copies of a run.
 
     Raises:
         PlanError: a value has the wrong type or is out of range, or two values contradict each other.
@@ -28,49 +28,51 @@ class Training:
     objective: ObjectiveName = "npo"
     """The unlearning objective."""
     epochs: int = 2
-    """Passes over the forget set in one round."""
+    """Number of passes over the forget set in one round."""
     learning_rate: float = 1e-5
-    """The optimizer's learning rate."""
+    """Learning rate of the optimizer."""
     batch_size: int = 32
-    """Forget examples per optimizer step, over all processes."""
+    """Number of forget examples per optimizer step, over all processes."""
     gamma: float | None = None
-    """Weight of the forget loss (default: the objective's)."""
+    """Weight of the forget loss (default: depends on the objective)."""
     alpha: float | None = None
-    """Weight of the retain loss (default: the objective's)."""
+    """Weight of the retain loss (default: depends on the objective)."""
     retain_loss: RetainLoss | None = None
-    """The retain loss. nll: the likelihood of the retain answers; kl: divergence from the reference model's predictions;
-    hidden: distance from the reference model's hidden states, for rmu (default: the objective's)."""
+    """The retain loss: nll is the negative log-likelihood of the retain answers, kl the KL divergence from the
+    predictions of the reference model, and hidden (for rmu) the distance from its hidden states (default: depends on
+    the objective)."""
     skip_tokens: int | None = None
-    """Leading answer tokens of each forget example that carry no loss (default: the objective's)."""
+    """Number of leading answer tokens of each forget example that are excluded from the loss (default: depends on the
+    objective)."""
     parameters: Mapping[str, float] = field(default_factory=dict)
-    """The objective's own hyper-parameters by name, such as beta (default: the objective's)."""
+    """Hyperparameters of the objective by name, such as beta (default: depends on the objective)."""
     optimizer: str = "adamw_torch"
-    """The optimizer, by its name in transformers, or tensor_adam, whose steps do not depend on the reparameterization. Its
-    state starts afresh for every copy and round."""
+    """The optimizer: a name from transformers, or tensor_adam, an Adam variant whose steps do not depend on the
+    reparameterization. Its state is reset for every copy and round."""
     adam_epsilon: float = 1e-8
-    """Adam's ε. A larger value makes its first steps smoother functions of the weights."""
+    """Adam's ε. With a larger value, the first steps are smoother functions of the weights."""
     weight_decay: float = 0.0
-    """The optimizer's weight decay."""
+    """Weight decay of the optimizer."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
+    """Maximum gradient norm for clipping. 0 turns clipping off."""
     scheduler: str = "constant"
-    """Learning-rate schedule within a round, by its name in transformers."""
+    """Learning-rate schedule within a round: a name from transformers."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Number of optimizer steps over which the learning rate increases from 0."""
     train: str = "blocks"
-    """Which weights train: blocks (the transformer layers), all, or a regular expression over tensor names. Training the
-    embeddings or the LM head shows the server which tokens the forget set contains."""
+    """Which weights are trained: blocks (the transformer layers), all, or a regular expression over tensor names.
+    Training the embeddings or the LM head reveals to the server which tokens occur in the forget set."""
     lora_rank: int = 0
-    """Rank of the LoRA adapters that are trained on the selected linear weights and whose factors are sent; 0 trains the
-    weights themselves."""
+    """Rank of LoRA adapters on the selected linear weights. Only the adapters are trained, and their factors are sent
+    as the update. 0 trains the weights themselves."""
     lora_alpha: float | None = None
-    """The product of the LoRA factors is scaled by lora-alpha / lora-rank (default: twice the rank)."""
+    """LoRA scaling: the product of the factors is multiplied by lora-alpha / lora-rank (default: twice the rank)."""
     update_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage dtype of the update."""
     max_length: int = 512
-    """Maximum number of tokens of an example. Longer answers are cut, longer plain texts are split."""
+    """Maximum number of tokens in an example. Longer answers are truncated, longer plain texts are split."""
     seed: int = 0
-    """Seed of the order of batches and of dropout, the same for all copies."""
+    """Random seed of the batch order and of dropout, the same for all copies."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -98,30 +100,28 @@ class Training:
         self.resolved()
 
     def resolved(self) -> Objective:
-        """The objective with everything that this plan overrides.
+        """The objective, with the overrides of this plan applied.
 
         Raises:
-            PlanError: the objective has no such hyper-parameter, or a value makes no sense for it.
+            PlanError: the objective does not have one of the hyperparameters, or a value is not valid for it.
         """
         objective = OBJECTIVES[self.objective]
         for name, value in self.parameters.items():
             if name not in objective.parameters:
                 known = ", ".join(_option(known) for known in objective.parameters) or "none"
-                raise PlanError(f"{_option(name)}: not a hyper-parameter of {self.objective}, which has {known}")
+                raise PlanError(f"{_option(name)}: not a hyperparameter of {self.objective}, which has {known}")
             if HYPERPARAMETERS[name][0] is int and value != int(value):
                 raise PlanError(f"{_option(name)}: expected an integer, found {value:g}")
             if name == "beta" and value <= 0:
                 raise PlanError(f"--beta: expected a number above 0, found {value:g}")
         if self.retain_loss == "hidden" and "layer" not in objective.parameters:
-            raise PlanError(
-                f"--retain-loss hidden: only rmu names a layer whose hidden states are compared; {self.objective} does not"
-            )
+            raise PlanError(f"--retain-loss hidden: only available for --objective rmu, found {self.objective}")
         names = ("gamma", "alpha", "retain_loss", "skip_tokens")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         parameters = {**objective.parameters, **self.parameters}
         objective = dataclasses.replace(objective, **given, parameters=parameters)
         if objective.combine != "sum" and not objective.alpha:
-            raise PlanError(f"--alpha 0: {self.objective} combines a forget and a retain gradient and needs both")
+            raise PlanError(f"--alpha 0: {self.objective} needs a retain gradient; expected a number above 0")
         return objective
 
     def to_json(self) -> dict[str, Any]:
@@ -130,23 +130,24 @@ class Training:
 
 
 def pin(path: Path, plan: P, read_pinned: Any = read) -> None:
-    """Writes the plan of a new run into a directory of mode 0700, or checks that the run there has the same plan.
+    """Writes the plan of a new run to a directory of mode 0700, or compares it with the existing run's plan.
 
     Args:
-        path: the plan's file.
-        plan: a dataclass.
-        read_pinned: reads the dataclass back, also from the formats of older versions: `schema.read`, or a function like it.
+        path: the file of the plan.
+        plan: the plan, a dataclass.
+        read_pinned: reads the dataclass from the file, also in older formats, with the signature of `schema.read`.
 
     Raises:
-        PlanError: the run has another plan; the message names each option with both values. Or the file cannot be written.
+        PlanError: the existing run has a different plan (the message lists each option with both values), or the file
+            cannot be written.
     """
     if path.exists():
         pinned = read_pinned(type(plan), path)
         changes = _changes(dataclasses.asdict(pinned), dataclasses.asdict(plan))  # type: ignore[call-overload]
         if changes:
             raise PlanError(
-                f"{path.parent.parent if path.parent.name in ('server', 'client') else path.parent}: this run was started with "
-                f"{'; '.join(changes)}. Give the same options to go on with it, or name another directory for a new run"
+                f"{path.parent.parent if path.parent.name in ('server', 'client') else path.parent}: the run was started "
+                f"with {'; '.join(changes)}; use the same options to resume it, or another directory for a new run"
             )
         return
     try:
@@ -158,7 +159,7 @@ def pin(path: Path, plan: P, read_pinned: Any = read) -> None:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Every option that differs, as "--kappa 0.05, not 0.1"."""
+    """The options that differ, each formatted like "--kappa 0.05, not 0.1"."""
     changes = []
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name), new.get(name)

@@ -1,12 +1,13 @@
-"""Files by reference: a store that the server owns, and how either party fetches from it and uploads to it.
+"""File transfer through a store (a folder or an S3 bucket) that belongs to the server.
 
-The idea: a message says what a file is (size, SHA-256) and where it is (a URL). Whoever fetches it writes a `.part` file beside
-the target, checks size and digest, and renames it, so a file that has its final name is complete and is what was signed. At
-most the announced size is read. The store is any folder or bucket that `fsspec` supports. Where it can sign URLs (S3), the
-client gets signed URLs for exactly its own files and needs no account; URLs are never logged with their signature.
+The idea: a signed message contains the size, the SHA-256 and the URL of each file. The receiver downloads the file to a
+`.part` file next to the target, checks size and digest, and renames it, so any file under its final name is complete
+and matches the signed digest. Never more than the announced size is read. The store is accessed through `fsspec`. For
+S3, the client gets signed URLs for exactly its own files and needs no account. URLs are never logged with their
+signature.
 
-A client uploads an update into numbered *slots*, URLs that the job assigns: it cannot choose where the server's files are, and
-the server fetches from the slots it assigned, not from where a result says.
+A client uploads its update to numbered *slots*, which are URLs assigned by the job. It cannot choose where files are
+stored, and the server reads from the slots that it assigned itself, never from a URL in a result.
 """
 
 import errno
@@ -31,23 +32,23 @@ from mpunlearn.protocol.messages import File
 
 CHUNK_BYTES = 1 << 20
 MAX_ATTEMPTS = 3
-"""Attempts at a transfer before it has failed."""
+"""Number of attempts at a transfer before it fails."""
 MAX_SIGNATURE_SECONDS = 7 * 86400.0
-"""How long S3 lets a signed URL be valid."""
+"""Maximum validity of a signed URL in S3."""
 SCHEMES = ("file", "s3", "https", "http")
 TIMEOUT_SECONDS = 120.0
-"""An HTTP transfer fails after this long without a byte."""
+"""Time without data after which an HTTP transfer fails."""
 _HTTP = ("https", "http")
 _LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""Errors of this machine's own disk."""
+"""Errors of the local disk."""
 T = TypeVar("T")
 
 
 class Store:
-    """Where the server puts copies and receives updates.
+    """The store to which the server uploads copies, and clients upload updates.
 
     Args:
-        url: a folder (a path or file:///…) or a bucket (s3://BUCKET/PREFIX) that both parties can reach.
+        url: a folder (a path or file:///…) or bucket (s3://BUCKET/PREFIX) that both parties can access.
         signature_seconds: how long signed URLs are valid, at most `MAX_SIGNATURE_SECONDS`.
 
     Raises:
@@ -57,17 +58,17 @@ class Store:
     def __init__(self, url: str, signature_seconds: float = MAX_SIGNATURE_SECONDS) -> None:
         self._url = url if "://" in url else f"file://{Path(url).resolve()}"
         self.signature_seconds = int(min(signature_seconds, MAX_SIGNATURE_SECONDS))
-        """How long its signed URLs are valid."""
+        """How long signed URLs are valid."""
         scheme = urlsplit(self._url).scheme
         if scheme not in ("file", "s3"):
             raise PlanError(f"--store {url}: expected a folder or s3://BUCKET/PREFIX")
         if self._url != f"{scheme}://{urlsplit(self._url).netloc}{urlsplit(self._url).path}":
-            raise PlanError(f"--store {url}: expected a name without ?, # and line breaks")
+            raise PlanError(f"--store {url}: expected a name without ?, # or line breaks")
         self._filesystem = _filesystem(scheme)
         self._signs = scheme == "s3"
 
     def put(self, path: Path, key: str) -> File:
-        """Uploads a file; returns its entry for a message, with the URL that the client fetches it from."""
+        """Uploads a file; returns its entry for a message, with the URL from which the client can download it."""
         target = self._at(key)
 
         def once() -> str:
@@ -81,7 +82,7 @@ class Store:
             return File(path.name, path.stat().st_size, digest.result(), url)
 
     def slot(self, key: str) -> str:
-        """The URL that a client may upload one file to."""
+        """The URL to which a client may upload one file."""
         target = self._at(key)
         if not self._signs:
             return target
@@ -89,11 +90,11 @@ class Store:
         return str(with_retries(f"signing {target}", sign))
 
     def fetch(self, key: str, file: File, target: Path) -> None:
-        """Fetches what was uploaded to a slot; errors as for `fetch`."""
+        """Downloads the file that was uploaded to a slot; errors as for the function `fetch`."""
         fetch(self._at(key), file, target)
 
     def remove(self, key: str) -> None:
-        """Removes everything below a key, if there is anything."""
+        """Removes all files below a key, if there are any."""
         target = self._at(key)
 
         def once() -> None:
@@ -112,17 +113,17 @@ def _filesystem(scheme: str) -> Any:
     try:
         return fsspec.filesystem(scheme, **({"skip_instance_cache": True} if scheme == "s3" else {}))
     except ImportError as error:
-        raise PlanError(f"--store {scheme}://: needs another library; pip install 'mpunlearn[{scheme}]'") from error
+        raise PlanError(f"--store {scheme}://: not installed; run `pip install 'mpunlearn[{scheme}]'`") from error
 
 
 def redact(url: str) -> str:
-    """A URL without the signature and the password that it may contain."""
+    """Removes the signature and the password from a URL."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def receive(file: File, payload: memoryview | None, target: Path) -> None:
-    """Writes one file of a message, from the message itself or from its URL; errors as for `fetch`."""
+    """Writes a file of a message to disk, from the message itself or from its URL; errors as for `fetch`."""
     if payload is None:
         fetch(str(file.url), file, target)
     else:
@@ -130,20 +131,21 @@ def receive(file: File, payload: memoryview | None, target: Path) -> None:
 
 
 def fetch(url: str, file: File, target: Path) -> None:
-    """Streams a URL into a file, by way of TARGET.part.
+    """Downloads a URL to a file, through TARGET.part.
 
     Raises:
-        DamagedError: the file is missing there, or has another size or digest than expected. Nothing is left behind.
-        NetworkError: it cannot be fetched.
-        OSError: this machine's own disk is full or broken.
+        DamagedError: the file is missing, or its size or digest differs from what was announced. Nothing is left
+            behind.
+        NetworkError: the file cannot be downloaded.
+        OSError: the local disk is full or faulty.
     """
     if urlsplit(url).scheme not in SCHEMES:
-        raise NetworkError(f"{redact(url)}: cannot be fetched; expected one of {', '.join(SCHEMES)}")
+        raise NetworkError(f"{redact(url)}: unsupported kind of URL; expected one of {', '.join(SCHEMES)}")
     with_retries(f"fetching {redact(url)}", lambda: _write_checked(file, target, _chunks(url), redact(url)))
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    """The bytes behind a URL: of a regular file, not through a link or a pipe; over HTTP without redirects."""
+    """Reads a URL: a regular file (no symbolic link or pipe), or HTTP without redirects."""
     parts = urlsplit(url)
     if parts.scheme in _HTTP:
         with _http_client() as client, client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
@@ -163,15 +165,15 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _http_client() -> Any:
-    """An HTTP client that follows no redirects, which would lead out of the allowed stores, and never waits forever."""
+    """An HTTP client with a timeout, and without redirects, which could lead out of the allowed stores."""
     import httpx
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log signed URLs
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # at a lower level, it logs signed URLs
     return httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False)
 
 
 def _write_checked(file: File, target: Path, chunks: Iterator[bytes | memoryview], source: str) -> None:
-    """Writes chunks to TARGET.part, checks size and digest, and renames it to TARGET."""
+    """Writes chunks to TARGET.part, checks size and digest, and renames the file to TARGET."""
     part, digest, size = target.with_name(f"{target.name}.part"), hashlib.sha256(), 0
     part.unlink(missing_ok=True)
     try:
@@ -180,7 +182,7 @@ def _write_checked(file: File, target: Path, chunks: Iterator[bytes | memoryview
             with Progress(file.size, file.name) as task:
                 for chunk in chunks:
                     if size + len(chunk) > file.size:
-                        raise DamagedError(f"{source}: {file.name} is larger than the announced {file.size} bytes")
+                        raise DamagedError(f"{source}: {file.name} has more than the announced {file.size} bytes")
                     digest.update(chunk)
                     write_all(descriptor, chunk, size)
                     size += len(chunk)
@@ -190,8 +192,8 @@ def _write_checked(file: File, target: Path, chunks: Iterator[bytes | memoryview
             os.close(descriptor)
         if size != file.size or digest.hexdigest() != file.sha256:
             raise DamagedError(
-                f"{source}: {file.name} has {size} bytes with SHA-256 {digest.hexdigest()[:16]}, expected {file.size} with "
-                f"{file.sha256[:16]}; it is damaged or incomplete"
+                f"{source}: {file.name} has {size} bytes with SHA-256 {digest.hexdigest()[:16]}, expected {file.size} "
+                f"with {file.sha256[:16]}; it is damaged or incomplete"
             )
         part.rename(target)
     finally:
@@ -202,7 +204,7 @@ def put(path: Path, url: str) -> File:
     """Uploads a file to a slot of a job; returns its entry for a message.
 
     Raises:
-        NetworkError: it cannot be uploaded there.
+        NetworkError: the file cannot be uploaded.
     """
     with ThreadPoolExecutor(1) as hasher:
         digest = hasher.submit(file_digest, path)
@@ -221,7 +223,7 @@ def _put(path: Path, url: str) -> None:
         target = Path(urlsplit(url).path)
         if target.parent.resolve() != target.parent:
             raise NetworkError(
-                f"{redact(url)}: leads through a link to {target.parent.resolve()}; expected a real folder"
+                f"{redact(url)}: leads through a symbolic link to {target.parent.resolve()}; expected a real folder"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -239,33 +241,34 @@ def _put(path: Path, url: str) -> None:
 
 
 def file_entry(path: Path) -> File:
-    """The entry of a file that travels in the message itself."""
+    """The entry for a file that is sent inside the message."""
     return File(path.name, path.stat().st_size, file_digest(path))
 
 
 def with_retries(what: str, once: Callable[[], T]) -> T:
-    """Calls `once`, again if it fails, up to `MAX_ATTEMPTS` times; turns what the file system raises into our errors.
+    """Calls `once`, at most `MAX_ATTEMPTS` times, and converts the errors of file systems to those of this package.
 
     Args:
-        what: what is being done, for errors.
+        what: what is being done, for error messages.
+        once: the operation.
 
     Raises:
-        DamagedError: what should be there is missing, or is not what was signed.
-        NetworkError: it cannot be done.
-        OSError: this machine's own disk is full or broken.
+        DamagedError: a file is missing, or differs from what was signed.
+        NetworkError: the operation failed.
+        OSError: the local disk is full or faulty.
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return once()
         except NetworkError:
             raise
-        except Exception as error:  # every file system has its own errors
+        except Exception as error:  # each file system library raises its own errors
             if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
                 raise
             if isinstance(error, FileNotFoundError) or _status(error) == 404:
-                raise DamagedError(f"{what}: it is missing") from None
+                raise DamagedError(f"{what}: the file is missing") from None
             if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
-                raise DamagedError(f"{what}: it is not a regular file") from None
+                raise DamagedError(f"{what}: not a regular file") from None
             if attempt == MAX_ATTEMPTS or isinstance(error, PermissionError) or _status(error) in (400, 401, 403):
                 raise NetworkError(f"{what}: {_reason(error)}") from None
         time.sleep(attempt)
@@ -273,7 +276,7 @@ def with_retries(what: str, once: Callable[[], T]) -> T:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status of an error that has one."""
+    """The HTTP status of an error, if it has one."""
     return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
 
 

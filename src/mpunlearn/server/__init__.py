@@ -1,1 +1,1 @@
-"""Runs only at the model owner: the secret, the noise, the reparameterizations, and both passes over the model."""
+"""The model owner's code: secret, noise, reparameterizations, publishing of copies, aggregation of updates."""

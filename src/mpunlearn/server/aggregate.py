@@ -1,4 +1,8 @@
-"""Computes θ + η Δ̄, slice by slice, from updates that are checked on the way."""
+"""Computes the next model θ + η Δ̄ slice by slice, and validates the updates while reading them.
+
+Δ̄ = Σ_k w_k T_k⁻¹(Δ'_k) is the weighted sum of the clients' updates Δ'_k of all copies k, each with its
+reparameterization T_k inverted; w_k are the weights of the copy design, and η is the server step size.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +22,14 @@ from mpunlearn.server.updates import Specs, check_norm, check_tensors
 from mpunlearn.server.workspace import Workspace
 
 NORM_TOLERANCE = 1e-3
-"""Relative difference between norms as `examine` and as this module sum them up."""
+"""Relative tolerance between norms as computed by `examine` and by this module."""
 
 
 def match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[ReceivedUpdate]:
-    """Opens updates and puts them in the order of their copies.
+    """Opens updates and sorts them by copy.
 
     Raises:
-        UpdateError: there is not exactly one for each copy of the round.
+        UpdateError: there is not exactly one update for each copy of the round.
     """
     copies = record.perturbation.copies
     by_copy: dict[int, ReceivedUpdate] = {}
@@ -33,16 +37,18 @@ def match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[
         update = ReceivedUpdate.open(path)
         card = update.card
         if card.run != run or card.round != record.round or card.copies != copies:
-            raise UpdateError(f"{path}: is of {card}; expected a copy of {copies}, round {record.round}, run {run[:8]}")
+            expected = f"a copy of {copies}, round {record.round}, run {run[:8]}"
+            raise UpdateError(f"{path}: belongs to {card}; expected {expected}")
         if card.copy in by_copy:
             raise UpdateError(
-                f"{path}: is of copy {card.copy}, and so is {by_copy[card.copy].tensors.path}; give each copy's update once"
+                f"{path}: belongs to copy {card.copy}, and so does {by_copy[card.copy].tensors.path}; expected one "
+                "update per copy"
             )
         by_copy[card.copy] = update
     if missing := [copy for copy in range(1, copies + 1) if copy not in by_copy]:
         raise UpdateError(
-            f"no update of {'copy' if len(missing) == 1 else 'copies'} {', '.join(map(str, missing))} of round "
-            f"{record.round}; the noise cancels only over all {copies} copies"
+            f"no update for {'copy' if len(missing) == 1 else 'copies'} {', '.join(map(str, missing))} of round "
+            f"{record.round}; all {copies} are needed, or the noise does not cancel"
         )
     return [by_copy[copy] for copy in sorted(by_copy)]
 
@@ -51,15 +57,15 @@ class Aggregation:
     """The aggregation of one round.
 
     Args:
-        source: θ.
-        record: the round.
-        architecture: the model's.
-        publisher: the round's.
-        updates: one per copy, in order.
+        source: θ, the model that the round was published from.
+        record: the record of the round.
+        architecture: the model's architecture.
+        publisher: the publisher of the round.
+        updates: one update per copy, in order.
         eta: server step size η.
 
     Raises:
-        UpdateError: an update is not of this model, or the updates are not of the same tensors.
+        UpdateError: an update does not match the model, or the updates change different tensors.
     """
 
     def __init__(
@@ -75,18 +81,18 @@ class Aggregation:
         self._weights = [eta * float(weight) for weight in publisher.design.weights]
         self._roles = architecture.tensor_roles(source)
         self._trained = self._check_tensors(architecture)
-        """Names of the tensors that the updates change."""
+        """Original names of the tensors that the updates change."""
 
     def write(self, out: Path, specs: Specs) -> None:
         """Writes θ + η Δ̄ into a new directory.
 
         Args:
-            out: the directory.
+            out: the new directory.
             specs: dtype and shape of every tensor of the result.
 
         Raises:
-            StateError: θ is not what the round was published from.
-            UpdateError: an update holds NaN or infinite values, or is larger than the model.
+            StateError: θ has changed since the round was published.
+            UpdateError: an update has NaN or infinite values, or is larger than the model.
             FileError: `out` cannot be written.
         """
         with new_directory(out, mode=0o700) as folder:
@@ -110,12 +116,12 @@ class Aggregation:
                 check_norm(update.tensors.path, sum(squares[copy] for _, squares in results), of_model, NORM_TOLERANCE)
 
     def _slice(self, number: int, rows: RowSlice, workspace: Workspace) -> tuple[torch.Tensor, float, list[float]]:
-        """θ + η Δ̄ of a slice in arithmetic dtype, and the squared norms of θ and of each update there."""
+        """Returns θ + η Δ̄ for a slice, in the compute dtype, and the slice's squared norms of θ and of each update."""
         stored = read(self._source, rows.name, rows, workspace)
         if tensor_digest(stored) != self._record.digests[rows.name][number]:
             raise StateError(
-                f"{self._source.path}: {rows.name} is not what round {self._record.round} was published from; restore that "
-                "checkpoint, or say with --checkpoint where it is now"
+                f"{self._source.path}: {rows.name} has changed since round {self._record.round} was published; restore "
+                "that checkpoint, or give its new location with --checkpoint"
             )
         value = workspace.copy(stored, compute_dtype(stored.dtype), self._publisher.device)
         square, squares = _square(value), [0.0] * len(self._updates)
@@ -150,7 +156,7 @@ class Aggregation:
         return self._finite(square, name, copy)
 
     def _add_product(self, value: torch.Tensor, copy: int, rows: RowSlice, name: str, workspace: Workspace) -> float:
-        """`_add` for an update that came as factors: T⁻¹(B A) = (L_out⁻¹ B)(A L_in), multiplied out a chunk at a time."""
+        """`_add` for LoRA factors: T⁻¹(B A) = (L_out⁻¹ B)(A L_in), with the product computed one chunk at a time."""
         tensors = self._updates[copy].tensors
         a, b = (tensors.read(name + factor).to(value.device, value.dtype) for factor in FACTORS)
         outputs, inputs = self._publisher.maps[copy].maps(rows.role)
@@ -167,11 +173,11 @@ class Aggregation:
     def _finite(self, square: float, name: str, copy: int) -> float:
         if not math.isfinite(square):
             path = self._updates[copy].tensors.path
-            raise UpdateError(f"{path}: {name} holds NaN or infinite values; train copy {copy + 1} again")
+            raise UpdateError(f"{path}: {name} contains NaN or infinite values; train copy {copy + 1} again")
         return square
 
     def _check_tensors(self, architecture: Architecture) -> set[str]:
-        """Checks names, shapes and dtypes of all updates; returns θ's names of what they change, the same in all of them."""
+        """Checks names, shapes and dtypes of all updates; returns the original names of the changed tensors."""
         names: list[set[str]] = []
         for copy, update in enumerate(self._updates):
             maps = self._publisher.maps[copy]
@@ -185,19 +191,19 @@ class Aggregation:
                 try:
                     counted = set(architecture.tensor_roles(update.trained))
                 except (UnsupportedModelError, CheckpointError) as error:
-                    raise UpdateError(f"not a model trained from a published copy: {error}") from error
+                    raise UpdateError(f"not a model that was trained from a published copy: {error}") from error
             names.append({originals[name] for name in check_tensors(update, specs, counted)})
-        for update, mine in zip(self._updates[1:], names[1:], strict=True):
-            if difference := sorted(mine ^ names[0]):
+        for update, changed in zip(self._updates[1:], names[1:], strict=True):
+            if difference := sorted(changed ^ names[0]):
                 raise UpdateError(
-                    f"{update.tensors.path} and {self._updates[0].tensors.path} update different tensors, the first is "
-                    f"{difference[0]}; every copy must be trained alike, or the noise does not cancel"
+                    f"{update.tensors.path} and {self._updates[0].tensors.path} update different tensors, first "
+                    f"{difference[0]}; train all copies alike, or the noise does not cancel"
                 )
         return names[0]
 
 
 def _numbered(slices: list[RowSlice]) -> list[tuple[int, RowSlice]]:
-    """Slices with their number within their tensor."""
+    """Pairs each slice with its index within its tensor."""
     seen: dict[str, int] = {}
     numbered = []
     for rows in slices:

@@ -1,8 +1,8 @@
-"""Several clients' updates of the same copy, averaged.
+"""Averages the updates that several clients trained on the same copy.
 
-Clients that unlearn their own text on the same copy are averaged in that copy's basis, before the server inverts the
-reparameterization: both operations are linear. LoRA factors are averaged without multiplying them out:
-Σ v_c B_c A_c = [v_1 B_1 | v_2 B_2 | …] [A_1; A_2; …].
+The average is taken in the basis of the copy, before the server inverts its reparameterization; since both operations
+are linear, the order does not matter. LoRA factors are averaged without multiplying them out, by concatenation:
+Σ v_c B_c A_c = [v_1 B_1 | v_2 B_2 | …] [A_1; A_2; …], where v_c is the weight of client c.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, UpdateManifest
 
 
 def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Path:
-    """The weighted mean of several clients' updates of one copy, one tensor at a time, in float32.
+    """Computes the weighted mean of several clients' updates of one copy, one tensor at a time, in float32.
 
     Args:
-        updates: directories that `examine` accepted.
-        weights: of the clients; only their ratios count.
-        out: a new directory.
+        updates: directories of the updates, which `examine` must have accepted.
+        weights: weights of the clients; only their ratios matter.
+        out: a new directory for the result.
 
     Raises:
-        UpdateError: they do not change the same tensors.
+        UpdateError: the updates do not change the same tensors.
         FileError: `out` cannot be written.
     """
     received = [ReceivedUpdate.open(path) for path in updates]
@@ -34,8 +34,8 @@ def average(updates: Sequence[Path], weights: Sequence[float], out: Path) -> Pat
     for update in received[1:]:
         if difference := sorted(set(first) ^ set(update.tensors.tensors)):
             raise UpdateError(
-                f"{update.tensors.path} and {updates[0]} update different tensors, the first is {difference[0]}; every "
-                "client must train alike"
+                f"{update.tensors.path} and {updates[0]} update different tensors, first {difference[0]}; all clients "
+                "must train with the same plan"
             )
 
     def parts(name: str) -> list[torch.Tensor]:

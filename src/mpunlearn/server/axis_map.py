@@ -1,8 +1,8 @@
-"""Orthogonal maps of one axis of a weight, and of a concatenation of axes.
+"""Orthogonal maps along one axis of a weight, the building blocks of a reparameterization.
 
-A map is rotations of consecutive entries followed by a signed permutation. The second part moves numbers without arithmetic, so
-it commutes with the cast to the storage dtype and is undone exactly. Applying a map to a weight and inverting it on an update
-are side by side here.
+A map is a block-diagonal rotation followed by a signed permutation. The signed permutation involves no rounding, so it
+commutes with the cast to the storage dtype and can be undone exactly. This module applies maps to weights and inverts
+them on updates.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """An orthogonal map of one axis: y[i] = sign[i] · (B x)[index[i]], with B block-diagonal.
+    """An orthogonal map along one axis: y[i] = sign[i] · (B x)[index[i]], with a block-diagonal matrix B.
 
-    A part that is None is the identity. `rotate` is B, `arrange` is the signed permutation, `apply` is both.
+    A part that is None is the identity. `rotate` applies B, `arrange` the signed permutation, `apply` both.
     """
 
     index: torch.Tensor | None = None
@@ -23,7 +23,7 @@ class AxisMap:
     sign: torch.Tensor | None = None
     """±1, shape (n,), float64."""
     blocks: torch.Tensor | None = None
-    """Orthogonal matrices on consecutive entries, shape (n/d, d, d), float64."""
+    """The diagonal blocks of B, orthogonal matrices, shape (n/d, d, d), float64."""
 
     @property
     def identity(self) -> bool:
@@ -36,7 +36,7 @@ class AxisMap:
         return None if self.index is None else torch.argsort(self.index)
 
     def to(self, device: torch.device) -> "AxisMap":
-        """The same map for tensors on that device."""
+        """The same map for tensors on another device."""
         parts = (self.index, self.sign, self.blocks)
         return AxisMap(*(None if part is None else part.to(device) for part in parts))
 
@@ -46,15 +46,15 @@ class AxisMap:
         return 1 if self.blocks is None else self.blocks.shape[-1]
 
     def apply(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """Applies the map along `axis` of x, which is float32 or float64."""
+        """Applies the map along `axis` of x (float32 or float64)."""
         return self.arrange(self.rotate(x, axis), axis)
 
     def invert(self, y: torch.Tensor, axis: int) -> torch.Tensor:
-        """Applies the inverse, which is the transpose, along `axis`."""
+        """Applies the inverse map, which is the transpose, along `axis`."""
         return self.rotate(self.rearrange(y, axis), axis, transpose=True)
 
     def rotate(self, x: torch.Tensor, axis: int, start: int = 0, transpose: bool = False) -> torch.Tensor:
-        """Applies B or its transpose along `axis` of x, which begins with entry `start` (a multiple of d) of the axis."""
+        """Applies B or its transpose along `axis` of x, which holds the entries from `start` (a multiple of d) on."""
         if self.blocks is None:
             return x
         d = self.block
@@ -70,18 +70,18 @@ class AxisMap:
         return x if self.sign is None else x * _along(self.sign, x, axis)
 
     def scatter(self, out: torch.Tensor, rows: torch.Tensor, start: int) -> None:
-        """`arrange` along the first axis for some rows: puts rows `start` … of x, in any dtype, where they are in y = `out`."""
+        """`arrange` along axis 0 for some rows of x, from row `start` on: writes them to their positions in `out`."""
         stop = start + len(rows)
         positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
         out[positions] = rows if self.sign is None else rows * _along(self.sign[positions], rows, 0)
 
     def gather(self, y: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The inverse of `scatter`: rows `start` … `stop` of x, from the whole of y."""
+        """The inverse of `scatter`: returns rows `start` … `stop` - 1 of x, given all of y."""
         positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
         return y[positions] if self.sign is None else y[positions] * _along(self.sign[positions], y, 0)
 
     def rearrange(self, y: torch.Tensor, axis: int) -> torch.Tensor:
-        """The inverse of `arrange`."""
+        """Applies the inverse of `arrange` along `axis`."""
         if self.sign is not None:
             y = y * _along(self.sign, y, axis)
         return y if self.inverse is None else y.index_select(axis, self.inverse)
@@ -91,7 +91,7 @@ IDENTITY = AxisMap()
 
 
 def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
-    """The map of an axis that concatenates several axes, each with its own map and size."""
+    """The map of a concatenation of several axes, given the map and the size of each."""
     index = sign = blocks = None
     if any(part.index is not None for part in maps):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -118,14 +118,14 @@ def concatenated(maps: list[AxisMap], sizes: list[int]) -> AxisMap:
 
 
 def interleaved(query: AxisMap, key: AxisMap, value: AxisMap, heads: int, dim: int) -> AxisMap:
-    """The map of q, k and v interleaved by head (heads x 3 x dim), where every query head has its own key head."""
+    """The map of q, k and v interleaved by head (heads x 3 x dim), for attention without grouped queries."""
     whole = concatenated([query, key, value], [heads * dim] * 3)
 
     def deal(x: torch.Tensor) -> torch.Tensor:
-        """From (3, heads, …) to (heads, 3, …), flattened."""
+        """Reorders (3, heads, …) to (heads, 3, …), with the first two axes flattened."""
         return x.view(3, heads, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
 
-    # Which entry of the concatenation each entry of the interleaved axis is, and the inverse.
+    # Position of each interleaved entry in the concatenation, and the inverse.
     order = deal(torch.arange(3 * heads * dim).view(3 * heads, dim)).flatten()
     inverse = torch.argsort(order)
     return AxisMap(
@@ -136,7 +136,7 @@ def interleaved(query: AxisMap, key: AxisMap, value: AxisMap, heads: int, dim: i
 
 
 def plane_rotations(angles: torch.Tensor) -> torch.Tensor:
-    """Rotations that commute with RoPE: by angle i in the plane of entries (i, i + d/2).
+    """Rotations that commute with RoPE: by angle i in the plane of the entries (i, i + d/2).
 
     Args:
         angles: shape (n, d/2), radians.

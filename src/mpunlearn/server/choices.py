@@ -1,4 +1,4 @@
-"""How much secret choice a reparameterization makes for one copy of a model."""
+"""The size of the space from which the reparameterization of a copy is drawn."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """The secret choice in one kind of space, over the whole model."""
+    """The secret maps of one kind of hidden space, over the whole model."""
 
     space: str
     maps: str
     spaces: int
-    """How many such spaces the model has."""
+    """Number of spaces of this kind in the model."""
     bits: float
-    """log2 of the number of permutations and signs."""
+    """log2 of the number of possible permutations and signs."""
     angles: int
-    """Dimension of the continuous choice: one per rotated plane, d(d-1)/2 per orthogonal d x d matrix."""
+    """Number of rotation parameters: one per rotated plane, d(d-1)/2 per orthogonal d x d matrix."""
 
 
 def choices(architecture: "Architecture", strength: Strength) -> list[Choice]:
-    """What a strength draws for one copy of a model, per kind of space."""
+    """Lists, per kind of hidden space, the maps that a reparameterization of this strength draws for one copy."""
     if strength == "none":
         return []
     full, heads, family = strength == "full", architecture.heads, architecture.family
@@ -49,13 +49,13 @@ def choices(architecture: "Architecture", strength: Strength) -> list[Choice]:
     if family.query_key == "signs":
         rows.append(Choice("query-key", "signs of planes", groups, groups * (heads.rotary // 2 + rest), 0))
     else:
-        beside = rest * (rest - 1) // 2 if full else 0
-        maps = "rotated RoPE planes" + (" and orthogonal beside them" if beside else "")
-        rows.append(Choice("query-key", maps, groups, 0, groups * (heads.rotary // 2 + beside)))
+        rest_angles = rest * (rest - 1) // 2 if full else 0
+        maps = "rotated RoPE planes" + (", orthogonal on the rest" if rest_angles else "")
+        rows.append(Choice("query-key", maps, groups, 0, groups * (heads.rotary // 2 + rest_angles)))
     if full:
         rows.append(Choice("value", "orthogonal", groups, 0, groups * heads.dim * (heads.dim - 1) // 2))
         bits = layers * (_log2_factorial(heads.groups) + heads.groups * _log2_factorial(heads.per_group))
-        rows.append(Choice("heads", "permutation of groups, and of heads within a group", layers, bits, 0))
+        rows.append(Choice("heads", "permutation of KV groups, and of heads within each", layers, bits, 0))
         if sparse:
             bits = len(sparse) * _log2_factorial(architecture.experts)
             rows.append(Choice("experts", "permutation", len(sparse), bits, 0))

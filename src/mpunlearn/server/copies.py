@@ -1,4 +1,4 @@
-"""Writes the published copies: one pass over the model, all copies at once."""
+"""Writes all published copies of a round in one pass over the model."""
 
 import math
 import warnings
@@ -18,7 +18,7 @@ from mpunlearn.server.stream import RowSlice, in_parallel, read, row_slices
 from mpunlearn.server.workspace import Workspace
 
 MIN_ENTROPY = 1.0
-"""Bits per entry; below it, rounding undoes the noise of a tensor, and a warning says so."""
+"""Residual entropy, in bits per entry, below which a warning says that rounding undoes the noise of a tensor."""
 
 
 def write_copies(
@@ -31,10 +31,10 @@ def write_copies(
 ) -> dict[str, RoundingLeakage]:
     """Streams the copies of a round into FOLDER/copy-1 … copy-m.
 
-    Warns with a `DisclosureWarning`, before the copies become visible, if rounding undoes the noise.
+    Issues a `DisclosureWarning` if rounding undoes the noise, before the copies become visible.
 
     Returns:
-        Per tensor, what rounding left of the noise; empty without noise.
+        For each tensor, how much of the noise survived rounding; empty without noise.
     """
     publisher = Publisher(state.secret, record, architecture, device)
     roles = architecture.tensor_roles(source)
@@ -67,7 +67,7 @@ def write_copies(
         if leakage.entropy < MIN_ENTROPY:
             warnings.warn(
                 f"rounding undoes the noise of {name} (and perhaps of other tensors): the residual entropy is "
-                f"{leakage.entropy:.2f} bits per entry; raise --kappa, or take --noise-floor grid",
+                f"{leakage.entropy:.2f} bits per entry; raise --kappa, or use --noise-floor grid",
                 DisclosureWarning,
                 stacklevel=3,
             )
@@ -76,7 +76,7 @@ def write_copies(
 
 
 def _rounding(slices: list[RowSlice], results: list[tuple[list[int], int, float]]) -> dict[str, RoundingLeakage]:
-    """What rounding left of each tensor's noise, from what was counted in its slices."""
+    """Combines the counts of the slices into the rounding leakage of each tensor."""
     parts: dict[str, list[tuple[list[int], int, float]]] = {}
     for rows, result in zip(slices, results, strict=True):
         if math.isfinite(result[2]):

@@ -1,4 +1,4 @@
-"""What a reparameterization would do to a checkpoint, before anything is published."""
+"""Lists what the reparameterization of a checkpoint would change, without publishing anything."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mpunlearn.tables import aligned
 
 @dataclass(frozen=True)
 class Description:
-    """A model, and the secret choice in one copy of it."""
+    """A model, and the secret maps that one copy of it would draw."""
 
     checkpoint: str
     family: str
@@ -22,7 +22,7 @@ class Description:
     choices: list[Choice]
 
     def table(self) -> str:
-        """The description for people."""
+        """The description as text."""
         rows = [(c.space, f"{c.spaces:,}", c.maps, f"{c.bits:,.0f}", f"{c.angles:,}") for c in self.choices]
         bits, angles = sum(c.bits for c in self.choices), sum(c.angles for c in self.choices)
         rows.append(("all", "", "", f"{bits:,.0f}", f"{angles:,}"))
@@ -35,18 +35,19 @@ class Description:
 
 
 def describe(checkpoint: str | Path, *, reparameterization: Strength = "full") -> Description:
-    """Lists a model's hidden spaces, their secret maps, and how much secret choice that is for one copy.
+    """Lists the hidden spaces of a model and the secret maps that the reparameterization of one copy would draw.
 
-    Bits count permutations and signs (log2 of their number), angles the dimensions of the rotations. Neither says what an
-    attack needs: a party that can align a copy to a public base undoes the maps without guessing.
+    The bits column is log2 of the number of possible permutations and signs; the angles column is the number of
+    rotation parameters. Neither measures the cost of an attack: an attacker who can align a copy with a public base
+    model recovers the maps without guessing.
 
     Args:
-        checkpoint: A checkpoint directory.
-        reparameterization: Strength of the reparameterization.
+        checkpoint: The server's model, a Hugging Face checkpoint directory.
+        reparameterization: Strength of the reparameterization: full, paper or none.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        UnsupportedModelError: Its family or number format cannot be handled exactly.
+        UnsupportedModelError: The model's family or number format cannot be handled exactly.
     """
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint

@@ -1,12 +1,13 @@
-"""The noise of the copies: its level per block, its values, and what the storage dtype leaves of it.
+"""The noise of the published copies: its level per block, its values, and how much of it survives rounding.
 
-σ_ℓ = κ · RMS(v_ℓ), where v is the task vector θ - θ_base if a public base is given, and θ itself otherwise (arXiv 2602.23798,
-section on Pre-Process). A block is a transformer layer; a tensor outside the layers (embedding, final norm, LM head) is its own
-block. The D draws of a tensor are seekable streams of the run's secret, and the noise of all m copies is made of them.
+The noise level (standard deviation) of block ℓ is σ_ℓ = κ · RMS(v_ℓ), where v is the task vector θ - θ_base if a public
+base model is given, and θ itself otherwise (arXiv 2602.23798, section on Pre-Process). A block is a transformer layer,
+or a single tensor outside the layers (embedding, final norm, LM head). The noise of all m copies is a linear
+combination of D independent draws per tensor, each of which is a seekable stream derived from the run's secret.
 
-A weight that is stored in bfloat16 is on a grid, and so is its published value: noise far below the spacing of the grid is
-rounded away. `rounded_entropy` says how many bits of entropy the noise leaves, and a noise floor of one grid spacing
-(`floored`) keeps about two bits at every entry.
+Weights stored in bfloat16 lie on a grid, and so do their published values, so noise far below the grid spacing is
+rounded away. `rounded_entropy` is the entropy of the noise that remains; a noise floor of one grid spacing (`floored`)
+keeps about two bits per entry.
 """
 
 import math
@@ -27,27 +28,27 @@ from mpunlearn.server.workspace import Workspace
 
 
 def block_of(name: str, role: TensorRole) -> str:
-    """The block whose noise level a tensor shares."""
+    """The name of the block that a tensor belongs to; all tensors of a block have the same noise level."""
     return name if role.layer is None else f"layer {role.layer}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one pass over a model finds out."""
+    """The results of one pass over a model."""
 
     rms: dict[str, float]
     """RMS of v per block, in units of the weights."""
     digests: dict[str, list[str]]
     """SHA-256 of each slice of each tensor of θ."""
     base: str | None
-    """SHA-256 over the base, if there is one."""
+    """SHA-256 over the base model's tensors, if there is a base."""
 
 
 def measure(checkpoint: Checkpoint, base: Checkpoint | None, roles: Mapping[str, TensorRole]) -> Measurement:
-    """One pass over θ (and θ_base).
+    """Measures RMS values and digests in one pass over θ (and θ_base).
 
     Raises:
-        CheckpointError: a weight is NaN or infinite, or the base has other tensors or shapes.
+        CheckpointError: a weight is NaN or infinite, or the tensors of the base have different names or shapes.
     """
     if base is not None:
         for name in roles:
@@ -57,7 +58,7 @@ def measure(checkpoint: Checkpoint, base: Checkpoint | None, roles: Mapping[str,
         stored = read(checkpoint, rows.name, rows, workspace)
         other = read(base, rows.name, rows, workspace) if base is not None else None
         square = 0.0
-        # Always the same chunks, each in one thread: the sum does not depend on the number of threads.
+        # Fixed chunks, each summed in one thread, so that the result does not depend on the number of threads.
         for start, stop in chunks(stored.numel(), 1, 1):
             with workspace.frame():
                 value = workspace.copy(stored.view(-1)[start:stop], compute_dtype(stored.dtype))
@@ -93,12 +94,12 @@ def _check_base(base: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
     if actual != expected:
         raise CheckpointError(
             f"--base {base.path}: {name} has shape {list(actual) if actual else None}, expected {list(expected)} as in "
-            f"{checkpoint.path}; the base must be the checkpoint that this model was trained from"
+            f"{checkpoint.path}; the base must be the checkpoint that this model was fine-tuned from"
         )
 
 
 def draw(streams: list[Stream], start: int, like: torch.Tensor, workspace: Workspace) -> list[torch.Tensor]:
-    """Standard normals from entry `start` of each stream on, in the shape and dtype and on the device of `like`."""
+    """Standard normals from each stream, starting at entry `start`, with the shape, dtype and device of `like`."""
     draws = [workspace.empty(tuple(like.shape), like.dtype, like.device) for _ in streams]
     for stream, out in zip(streams, draws, strict=True):
         stream.normals(like.numel(), start, out=out.view(-1), workspace=workspace)
@@ -113,15 +114,15 @@ def noisy(
     copy: int,
     workspace: Workspace,
 ) -> torch.Tensor:
-    """θ + ε_k with ε_k = σ Σ_d A_kd z_d; without noise, `value` itself.
+    """Computes θ + ε_k with ε_k = σ Σ_d A_kd z_d. Without noise, returns `value` itself.
 
     Args:
         value: θ, float32 or float64.
-        draws: z_1 … z_D in the shape and dtype of `value`; empty for no noise.
-        design: A.
-        sigma: one level, or one per entry, in units of the weights.
-        copy: k, counted from 0.
-        workspace: where the result is.
+        draws: z_1 … z_D, in the shape and dtype of `value`; empty for no noise.
+        design: the copy design with the coefficients A.
+        sigma: σ, one value or one per entry, in units of the weights.
+        copy: k, starting at 0.
+        workspace: memory for the result.
     """
     if not draws:
         return value
@@ -139,13 +140,13 @@ def noisy(
 
 
 def spacing(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighboring numbers of `dtype` at each entry's magnitude, in the entry's own dtype.
+    """The distance between neighboring numbers of `dtype` at the magnitude of each entry, in the dtype of `value`.
 
-    It is eps · 2^exponent for normal numbers; numbers below the smallest normal number have the spacing of that one.
+    It is eps · 2^exponent for normal numbers, and that of the smallest normal number for subnormal ones.
 
     Args:
         value: float32 or float64.
-        dtype: of the grid.
+        dtype: dtype of the grid.
     """
     info = torch.finfo(dtype)
     mask, integer = (0x7F800000, torch.int32) if value.dtype == torch.float32 else (0x7FF0 << 48, torch.int64)
@@ -154,14 +155,14 @@ def spacing(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def floored(sigma: float, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The noise level of each entry, raised to at least the spacing of `dtype` at that entry."""
+    """The noise level of each entry: `sigma`, but at least the spacing of `dtype` at that entry."""
     return spacing(value, dtype).clamp_(min=sigma)
 
 
 def rounded_entropy(ratio: np.ndarray) -> np.ndarray:
-    """Entropy in bits of N(0, σ²) rounded to a grid, as a function of σ / spacing.
+    """Entropy, in bits, of N(0, σ²) rounded to a grid, as a function of σ / spacing.
 
-    From σ = spacing on it is log2(√(2πe) σ / spacing) = log2(4.13 σ / spacing); far below, it vanishes.
+    For σ ≥ spacing it is log2(√(2πe) σ / spacing) = log2(4.13 σ / spacing); for much smaller σ it vanishes.
     """
     ratio = np.asarray(ratio, dtype=np.float64)
     known, table = _entropy_table()
@@ -172,7 +173,7 @@ def rounded_entropy(ratio: np.ndarray) -> np.ndarray:
 
 @cache
 def _entropy_table() -> tuple[np.ndarray, np.ndarray]:
-    """The entropy at 200 ratios from 0.01 to 10."""
+    """200 ratios from 0.01 to 10, and the entropy at each."""
     known = np.logspace(-2, 1, 200)
     return known, np.array([_entropy(ratio) for ratio in known])
 

@@ -1,4 +1,4 @@
-"""What the server does to the model before it shows it: number of copies, noise level, reparameterization, denoising."""
+"""How the server perturbs the model before publishing it: number of copies, noise, reparameterization, denoising."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,40 +10,41 @@ from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign
 
 ALPHA_RANGE = (1.0, 2.0)
-"""α_k is drawn uniformly from this range."""
+"""Range from which the secret noise scales α_k are drawn uniformly."""
 MAX_KAPPA = 10.0
 Strength = Literal["full", "paper", "none"]
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What the server does to the model before it shows it.
+    """How the server perturbs the model before publishing it.
 
     Raises:
         PlanError: a value has the wrong type or is out of range, or two values contradict each other.
     """
 
     copies: int = 3
-    """Number m of copies. With 1, the single noisy copy, nothing cancels the noise."""
+    """Number m of published copies. With a single copy, nothing cancels the noise."""
     kappa: float = 0.01
-    """Noise level: σ of a block is kappa times the RMS of its task vector (if --base is given) or of its weights. 0 for no
-    noise."""
+    """Noise level. The noise in a block (a transformer layer, or a tensor outside the layers) has a standard deviation
+    of kappa times the RMS of the block's task vector (if --base is given) or of its weights. 0 turns the noise off."""
     reparameterization: Strength = "full"
-    """Strength of the secret reparameterization of each copy: all exact symmetries of the model family, those that the paper
-    uses, or none."""
+    """Strength of the secret reparameterization of each copy: all exact symmetries of the model family (full), only
+    those used in the paper (paper), or none."""
     denoising: Literal["harmonic", "extrapolate"] = "harmonic"
-    """How the noise is made to cancel: harmonic, as in the paper, cancels its first order; extrapolate cancels all orders up to
-    copies - 1."""
+    """How the effect of the noise is canceled: harmonic, as in the paper, cancels its first order; extrapolate cancels
+    all orders up to copies - 1."""
     alphas: tuple[float, ...] | None = None
-    """Secret scales of the copies' noise, such as 1,1.5,2 (default: drawn uniformly from [1, 2])."""
+    """Secret noise scales of the copies, such as 1,1.5,2 (default: for harmonic, drawn uniformly from [1, 2]; for
+    extrapolate, fixed)."""
     noise_scope: Literal["all", "layers"] = "all"
-    """Which tensors get noise: all of them, or only those of the transformer layers, as in the paper's code, which leaves
-    embeddings, LM head and final norm as they are."""
+    """Which tensors get noise: all, or only those of the transformer layers, which leaves embeddings, LM head and final
+    norm unchanged, as the paper's code does."""
     noise_floor: Literal["none", "grid"] = "none"
-    """With grid, σ is raised, entry by entry, to at least the spacing of the storage dtype, so that rounding cannot undo the
-    noise."""
+    """Minimum noise level. With grid, the standard deviation at each entry is at least the spacing of the storage dtype
+    there, so that rounding cannot undo the noise."""
     publish_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """Storage dtype of the copies (default: each tensor's own)."""
+    """Storage dtype of the copies (default: that of each tensor in the checkpoint)."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -58,14 +59,14 @@ class Perturbation:
         self.design(self.scales(None))
 
     def scales(self, uniforms: list[float] | None) -> list[float]:
-        """α_k (harmonic) or x_k (extrapolate) of the copies; empty for a design without scales.
+        """The scales α_k (harmonic) or x_k (extrapolate) of the copies; empty for a design without scales.
 
         Args:
-            uniforms: m secret numbers in [0, 1); None stands for zeros.
+            uniforms: m secret uniform numbers in [0, 1) to draw α_k from; None means zeros.
         """
         if self.copies == 1 or self.kappa == 0:
             if self.alphas is not None:
-                raise PlanError("--alphas: needs at least 2 copies and --kappa above 0, or there is nothing to scale")
+                raise PlanError("--alphas: requires at least 2 --copies and --kappa above 0; leave the option out")
             return []
         if self.alphas is not None:
             return list(self.alphas)
@@ -75,7 +76,7 @@ class Perturbation:
         return [low + (high - low) * uniform for uniform in uniforms or [0.0] * self.copies]
 
     def design(self, scales: list[float]) -> CopyDesign:
-        """The copy design with those scales."""
+        """The copy design with the given scales."""
         if self.kappa == 0:
             return designs.noise_free(self.copies)
         if self.copies == 1:

@@ -1,4 +1,4 @@
-"""A run as the server planned it: pinned in plan.json when the run starts, and read again whenever it goes on."""
+"""The server's plan of a run, written to plan.json when the run starts and read again whenever it is resumed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +15,23 @@ from mpunlearn.server.postprocess import check_eta
 
 @dataclass(frozen=True)
 class Service:
-    """Where clients connect to, and who they are."""
+    """The network endpoint of a run, and its clients."""
 
     host: str
-    """Address by which clients reach this machine."""
+    """Address at which clients reach this machine."""
     port: int
     listen: str
     """Address to listen on."""
     superlink: str | None = None
-    """HOST:PORT of a SuperLink that runs already; None: the run starts one."""
+    """HOST:PORT of a SuperLink (Flower's server process) that already runs; None: the run starts one."""
     clients: list[ClientKeys] = field(default_factory=list)
-    """The clients that may take part; empty: no TLS and no keys, whoever comes first."""
+    """The clients that may take part; empty: no TLS and no keys, and the first clients to connect are accepted."""
     federation: Federation = field(default_factory=Federation)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run. Format 2.
+    """The plan of a run. Format 2.
 
     Raises:
         PlanError: a value is out of range.
@@ -40,17 +40,17 @@ class RunPlan:
     checkpoint: str
     """Absolute path of the server's model θ."""
     base: str | None = None
-    """Absolute path of the public checkpoint that θ was trained from."""
+    """Absolute path of the public checkpoint that θ was fine-tuned from."""
     rounds: int = 5
-    """Number R of rounds."""
+    """Number of rounds R."""
     eta: float = 1.0
     """Server step size η."""
     device: str = "cpu"
-    """Where the server's arithmetic runs."""
+    """Device of the server's computations."""
     perturbation: Perturbation = field(default_factory=Perturbation)
     training: Training = field(default_factory=Training)
     service: Service | None = None
-    """None: both parties are in one process."""
+    """None: both parties run in one process."""
     format: int = 2
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class RunPlan:
 
     @classmethod
     def read(cls, path: Path) -> "RunPlan":
-        """The plan in a file, also of an older format.
+        """Reads a plan of the current or an older format.
 
         Raises:
             StateError: the file does not exist.
@@ -68,11 +68,11 @@ class RunPlan:
             SchemaError: it is not a plan.
         """
         if not path.is_file():
-            raise StateError(f"{path.parent}: holds no run; start one with `mpunlearn server start`")
+            raise StateError(f"{path.parent}: contains no run; start one with `mpunlearn server start`")
         return read(cls, path, upgrade_plan)
 
     def pin(self, path: Path) -> None:
-        """Writes the plan of a new run, or checks that the run there has the same one; errors as for `protocol.plan.pin`."""
+        """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""
         pin(path, self, _read_pinned)
 
 
@@ -81,7 +81,10 @@ def _read_pinned(kind: type[Any], path: Path) -> Any:
 
 
 def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
-    """A plan's JSON in the current format. Format 1 had no field `format`, and the fields of `Service` beside the others."""
+    """Converts a plan's JSON to the current format.
+
+    Format 1 had no field `format`, and the fields of `Service` were at the top level.
+    """
     if "format" in value:
         return value
     names = ("host", "port", "listen", "superlink", "clients", "federation")
@@ -90,10 +93,10 @@ def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_models(plan: RunPlan) -> None:
-    """Checks that the model, and the base if there is one, can be published.
+    """Checks that the model, and the base if there is one, are supported.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: a checkpoint cannot be read.
         UnsupportedModelError: its family or number format cannot be handled exactly.
     """
     from mpunlearn.architecture import Architecture

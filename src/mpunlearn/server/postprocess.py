@@ -1,10 +1,11 @@
-"""Post-Process: m updates in, one checkpoint out.
+"""Post-Process, the server's second pass of a round: aggregates the m updates into the next checkpoint.
 
     Δ_k = T_k⁻¹(Δ'_k),    Δ̄ = Σ_k w_k Δ_k,    θ ← θ + η Δ̄        (arXiv 2602.23798, Algorithm 1)
 
-with w ∝ 1/α_k (harmonic denoising) or the weights of another copy design. Everything that arrived is untrusted: it is checked
-against the round's record and the model's own names and shapes, values must be finite, and the whole update must not be larger
-than the model. A missing copy is an error; it is never averaged over, since the noise would not cancel without it.
+Δ'_k is the client's update of copy k, T_k the reparameterization of the copy, and w ∝ 1/α_k (harmonic denoising) or the
+weights of another copy design. Updates are untrusted: they are checked against the round's record and the names and
+shapes of the model's tensors, their values must be finite, and the norm of an update must not exceed that of the model.
+A missing update is an error. The average is never taken over the others only, since the noise would not cancel.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ MAX_ETA = 10.0
 
 
 def check_eta(eta: float) -> None:
-    """Refuses an impossible server step size.
+    """Checks the server step size.
 
     Raises:
-        PlanError: it is not a number above 0 and up to `MAX_ETA`.
+        PlanError: it is not above 0 and at most `MAX_ETA`.
     """
     if not 0 < eta <= MAX_ETA:
-        raise PlanError(f"--eta: expected a number above 0 and up to {MAX_ETA:g}, found {eta:g}")
+        raise PlanError(f"--eta: expected a number above 0 and at most {MAX_ETA:g}, found {eta:g}")
 
 
 def postprocess(
@@ -39,21 +40,22 @@ def postprocess(
     """Aggregates the updates of the open round into a new checkpoint.
 
     Args:
-        updates: One directory per copy, in any order: an update, or a checkpoint that any tool trained from the copy.
-        state: The server's secret state, a directory.
+        updates: One directory per copy, in any order. Each is an update, or a checkpoint trained from the copy with any
+            tool.
+        state: Directory of the server's secret state.
         out: A new directory for the checkpoint.
         eta: Server step size η.
-        checkpoint: Where the round's checkpoint is now, if it has moved since `preprocess`.
-        dtype: Storage dtype of the result (default: each tensor's own, as in the run's first checkpoint). Between rounds,
-            float32 keeps what bfloat16 would round away.
-        device: Where the arithmetic runs, cpu or cuda. Both agree up to float32 rounding.
+        checkpoint: The new location of the round's checkpoint, if it has moved since `preprocess`.
+        dtype: Storage dtype of the result (default: that of each tensor in the run's first checkpoint). Between rounds,
+            float32 preserves small changes that bfloat16 would round away.
+        device: Device of the computation, cpu or cuda. Their results agree up to float32 rounding.
 
     Returns:
         `out`.
 
     Raises:
-        UpdateError: An update is missing, given twice, of another run or round, or cannot be an update of this model.
-        StateError: No round was published from this state, its checkpoint has changed, or the state is in use.
+        UpdateError: An update is missing, given twice, from another run or round, or not a valid update of this model.
+        StateError: No round was published from this state, the checkpoint has changed, or the state is in use.
         FileError: The checkpoint cannot be read, or `out` exists or cannot be written.
     """
     from mpunlearn.architecture import Architecture
@@ -70,13 +72,13 @@ def postprocess(
     with locked(state):
         server = ServerState(state)
         if not server.rounds:
-            raise StateError(f"{server.path}: no round was published from this state; run `preprocess` first")
+            raise StateError(f"{server.path}: no round was published with this state; run `preprocess` first")
         record = server.rounds[-1]
         source = Checkpoint(as_path(checkpoint or record.checkpoint, "--checkpoint"))
         architecture = Architecture.of(source)
         roles = architecture.tensor_roles(source)
         if set(roles) != set(record.dtypes):
-            raise StateError(f"{source.path}: is not the model that round {record.round} was published from")
+            raise StateError(f"{source.path}: not the model that round {record.round} was published from")
         publisher = Publisher(server.secret, record, architecture, arithmetic)
         received = match(updates, server.run, record)
         specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in roles}

@@ -1,10 +1,12 @@
-"""Pre-Process: one checkpoint in, m published copies out.
+"""Pre-Process, the server's first pass of a round: turns its model θ into m published copies.
 
     θ_k = T_k(θ + ε_k),    ε_k = σ Σ_d A_kd z_d        (arXiv 2602.23798, Algorithm 1)
 
-One pass measures σ and fingerprints θ; a second one streams it through the noise and the reparameterizations (`publisher`).
-All copies become visible atomically. On the way, what the storage dtype leaves of the noise is measured: the share of published
-entries that equal the original's, and the residual entropy of an entry on the original's grid.
+T_k is the secret reparameterization of copy k (see `reparameterization`), ε_k its noise (see `noise`), and A the
+coefficients of the copy design (see `design`). A first pass over θ measures σ and computes digests; a second pass
+streams θ through the noise and the reparameterizations (see `publisher`). All copies become visible atomically. The
+second pass also measures how much of the noise survives the cast to the storage dtype: the share of published entries
+that equal those of θ, and the residual entropy per entry on the grid of θ.
 """
 
 import dataclasses
@@ -26,25 +28,25 @@ class Published:
 
     round: int
     copies: list[Path]
-    """Their directories, in order."""
+    """Directories of the copies, in order."""
     rounding: "dict[str, RoundingLeakage]"
-    """Per tensor, what rounding left of the noise; empty without noise."""
+    """For each tensor, how much of the noise survived rounding; empty without noise."""
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A summary in one or two lines."""
         lines = [f"round {self.round}: {len(self.copies)} copies"]
         if self.rounding:
             values = list(self.rounding.values())
             entropies = sorted(value.entropy for value in values)
             lines.append(
-                f"residual entropy of the noise after rounding, in bits per entry: {entropies[0]:.2f} to {entropies[-1]:.2f}, "
-                f"median tensor {entropies[len(entropies) // 2]:.2f}; entries equal to the original's, before the "
-                f"reparameterization: at most {max(value.equal for value in values):.1%} of a tensor"
+                f"residual entropy of the noise after rounding: {entropies[0]:.2f} to {entropies[-1]:.2f} bits per "
+                f"entry (median {entropies[len(entropies) // 2]:.2f}); entries that rounding returned to their "
+                f"original value: at most {max(value.equal for value in values):.1%} of a tensor"
             )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The round as JSON."""
+        """The result as JSON."""
         return {**dataclasses.asdict(self), "copies": [str(copy) for copy in self.copies]}
 
 
@@ -60,20 +62,22 @@ def preprocess(
     """Publishes the copies of the next round.
 
     Args:
-        checkpoint: The server's model θ, a checkpoint directory.
-        state: The server's secret state, a directory. It is created in the first round, and all rounds of a run share it.
-        out: A new directory for the copies, OUT/copy-1 … OUT/copy-m. Nothing in it is secret.
-        base: The public checkpoint that the model was trained from. The noise is then relative to the task vector.
-        device: Where the arithmetic runs, cpu or cuda. Both agree up to float32 rounding.
+        checkpoint: The server's model θ, a Hugging Face checkpoint directory.
+        state: Directory of the server's secret state. It is created in the first round and shared by all rounds of a
+            run.
+        out: A new directory for the copies, OUT/copy-1 … OUT/copy-m. It contains no secrets.
+        base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
+            task vector (the model's weights minus the base's).
+        device: Device of the computation, cpu or cuda. Their results agree up to float32 rounding.
         perturbation: Number of copies, noise level, reparameterization.
 
     Returns:
-        The copies, and what rounding left of their noise.
+        The copies, and how much of their noise survived rounding.
 
     Raises:
         FileError: The checkpoint or the base is damaged, or `out` exists or cannot be written.
         UnsupportedModelError: The model's family or number format cannot be handled exactly.
-        StateError: The state is damaged or in use, or a round is open with other inputs.
+        StateError: The state is damaged or in use, or a round is open with different inputs.
     """
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint, dtype_name
@@ -88,11 +92,11 @@ def preprocess(
     architecture = Architecture.of(source)
     roles = architecture.tensor_roles(source)
     if out.exists():
-        raise FileError(f"{out}: already exists; name another directory for the copies, or remove this one")
+        raise FileError(f"{out}: already exists; choose another directory for the copies, or remove this one")
     with locked(state):
         server = ServerState(state)
         if server.rounds and set(server.rounds[0].dtypes) != set(roles):
-            raise StateError(f"{server.path}: belongs to another model than {source.path}; give each run its own state")
+            raise StateError(f"{server.path}: belongs to a different model than {source.path}; use a new --state")
         measured = measure(source, Checkpoint(as_path(base, "--base")) if base is not None else None, roles)
         number = server.next_round
         dtypes = {name: dtype_name(source.tensors[name].dtype) for name in roles}

@@ -1,7 +1,8 @@
-"""Published tensors, computed slice by slice: noise, rotations, the cast to the storage dtype, signed permutations.
+"""Computes the tensors of the published copies, slice by slice.
 
-The cast happens once, and only the signed permutations, which move numbers without rounding, come after it. A publisher gives
-the same bytes whenever it is asked, so nothing published has to be kept.
+The steps are: add noise, apply the rotations, cast to the storage dtype, apply the signed permutations. The cast
+happens only once, because signed permutations involve no rounding. The result is deterministic, so the server need not
+store what it has published; it can recompute any part of it.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, on_device
 from mpunlearn.server.workspace import Workspace
 
 SAMPLE = 4096
-"""Entries of a slice from which the residual entropy is estimated."""
+"""Number of entries of a slice from which the residual entropy is estimated."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,19 @@ class PublishedRows:
     """A slice of the published copies."""
 
     rows: list[torch.Tensor]
-    """For each copy, in the published dtype, in memory that the workspace lends."""
+    """The slice in each copy, in the published dtype, in memory borrowed from the workspace."""
     equal: list[int]
-    """For each copy, how many entries equal θ's before the reparameterization."""
+    """For each copy, the number of entries that equal those of θ before the reparameterization."""
 
 
 class Publisher:
-    """Computes T_k(θ + ε_k) for one round.
+    """Computes T_k(θ + ε_k) for the copies k of one round, with noise ε_k and reparameterization T_k.
 
     Args:
         secret: the run's secret.
-        record: the round.
-        architecture: the model's.
-        device: where the arithmetic runs.
+        record: the record of the round.
+        architecture: the model's architecture.
+        device: device of the computation (default: CPU).
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Publisher:
         return FLOAT_DTYPES[self.perturbation.publish_dtype or self._record.dtypes[name]]
 
     def sigma(self, rows: RowSlice) -> float:
-        """The noise level of a slice's block, in units of the weights; 0 where there is no noise."""
+        """The noise level σ of a slice's block, in units of the weights; 0 without noise."""
         if rows.role.layer is None and self.perturbation.noise_scope == "layers":
             return 0.0
         return self._record.sigma[block_of(rows.name, rows.role)] if self.design.draws else 0.0
@@ -70,16 +71,16 @@ class Publisher:
     def publish(
         self, rows: RowSlice, stored: torch.Tensor, workspace: Workspace, copies: list[int] | None = None
     ) -> PublishedRows:
-        """T_k(θ + ε_k) of a slice.
+        """Computes T_k(θ + ε_k) for one slice.
 
         Args:
             rows: the slice.
-            stored: its rows of θ.
-            workspace: lends the memory of the result, until the end of the caller's frame.
-            copies: for which copies, counted from 0 (default: all).
+            stored: the values of θ in the slice.
+            workspace: memory for the result, which is valid until the end of the caller's frame.
+            copies: indices of the copies to compute, starting at 0 (default: all).
 
         Raises:
-            UnsupportedModelError: a value leaves the range of the published dtype.
+            UnsupportedModelError: a value exceeds the range of the published dtype.
         """
         copies = list(range(self.design.copies)) if copies is None else copies
         dtype, sigma, device = self.dtype(rows.name), self.sigma(rows), self.device
@@ -99,14 +100,14 @@ class Publisher:
                 level = self._level(sigma, value, stored.dtype, dtype)
                 for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):
                     with workspace.frame():
-                        shown = noisy(value, draws, self.design, level, copy, workspace)
+                        perturbed = noisy(value, draws, self.design, level, copy, workspace)
                         if draws:
-                            equal[number] += _count_equal(shown, original, dtype, workspace)
-                        shown = axes[0].rotate(shown, 0, start)
+                            equal[number] += _count_equal(perturbed, original, dtype, workspace)
+                        perturbed = axes[0].rotate(perturbed, 0, start)
                         for axis, axis_map in list(enumerate(axes))[1:]:
-                            shown = axis_map.apply(shown, axis)
-                        cast = workspace.empty(tuple(shown.shape), dtype, device)
-                        axes[0].scatter(published[number], checked_cast(shown, rows.name, cast), start)
+                            perturbed = axis_map.apply(perturbed, axis)
+                        cast = workspace.empty(tuple(perturbed.shape), dtype, device)
+                        axes[0].scatter(published[number], checked_cast(perturbed, rows.name, cast), start)
         return PublishedRows(published, equal)
 
     def _level(
@@ -118,7 +119,7 @@ class Publisher:
         return floored(sigma, value, coarser)
 
     def residual_entropy(self, rows: RowSlice, stored: torch.Tensor) -> float:
-        """Entropy, in bits per entry, that the noise of the least noisy copy leaves on θ's grid; a mean over a sample."""
+        """Mean residual entropy (bits per entry) of the least noisy copy's noise on the grid of θ, over a sample."""
         flat = stored.flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)].to(compute_dtype(stored.dtype))
         level = self._level(self.sigma(rows), sample, stored.dtype, self.dtype(rows.name))
@@ -128,27 +129,25 @@ class Publisher:
 
 
 def checked_cast(value: torch.Tensor, name: str, out: torch.Tensor) -> torch.Tensor:
-    """Casts a value into `out` and checks that nothing overflowed.
-
-    Only float16 has a smaller range than float32.
+    """Casts `value` into `out` and checks for overflow, which is possible only in float16.
 
     Raises:
-        UnsupportedModelError: an entry of the tensor `name` leaves the range.
+        UnsupportedModelError: an entry of the tensor `name` exceeds the range of the dtype of `out`.
     """
     out.copy_(value)
     if torch.finfo(out.dtype).max < 1e30 and not bool(torch.isfinite(out).all()):
         raise UnsupportedModelError(
-            f"{name}: a value of {float(value.abs().max()):.3g} leaves the range of {out.dtype}; use bfloat16 or float32"
+            f"{name}: value {float(value.abs().max()):.3g} exceeds the range of {out.dtype}; use bfloat16 or float32"
         )
     return out
 
 
 def _count_equal(value: torch.Tensor, original: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> int:
-    """How many entries of a value, once cast to `dtype`, equal the original's."""
+    """The number of entries of `value` that equal those of `original` after a cast to `dtype`."""
     with workspace.frame():
         cast = workspace.copy(value, dtype)
         if dtype != original.dtype or value.device.type != "cpu":
             return int(torch.count_nonzero(cast == original))
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-        # numpy compares and counts many times faster than torch.
+        # NumPy compares and counts many times faster than torch.
         return int(np.count_nonzero(cast.view(bits).numpy() == original.view(bits).numpy()))

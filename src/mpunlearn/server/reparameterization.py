@@ -1,15 +1,19 @@
-"""Secret, function-preserving reparameterizations: drawn per space, applied to a weight, inverted on an update.
+"""Secret, function-preserving reparameterizations of the model, one per published copy.
 
-The idea: a copy's reparameterization T is one orthogonal map per hidden space (`architecture.spaces`). A weight is mapped along
-each of its axes by the map of that axis. All maps are linear and orthogonal, so an update transforms as its weight does and the
-inverse is the transpose: one small `AxisMap` serves both directions.
+A reparameterization T changes the weights but not the function that the network computes, for example by permuting the
+hidden channels of an FFN consistently in all weights that share them. The server publishes each copy under its own
+secret T and applies the inverse to the client's update.
 
-Strengths: `none`; `paper`, what arXiv 2602.23798 (section on reparameterization) lists: per KV group one map of queries and
-keys that commutes with RoPE, a rotation of the RoPE planes of the values, and a permutation of the FFN's hidden channels (of
-each expert); `full`, every map in the table of `architecture.spaces`.
+The idea: T consists of one orthogonal map per hidden space (see `architecture.spaces`). A weight is transformed along
+each of its axes by the map of that axis's space. The maps are linear, so an update transforms like its weight; they are
+orthogonal, so the inverse is the transpose. A single `AxisMap` therefore serves both directions.
 
-Not covered: what an attacker with a public base model or with several copies can undo by alignment. Permutations and rotations
-hide coordinates, not functions.
+Strengths: `none`; `paper` uses the maps listed in arXiv 2602.23798 (section on reparameterization): for each KV group,
+one map of queries and keys that commutes with RoPE and a rotation of the RoPE planes of the values, and a permutation
+of the hidden channels of each FFN (or expert); `full` uses all maps in the table of `architecture.spaces`.
+
+Not covered: attackers who undo the maps by aligning a copy with a public base model or with other copies. Permutations
+and rotations hide the coordinates of the weights, not the function of the network.
 """
 
 from functools import lru_cache
@@ -24,15 +28,15 @@ from mpunlearn.server.secret import Secret, Stream
 
 
 class Reparameterization:
-    """The maps of one copy in one round.
+    """The reparameterization T of one copy in one round.
 
     Args:
-        architecture: which spaces there are.
+        architecture: the model's architecture, which determines the hidden spaces.
         strength: full, paper or none.
         secret: the run's secret.
-        inputs: the digest of everything that the round hides, so that no two publications share a map.
-        copy: number of the copy, from 0.
-        device: where the weights will be. Maps are drawn on the processor, so they are the same for every device.
+        inputs: digest of everything that the round hides, so that no two publications share a map.
+        copy: index of the copy, starting at 0.
+        device: device of the weights. Maps are drawn on the CPU, so they do not depend on the device.
     """
 
     def __init__(
@@ -47,27 +51,27 @@ class Reparameterization:
         self._architecture, self._strength, self._secret = architecture, strength, secret
         self._labels = ("reparameterization", inputs, copy)
         self._device = device or torch.device("cpu")
-        # A layer needs each of its maps several times; those of a few layers are kept.
+        # Several weights of a layer share each map; the maps of a few layers are cached.
         self._cached = lru_cache(maxsize=32)(self._draw_axis)
 
     def apply(self, role: TensorRole, weight: torch.Tensor) -> torch.Tensor:
-        """T on a weight, of float32 or float64, in its shape and dtype."""
+        """Applies T to a weight (float32 or float64); the result has the same shape and dtype."""
         for axis, axis_map in enumerate(self.maps(role)):
             weight = axis_map.apply(weight, axis)
         return weight
 
     def invert(self, role: TensorRole, update: torch.Tensor) -> torch.Tensor:
-        """T⁻¹ on an update (or a weight), of float32 or float64, in its shape and dtype."""
+        """Applies T⁻¹ to an update or a weight (float32 or float64); the result has the same shape and dtype."""
         for axis, axis_map in enumerate(self.maps(role)):
             update = axis_map.invert(update, axis)
         return update
 
     def maps(self, role: TensorRole) -> list[AxisMap]:
-        """The map of each axis of a tensor."""
+        """The maps of a tensor, one per axis."""
         return [self._cached(axis, role.layer, role.expert) for axis in role.axes]
 
     def published_name(self, name: str, role: TensorRole) -> str:
-        """The name under which a tensor is published: experts are permuted among one another, all others keep their names."""
+        """The name of a tensor in the copy. Experts are permuted and thus renumbered; other names do not change."""
         if role.expert is None:
             return name
         inverse = self._cached(("experts",), role.layer, None).inverse
@@ -85,7 +89,7 @@ class Reparameterization:
         return concatenated(parts, sizes).to(self._device)
 
     def _draw(self, role: str, layer: int | None, expert: int | None) -> AxisMap:
-        """The map of an axis role. Residual maps are model-wide, FFN maps per layer and expert, all others per layer."""
+        """The map of an axis role; shared by the whole model (residual), by a layer and expert (FFN), or by a layer."""
         if self._strength == "none" or role in ("vocabulary", "head norm"):
             return IDENTITY
         if role in ("gate", "ffn"):
@@ -130,11 +134,11 @@ class Reparameterization:
             blocks = None if blocks is None else blocks.repeat_interleave(heads.per_group, dim=0)
             sign = None if sign is None else sign.view(heads.groups, -1).repeat_interleave(heads.per_group, 0).flatten()
         if sign is not None and index is not None:
-            sign = sign[index]  # signs belong to the original heads and are applied after the permutation
+            sign = sign[index]  # signs are drawn per original head, but applied after the permutation
         return AxisMap(index, sign, blocks)
 
     def _query_key(self, layer: int | None) -> AxisMap:
-        """Per KV group, a map that commutes with RoPE: rotated planes and any orthogonal matrix beside them, or signs."""
+        """A map per KV group that commutes with RoPE: plane rotations, orthogonal on the other entries; or signs."""
         heads = self._architecture.heads
         half, rest = heads.rotary // 2, heads.dim - heads.rotary
         if self._architecture.family.query_key == "signs":
@@ -146,8 +150,8 @@ class Reparameterization:
         if rest:
             eye = torch.eye(rest, dtype=torch.float64).expand(heads.groups, rest, rest)
             full = self._strength == "full"
-            beside = self._stream("query-key beside", layer).orthogonal(heads.groups, rest) if full else eye
-            blocks[:, heads.rotary :, heads.rotary :] = beside
+            on_rest = self._stream("query-key beside", layer).orthogonal(heads.groups, rest) if full else eye
+            blocks[:, heads.rotary :, heads.rotary :] = on_rest
         return AxisMap(blocks=blocks)
 
     def _value(self, layer: int | None) -> AxisMap:
@@ -160,7 +164,7 @@ class Reparameterization:
         return AxisMap(blocks=plane_rotations(angles.view(heads.groups, -1)))
 
     def _head_order(self, layer: int | None, per_head: bool) -> torch.Tensor | None:
-        """Which original head (or group) is at each position."""
+        """The original head (or KV group) at each position; None if the heads are not permuted."""
         if self._strength != "full":
             return None
         heads = self._architecture.heads

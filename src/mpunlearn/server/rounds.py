@@ -1,10 +1,10 @@
-"""The server's part of a run, round by round, in steps that can each be repeated after an interruption.
+"""The server's part of a run, as steps that can be repeated after an interruption.
 
     FOLDER/state            the secret state
     FOLDER/round-1 …        θ between rounds, in float32
-    FINAL                   θ after the last round, in the dtypes of the checkpoint
+    FINAL                   θ after the last round, in the dtypes of the original checkpoint
 
-Each step looks at what is there and does what is missing, so the directory tree is its own journal.
+Each step checks which files exist and does what is missing, so no separate journal is needed.
 """
 
 import shutil
@@ -20,21 +20,21 @@ from mpunlearn.server.state import ServerState
 
 @dataclass(frozen=True)
 class Rounds:
-    """The models of a run, and the passes that lead from one to the next."""
+    """The models of a run, and the steps from one to the next."""
 
     plan: RunPlan
     folder: Path
-    """The server's own."""
+    """The server's private directory."""
     final: Path
-    """Where the final model goes."""
+    """Path of the final model."""
 
     @property
     def state(self) -> Path:
-        """The secret state."""
+        """Directory of the secret state."""
         return self.folder / "state"
 
     def theta(self, number: int) -> Path:
-        """Where the model is after round `number`; 0 is the model that was given."""
+        """Path of the model after round `number`; round 0 is the original model."""
         if number == 0:
             return Path(self.plan.checkpoint)
         return self.final if number == self.plan.rounds else self.folder / f"round-{number}"
@@ -45,7 +45,7 @@ class Rounds:
         return any(record.closed for record in rounds[number - 1 : number])
 
     def publish(self, number: int, out: Path) -> None:
-        """Publishes the copies of a round, unless they exist."""
+        """Publishes the copies of a round, unless they already exist."""
         if not out.exists():
             preprocess(
                 self.theta(number - 1),
@@ -57,7 +57,7 @@ class Rounds:
             )
 
     def aggregate(self, number: int, updates: Sequence[Path]) -> None:
-        """Makes the model after a round from the updates of all its copies, replacing what an interruption left of it."""
+        """Aggregates the updates of all copies of a round into the next model, replacing an incomplete one."""
         shutil.rmtree(self.theta(number), ignore_errors=True)
         postprocess(
             updates,
@@ -70,6 +70,6 @@ class Rounds:
         )
 
     def tidy(self, number: int) -> None:
-        """Removes the model before a closed round, unless it is the one that was given."""
+        """Removes the model that a closed round started from, unless it is the original one."""
         if number > 1:
             shutil.rmtree(self.theta(number - 1), ignore_errors=True)

@@ -1,15 +1,18 @@
-"""One 256-bit secret, from which every random quantity of a run is a named stream.
+"""The server's 256-bit secret key, and the pseudo-random streams derived from it.
 
-The idea: noise and reparameterizations must be unpredictable to the client, yet reproducible by the server after a restart, in
-any order and from any position. So the operating system's entropy gives one key, and each quantity is a stream named by its
-labels (round, copy, tensor, purpose, …): HKDF-SHA256 (RFC 5869) of the key, with the labels as `info`, gives an AES-256 key,
-and AES in counter mode (NIST SP 800-38A) gives the bytes. Counter mode is seekable, so a tensor's noise can be drawn in any
-slices. With AES instructions, the keystream is also faster than torch's own generator.
+The idea: the noise and the reparameterizations of the published copies must be unpredictable to the client, but the
+server must be able to regenerate them after a restart, in any order and starting at any position. All of them are
+therefore derived from one key, which comes from the operating system's entropy. Each random quantity has its own
+stream, named by labels such as round, copy, tensor and purpose: HKDF-SHA256 (RFC 5869) of the key, with the labels as
+`info`, yields an AES-256 key, and AES in counter mode (NIST SP 800-38A) yields the bytes. Counter mode is seekable, so
+the noise of a tensor can be generated in slices of any size. With AES instructions, the keystream is also faster than
+torch's random number generator.
 
-Bytes become uniforms, and normals by the Box-Muller transform: in blocks of `BLOCK` 32-bit words, the first half gives the
-radii and the second half the angles. A radius is at most sqrt(2 ln 2^32) = 6.66; of 10^11 true normals about three are larger.
+Normals are computed with the Box-Muller transform: in each block of `BLOCK` 32-bit words, the first half determines the
+radii and the second half the angles. A radius is at most sqrt(2 ln 2^32) = 6.66; about 3 in 10^11 true normals exceed
+that.
 
-Not covered: secrecy against someone who can read the server's memory or disk.
+Not covered: secrecy against an attacker who can read the server's memory or disk.
 """
 
 import math
@@ -28,22 +31,22 @@ from mpunlearn.server.workspace import Workspace
 
 KEY_BYTES = 32
 BLOCK = 1 << 14
-"""Normals per Box-Muller block. A range that begins or ends within a block draws the whole block."""
+"""Normals per Box-Muller block. If a range begins or ends inside a block, the whole block is generated."""
 
 
 class Secret:
-    """The key of a run. It is never shown: not in `repr`, not in an error, not in a pickle."""
+    """The key of a run. It never appears in `repr`, in an error message, or in a pickle."""
 
     __slots__ = ("_key",)
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
-            raise StateError(f"the secret has {len(key)} bytes, expected {KEY_BYTES}: the key file is damaged")
+            raise StateError(f"the secret has {len(key)} bytes, expected {KEY_BYTES}; restore the key file")
         self._key = key
 
     @classmethod
     def generate(cls) -> "Secret":
-        """A new secret from the operating system's entropy."""
+        """Generates a secret from the operating system's entropy."""
         return cls(system_entropy.token_bytes(KEY_BYTES))
 
     @classmethod
@@ -51,7 +54,7 @@ class Secret:
         """Reads a key file.
 
         Raises:
-            StateError: the file is missing or damaged, or others than its owner may read it.
+            StateError: the file is missing or damaged, or users other than its owner can read it.
         """
         try:
             mode = path.stat().st_mode & 0o777
@@ -60,12 +63,12 @@ class Secret:
             raise StateError(f"{path}: cannot read the secret: {error.strerror}") from None
         if mode & 0o077:
             raise StateError(
-                f"{path}: mode {mode:04o} lets others read the secret, expected 0600; run chmod 600 {path}"
+                f"{path}: mode {mode:04o} lets other users read the secret, expected 0600; run `chmod 600 {path}`"
             )
         return cls(key)
 
     def save(self, path: Path) -> None:
-        """Writes a key file of mode 0600, synced to disk, which must not exist yet."""
+        """Writes a new key file with mode 0600 and syncs it to disk."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.write(descriptor, self._key)
@@ -74,7 +77,7 @@ class Secret:
             os.close(descriptor)
 
     def stream(self, *labels: str | int) -> "Stream":
-        """The stream of that name. Different labels give independent streams; 1 and "1" are different labels."""
+        """The stream with this name. Different labels give independent streams; 1 and "1" are different labels."""
         info = b"".join(_encode(label) for label in labels)
         return Stream(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._key))
 
@@ -82,13 +85,14 @@ class Secret:
         return "Secret(...)"
 
     def __reduce__(self) -> "str":
-        raise TypeError("a Secret cannot be pickled; pass the path of the state instead")
+        raise TypeError("a Secret cannot be pickled; pass the path of the server's state instead")
 
 
 class Stream:
-    """An endless, seekable sequence of pseudo-random bytes under one AES-256 key.
+    """A seekable, practically endless stream of pseudo-random bytes from one AES-256 key.
 
-    Every method starts at the beginning of the stream, so a stream serves one quantity only.
+    A stream has no position: every method reads from its beginning (or from `start`). Use each stream for one quantity
+    only.
     """
 
     __slots__ = ("_key",)
@@ -97,13 +101,13 @@ class Stream:
         self._key = key
 
     def read(self, count: int, start: int = 0) -> bytearray:
-        """`count` bytes, from byte `start` on (a multiple of 16)."""
+        """Returns `count` bytes, starting at byte `start` (a multiple of 16)."""
         out = bytearray(count)
         self._encrypt(memoryview(out), start)
         return out
 
     def _encrypt(self, zeros: memoryview, start: int) -> None:
-        """Turns zeros into keystream, in place."""
+        """Overwrites a buffer of zeros with the keystream that starts at byte `start`."""
         if start % 16:
             raise ValueError(f"start {start} is not a multiple of the cipher's 16-byte block")
         counter = (start // 16).to_bytes(16, "big")
@@ -112,14 +116,14 @@ class Stream:
     def normals(
         self, count: int, start: int = 0, out: torch.Tensor | None = None, workspace: Workspace | None = None
     ) -> torch.Tensor:
-        """Standard normals number `start` … `start + count` of the stream, shape (count,), float32.
+        """Standard normals `start` … `start + count - 1` of the stream, shape (count,), float32.
 
         Args:
-            count: how many.
-            start: number of the first.
-            out: where to put them, shape (count,), float32 or float64 (default: a new tensor). The arithmetic runs on its
+            count: number of normals.
+            start: index of the first one.
+            out: output tensor, shape (count,), float32 or float64 (default: a new tensor). The transform runs on its
                 device.
-            workspace: for intermediate results (default: new memory).
+            workspace: memory for intermediate results (default: newly allocated).
         """
         out = torch.empty(count, dtype=torch.float32) if out is None else out
         workspace = workspace or Workspace()
@@ -140,25 +144,26 @@ class Stream:
         return (words >> np.uint64(11)) * 2.0**-53
 
     def permutation(self, count: int) -> torch.Tensor:
-        """A uniform permutation of 0 … count-1, shape (count,), int64.
+        """A random permutation of 0 … count-1, shape (count,), int64.
 
-        The order of 64-bit keys: exactly uniform unless two keys collide, which has probability below count² / 2^65.
+        It sorts random 64-bit keys, which is exactly uniform unless two keys collide (probability below count² / 2^65).
         """
         return torch.from_numpy(np.argsort(np.frombuffer(self.read(8 * count), dtype="<u8"), kind="stable"))
 
     def signs(self, count: int) -> torch.Tensor:
-        """Independent ±1, shape (count,), float64."""
+        """Independent random signs ±1, shape (count,), float64."""
         bits = np.frombuffer(self.read(count), dtype=np.uint8) & 1
         return torch.from_numpy(1.0 - 2.0 * bits)
 
     def angles(self, count: int) -> torch.Tensor:
-        """Angles in [0, 2π) radians, shape (count,), float64."""
+        """Uniform angles in [0, 2π) radians, shape (count,), float64."""
         return torch.from_numpy(self.uniforms(count) * 2 * math.pi)
 
     def orthogonal(self, count: int, dim: int) -> torch.Tensor:
-        """Orthogonal matrices from the Haar measure, shape (count, dim, dim), float64.
+        """Haar-distributed orthogonal matrices, shape (count, dim, dim), float64.
 
-        QR of normal matrices with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv math-ph/0609050).
+        QR decomposition of normal matrices, with the signs of the diagonal of R moved into Q (Mezzadri 2007, arXiv
+        math-ph/0609050).
         """
         normals = self.normals(count * dim * dim).double().view(count, dim, dim)
         q, r = torch.linalg.qr(normals)
@@ -167,16 +172,17 @@ class Stream:
 
 
 def _encode(label: str | int) -> bytes:
-    """A prefix-free encoding: no two sequences of labels have the same one."""
+    """A prefix-free encoding, so that different sequences of labels never have the same encoding."""
     text = str(label).encode()
     kind = b"s" if isinstance(label, str) else b"i"
     return kind + len(text).to_bytes(4, "big") + text
 
 
 def _box_muller(words: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Normals from as many 32-bit words (given as signed integers), shape (blocks, 2, BLOCK / 2), float32.
+    """Turns random 32-bit words (as signed integers) into as many normals, shape (blocks, 2, BLOCK / 2), float32.
 
-    The radius takes the lower 31 bits as a number in (0, 1], whose float32 resolution is finest near zero, where the tail is.
+    The radius uses the lower 31 bits as a number in (0, 1]. Numbers near zero, which produce the tail of the
+    distribution, are where float32 has its finest resolution.
     """
     half, device = (len(words), words.shape[2]), words.device
     out = workspace.empty(tuple(words.shape), torch.float32, device)

@@ -1,10 +1,11 @@
-"""The server's state: the secret, and one record per round, in a directory of mode 0700.
+"""The server's secret state: the key and one record per round, in a directory of mode 0700.
 
-The idea: the same noise must never serve two different models, since the difference of the two publications would be free of
-it. So every stream of a round is named by the digest of everything that the round hides (the model, the base, the settings):
-other inputs have other noise, no matter what was killed or run twice. The record of a round is on disk before the first byte of
-its copies, and a round that is open is published again only from the same inputs. Records are small; copies are recomputed from
-the checkpoint and the secret.
+The idea: the same noise must never be added to two different models, because it would cancel in the difference of the
+two publications. Therefore the names of a round's random streams include a digest of everything that the round hides
+(model, base, settings): different inputs always get different noise, whatever was killed or run twice. The record of a
+round is written to disk before the first byte of its copies. While the round is open, that is, published but not yet
+aggregated, it can be published again only from the same inputs. Records are small, because copies can be recomputed
+from the checkpoint and the secret.
 
     STATE/secret.key        32 bytes, mode 0600
     STATE/state.json        the run's public identifier
@@ -33,37 +34,37 @@ from mpunlearn.server.secret import Secret
 
 @dataclass(frozen=True)
 class RoundingLeakage:
-    """What the cast to the storage dtype left of one tensor's noise."""
+    """How much of one tensor's noise survived the cast to the storage dtype."""
 
     equal: float
-    """Share of published entries that equal the original's before the reparameterization, in the copy with the most of them."""
+    """Share of published entries that equal those of θ before the reparameterization, the largest among the copies."""
     entropy: float
-    """Residual entropy, in bits per entry, that the noise of the least noisy copy leaves on the original's grid."""
+    """Residual entropy, in bits per entry, of the least noisy copy's noise on the grid of θ."""
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What the server must remember of one round. Format 2."""
+    """The record of one round. Format 2."""
 
     round: int
-    """Counted from 1."""
+    """Starts at 1."""
     checkpoint: str
     """Path of θ."""
     digests: dict[str, list[str]]
     """SHA-256 of each slice of each of θ's tensors."""
     base: str | None
-    """SHA-256 over the base's tensors."""
+    """SHA-256 over the base model's tensors; None without a base."""
     dtypes: dict[str, str]
-    """Storage dtype of each tensor in the run's first checkpoint. Between rounds θ may be kept in a wider one."""
+    """Storage dtype of each tensor in the run's first checkpoint. Between rounds, θ may be stored in a wider one."""
     perturbation: Perturbation
     inputs: str
-    """SHA-256 over everything that the round's noise hides: the name of all its streams."""
+    """SHA-256 over everything that the round's noise hides; part of the names of all random streams of the round."""
     alphas: list[float]
-    """α_k or x_k of the copies; empty if the design has none. Secret."""
+    """The secret scales α_k or x_k of the copies; empty if the design has none."""
     sigma: dict[str, float]
     """Noise level per block, in units of the weights."""
     rounding: dict[str, RoundingLeakage] = dataclasses.field(default_factory=dict)
-    """Per tensor, what rounding left of the noise."""
+    """For each tensor, how much of the noise survived rounding."""
     closed: bool = False
     """Whether the round's updates have been aggregated."""
     format: int = 2
@@ -78,7 +79,7 @@ def inputs_digest(
 
 
 def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
-    """The record of a round in the current format. Format 1 had no field `format` and computed `inputs` when it was needed."""
+    """Converts a round's record to the current format. Format 1 had no fields `format` and `inputs`."""
     if "format" in value:
         return value
     settings, leakage = value.pop("settings"), value.pop("honesty", {})
@@ -89,20 +90,20 @@ def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Header:
-    """STATE/state.json."""
+    """The content of STATE/state.json."""
 
     run: str
     format: int = 1
 
 
 class ServerState:
-    """The state in one directory, created with its first round.
+    """The state in a directory, which is created in the first round.
 
     Args:
         path: the directory; it need not exist.
 
     Raises:
-        StateError: the directory exists but is not a valid state, or others may open it.
+        StateError: the directory exists but is not a valid state, or other users can access it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -116,16 +117,16 @@ class ServerState:
             self.run = read(_Header, self.path / "state.json").run
             if mode := self.path.stat().st_mode & 0o077:
                 raise StateError(
-                    f"{self.path}: others may open the state (mode bits {mode:03o}); run chmod 700 {self.path}"
+                    f"{self.path}: other users can access the state (mode bits {mode:03o}); run `chmod 700 {self.path}`"
                 )
             self.secret = Secret.load(self.path / "secret.key")
             for number, file in enumerate(sorted(self.path.glob("round-*.json")), start=1):
                 record = read(RoundRecord, file, _upgrade)
                 if record.round != number:
-                    raise StateError(f"{file}: holds the record of round {record.round}, expected round {number}")
+                    raise StateError(f"{file}: is the record of round {record.round}, expected round {number}")
                 self.rounds.append(record)
         except (FileError, SchemaError, KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{self.path}: not the state of a run: {error}") from None
+            raise StateError(f"{self.path}: not a valid server state: {error}") from None
 
     @property
     def open_round(self) -> RoundRecord | None:
@@ -134,27 +135,31 @@ class ServerState:
 
     @property
     def next_round(self) -> int:
-        """The open round, or else the one after the last."""
+        """Number of the open round or, if none is open, of the one after the last."""
         return self.open_round.round if self.open_round else len(self.rounds) + 1
 
     @contextmanager
     def opened(self, record: RoundRecord, out: Path) -> Iterator[RoundRecord]:
-        """Pins a round while its copies are published in `out`, and gives the record to publish from.
+        """Opens a round while its copies are written to `out`; yields the record to publish from.
 
-        A round that is open already is published again from its own record. If the block raises before `out` exists, a newly
-        pinned round is forgotten: its noise serves no other inputs anyway.
+        A round that is already open is published again from its stored record. If the block raises before `out` exists,
+        a newly opened round is discarded. This is safe, since different inputs get different noise anyway.
 
         Raises:
-            StateError: a round is open with other inputs.
+            StateError: a round is open with different inputs.
         """
         pinned = self.open_round
         if pinned is not None:
-            names = {"digests": "another checkpoint", "base": "another base", "perturbation": "other options"}
+            names = {
+                "digests": "a different checkpoint",
+                "base": "a different base",
+                "perturbation": "different options",
+            }
             changed = [what for key, what in names.items() if getattr(pinned, key) != getattr(record, key)]
             if changed:
                 raise StateError(
                     f"{self.path}: round {pinned.round} is open with {' and '.join(changed)}; finish it with "
-                    "`postprocess`, repeat `preprocess` with the same inputs, or start with another --state"
+                    "`postprocess`, repeat `preprocess` with its inputs, or start over with a new --state"
                 )
             yield pinned
             return
@@ -177,11 +182,11 @@ class ServerState:
             raise
 
     def measured(self, rounding: dict[str, RoundingLeakage]) -> None:
-        """Keeps what was measured while the last round was published."""
+        """Stores the rounding leakage that was measured while publishing the last round."""
         self._store(dataclasses.replace(self.rounds[-1], rounding=rounding))
 
     def close(self) -> None:
-        """Marks the last round as aggregated, so that the next `preprocess` begins another."""
+        """Marks the last round as aggregated, so that the next `preprocess` starts a new one."""
         self._store(dataclasses.replace(self.rounds[-1], closed=True))
 
     def _file(self, record: RoundRecord) -> Path:
@@ -197,7 +202,7 @@ class ServerState:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from working on a directory at the same time; one that does not exist yet is not locked.
+    """Locks a directory against other processes; a directory that does not exist yet is not locked.
 
     Raises:
         StateError: another process holds the lock.
@@ -210,7 +215,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StateError(f"{folder}: another process is working on it; wait for it, or stop it") from None
+            raise StateError(f"{folder}: another process is using it; wait for that process, or stop it") from None
         yield
     finally:
         os.close(descriptor)

@@ -1,12 +1,12 @@
-"""Streaming a model through the server: slices of tensors, a few at a time, on all cores.
+"""Streams a model through the server's passes: a few slices of tensors at a time, on several threads.
 
-The idea: memory must not grow with the model. A tensor whose rows stay where they are (an embedding, an LM head) is cut into
-slices of rows that are independent of one another; any other tensor is one slice. A few threads read, compute and write slices,
-one at a time each: torch, the cipher, hashing and file access all release the interpreter lock. Within a slice, arithmetic runs
-over chunks that fit into the processor's cache.
+The idea: memory use must not grow with the size of the model. A tensor whose rows are not permuted (embedding, LM head)
+is cut into independent slices of rows; any other tensor is a single slice. Each of a few threads reads, computes and
+writes one slice at a time; threads suffice because torch, the cipher, hashing and file access all release the GIL.
+Within a slice, arithmetic runs over chunks that fit into the CPU cache.
 
-Peak memory is about the number of threads times the largest slice: its rows as stored, one copy of them per published copy, and
-a few chunks. Not covered: a single weight matrix so large that m copies of it do not fit into memory.
+Peak memory is roughly the number of threads times the size of the largest slice with its m published copies, plus a few
+chunks. Not covered: a single weight matrix so large that m copies of it do not fit into memory.
 """
 
 import os
@@ -26,11 +26,11 @@ from mpunlearn.progress import Progress
 from mpunlearn.server.workspace import Workspace
 
 SLICE_ENTRIES = 1 << 22
-"""Entries in a slice of a tensor that can be cut."""
+"""Number of entries in a slice of a tensor that can be cut into rows."""
 CHUNK_ENTRIES = 1 << 18
-"""Entries that are computed at once, so that they fit into a processor's cache."""
+"""Number of entries computed at once on the CPU, so that they fit into its cache."""
 DEVICE_CHUNK_ENTRIES = 1 << 24
-"""The same on an accelerator, which works best on much at once."""
+"""The same for a GPU, which is most efficient on large chunks."""
 THREADS = min(4, os.cpu_count() or 1)
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Rows `start` … `stop` of one tensor; of a vector, entries."""
+    """Rows `start` … `stop` - 1 of a matrix, or entries of a vector."""
 
     name: str
     role: TensorRole
@@ -51,7 +51,7 @@ class RowSlice:
 
 
 def row_slices(checkpoint: Checkpoint, roles: Mapping[str, TensorRole]) -> list[RowSlice]:
-    """A model in slices, in the order of its tensors' names."""
+    """Cuts a model into slices, in the order of `roles`."""
     slices: list[RowSlice] = []
     for name, role in roles.items():
         info = checkpoint.tensors[name]
@@ -63,46 +63,46 @@ def row_slices(checkpoint: Checkpoint, roles: Mapping[str, TensorRole]) -> list[
 
 
 def read(source: TensorDirectory, name: str, rows: RowSlice, workspace: Workspace) -> torch.Tensor:
-    """The rows of a slice, from the tensor that `source` calls `name`."""
+    """Reads the rows of a slice from the tensor that is called `name` in `source`."""
     info = source.tensors[name]
     out = workspace.empty((len(rows), *info.shape[1:]), info.dtype)
     return source.read_rows(name, rows.start, rows.stop, out=out)
 
 
 def on_device(tensor: torch.Tensor, device: torch.device, workspace: Workspace) -> torch.Tensor:
-    """The tensor itself if it is on that device, or else a copy that is."""
+    """Returns the tensor itself if it is on that device, otherwise a copy on it."""
     return tensor if tensor.device == device else workspace.copy(tensor, device=device)
 
 
 def arithmetic_device(name: str) -> torch.device:
-    """The device that `--device` names, after checking that it exists.
+    """The device named by `--device`.
 
     Raises:
-        PlanError: there is no such device on this machine.
+        PlanError: it is neither cpu nor cuda, or is not available on this machine.
     """
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise PlanError(f"--device {name}: not available on this machine ({reason}); take cpu") from None
+        raise PlanError(f"--device {name}: not available on this machine ({reason}); use cpu") from None
     if device.type not in ("cpu", "cuda"):
         raise PlanError(f"--device: expected cpu or cuda, found {name}")
     return device
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic on weights that are stored in `dtype`: float32, or float64 for float64 storage."""
+    """The dtype in which weights stored as `dtype` are processed: float32, or float64 for float64 storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunks(rows: int, row_entries: int, multiple: int, device: torch.device | None = None) -> list[tuple[int, int]]:
-    """Ranges of rows with as many entries as a device computes at once.
+    """Cuts rows into ranges (start, stop) with as many entries as the device should compute at once.
 
     Args:
-        rows: how many rows there are.
-        row_entries: entries in a row.
-        multiple: every range starts at a multiple of this many rows.
-        device: default: the processor.
+        rows: number of rows.
+        row_entries: number of entries in a row.
+        multiple: every range starts at a multiple of this number of rows.
+        device: the device (default: CPU).
     """
     size = CHUNK_ENTRIES if device is None or device.type == "cpu" else DEVICE_CHUNK_ENTRIES
     step = max(1, size // max(1, row_entries) // multiple) * multiple
@@ -112,13 +112,13 @@ def chunks(rows: int, row_entries: int, multiple: int, device: torch.device | No
 def in_parallel(
     items: Collection[T], work: Callable[[T, Workspace], R], what: str, weight: Callable[[T], int]
 ) -> list[R]:
-    """Calls `work` on every item from a few threads; the first exception stops all of them.
+    """Calls `work` on every item from several threads. The first exception stops all of them.
 
     Args:
-        items: what to work on.
-        work: called with an item and the thread's workspace, in a frame of its own.
+        items: the items.
+        work: called with an item and the thread's workspace, in its own frame.
         what: label of the progress bar.
-        weight: how much of the progress an item is worth.
+        weight: the share of an item in the progress.
 
     Returns:
         The results in the order of the items.
@@ -133,7 +133,7 @@ def in_parallel(
     torch_threads = torch.get_num_threads()
     results: list[R] = []
     pending: deque[tuple[T, Future[R]]] = deque()
-    # Slices run in parallel; within one, torch's own threads would only get in the way.
+    # Slices run in parallel, so torch's own multithreading would only cause oversubscription.
     pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
 
     def collect() -> None:

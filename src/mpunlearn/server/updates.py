@@ -1,8 +1,8 @@
-"""Checks on updates that arrive, before anything of them is used.
+"""Validates the updates that clients send back, before any of their values are used.
 
-An update is checked against the published copy that it belongs to: it may change only tensors that the copy has, in their
-shapes, with finite numbers, and with a norm that is not out of proportion. Reparameterizations preserve norms, so none of this
-needs a secret.
+An update is checked against the published copy that it was trained from: it may change only tensors that the copy has,
+with the same shapes, finite values, and a norm no larger than the model's. Reparameterizations preserve names (up to
+the order of experts), shapes and norms, so these checks need no secret.
 """
 
 import math
@@ -18,14 +18,14 @@ from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
 from mpunlearn.protocol.plan import Training
 
 NORM_LIMIT = 1.0
-"""An update whose norm exceeds this share of the model's norm is refused: it would replace the model."""
+"""Maximum norm of an update, relative to the norm of the model. A larger update would replace the model."""
 FACTOR_LIMIT = 1e15
-"""Maximum norm of a LoRA factor. The product of two such factors stays within float32's range, in any basis."""
+"""Maximum norm of a LoRA factor. The product of two such factors stays within the range of float32 in any basis."""
 CANCELLATION = 1e3
-"""How many times larger than their product two factors may be. Beyond it, float32 in another basis no longer gives the same
-product."""
+"""Maximum product of the norms of two LoRA factors, relative to the norm of the model. Beyond it, the factors cancel
+each other, and in float32 their product depends on the basis."""
 OVERHEAD_BYTES = 200_000
-"""Size of an update beside its tensors, at most."""
+"""Maximum size of the parts of an update other than its tensors."""
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor, by name."""
 
@@ -33,65 +33,67 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 def examine(
     path: Path, copy: Path, model: Path, card: Card, *, factored: bool, expected: Collection[str] | None = None
 ) -> Path:
-    """Checks an update that arrived against the copy that it should belong to.
+    """Checks a received update against the copy that it should have been trained from.
 
     Args:
-        path: the update's directory.
-        copy: the published copy's.
-        model: θ's. The update's norm is compared with θ's, which the reparameterization preserves and the noise does not.
-        card: which copy that is.
-        factored: whether the plan has the update sent as LoRA factors.
-        expected: published names of the tensors that it must change (default: any).
+        path: directory of the update.
+        copy: directory of the published copy.
+        model: directory of the server's model θ. The norm of the update is compared with that of θ, because the noise
+            changes the norm of the copy (the reparameterization does not).
+        card: the expected card, which identifies the copy.
+        factored: whether the plan asks for LoRA factors.
+        expected: published names of the tensors that the update must change (default: any).
 
     Returns:
         `path`.
 
     Raises:
-        UpdateError: it is not an update of that copy, holds NaN or infinite values, or is too large.
+        UpdateError: it is not an update of that copy, has NaN or infinite values, or is too large.
     """
     update, published = ReceivedUpdate.open(path), Checkpoint(copy)
     if update.card != card:
-        raise UpdateError(f"{path}: is of {update.card}; expected {card}")
+        raise UpdateError(f"{path}: belongs to {update.card}; expected {card}")
     if update.trained is not None:
-        raise UpdateError(f"{path}: is a checkpoint; expected an update")
+        raise UpdateError(f"{path}: is a full checkpoint; expected an update")
     names = check_tensors(update, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
     if expected is not None and (difference := sorted(names ^ set(expected))):
         raise UpdateError(
-            f"{path}: changes {len(names)} tensors, but the plan trains {len(expected)}; the first that "
-            f"{'should not be' if difference[0] in names else 'is not'} there is {difference[0]}"
+            f"{path}: changes {len(names)} tensors, but the plan trains {len(expected)}; the first "
+            f"{'unexpected' if difference[0] in names else 'missing'} one is {difference[0]}"
         )
     if wrong := sorted(name for name in update.tensors.tensors if name.endswith(FACTORS) != factored):
-        raise UpdateError(f"{path}: {wrong[0]} is {'not a' if factored else 'a'} LoRA factor, against the plan")
+        raise UpdateError(f"{path}: {wrong[0]} is {'not a' if factored else 'a'} LoRA factor, contrary to the plan")
     square = sum(_square(update.tensors, name) for name in sorted(names))
     if not math.isfinite(square):
-        raise UpdateError(f"{path}: holds NaN or infinite values; train again")
+        raise UpdateError(f"{path}: contains NaN or infinite values; train again")
     theta = Checkpoint(model)
     of_model = sum(_tensor_square(theta, name) for name in theta.tensors)
     for name in sorted(names) if factored else ():
         a, b = (_tensor_square(update.tensors, name + factor) for factor in FACTORS)
         if max(a, b) > FACTOR_LIMIT**2:
             raise UpdateError(
-                f"{path}: a factor of {name} exceeds {FACTOR_LIMIT:g}; it would overflow in another basis"
+                f"{path}: a LoRA factor of {name} has a norm above {FACTOR_LIMIT:g}; it would overflow in another basis"
             )
         if a * b > CANCELLATION**2 * of_model:
             raise UpdateError(
-                f"{path}: the factors of {name} cancel each other; their product would change with the basis"
+                f"{path}: the LoRA factors of {name} cancel each other; their product would depend on the basis"
             )
     check_norm(path, square, of_model)
     return path
 
 
 def check_norm(path: Path, square: float, of_model: float, tolerance: float = 0.0) -> None:
-    """Refuses an update that is too large.
+    """Checks that the norm of an update does not exceed the limit.
 
     Args:
-        path: the update's, for the error.
-        square: its squared norm.
-        of_model: θ's squared norm.
-        tolerance: relative. Sums in another basis round differently; what was accepted once must not be refused later.
+        path: path of the update, for the error message.
+        square: squared norm of the update.
+        of_model: squared norm of θ.
+        tolerance: relative tolerance of the limit. Sums in another basis round differently, and an update that was
+            accepted once must not be rejected later.
 
     Raises:
-        UpdateError: the update's norm exceeds `NORM_LIMIT` times the model's.
+        UpdateError: the norm exceeds `NORM_LIMIT` times that of the model.
     """
     limit = NORM_LIMIT * (1 + tolerance)
     if square > limit**2 * of_model:
@@ -102,18 +104,18 @@ def check_norm(path: Path, square: float, of_model: float, tolerance: float = 0.
 
 
 def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] | None = None) -> set[str]:
-    """Checks names, shapes and dtypes of one update against the published copy's tensors.
+    """Checks the names, shapes and dtypes of an update against the tensors of the published copy.
 
     Args:
-        update: what arrived.
-        specs: the copy's tensors.
-        names: which of the update's tensors count (default: all).
+        update: the received update.
+        specs: the tensors of the copy.
+        names: names of the tensors to check (default: all).
 
     Returns:
-        The published names of what it changes.
+        The published names of the tensors that the update changes.
 
     Raises:
-        UpdateError: one of its tensors is not the update of a tensor that the copy has.
+        UpdateError: a tensor of the update does not match any tensor of the copy.
     """
     path, tensors = update.tensors.path, update.tensors.tensors
     counted = set(tensors if names is None else names)
@@ -122,7 +124,7 @@ def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] |
     weights = {name for name in counted if not name.endswith(FACTORS)}
     factored = {name.removesuffix(FACTORS[0]) for name in counted if name.endswith(FACTORS[0])}
     if twice := sorted(weights & factored):
-        raise UpdateError(f"{path}: holds both {twice[0]} and its factors; expected one of them")
+        raise UpdateError(f"{path}: contains both {twice[0]} and its LoRA factors; expected only one of them")
     for name in sorted(weights):
         if name not in specs:
             raise UpdateError(
@@ -137,7 +139,7 @@ def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] |
         if update.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
             raise UpdateError(
                 f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
-                f"would drown the update, save the trained model as {published}"
+                f"would swamp the update, so save the trained model as {published}"
             )
     return weights | factored
 
@@ -149,7 +151,7 @@ def changed_tensors(path: Path) -> set[str]:
 
 
 def planned_tensors(copy: Path, training: Training) -> set[str] | None:
-    """The published names of the tensors that a plan trains; None if only the client's model knows them."""
+    """The published names of the tensors that a plan trains; None if only the client's model determines them."""
     if training.lora_rank or training.train not in ("blocks", "all"):
         return None
     checkpoint = Checkpoint(copy)
@@ -158,7 +160,7 @@ def planned_tensors(copy: Path, training: Training) -> set[str] | None:
 
 
 def update_bytes(copy: Path, training: Training) -> int:
-    """Size of a dense update of a copy, in bytes; 0 for LoRA factors, which are small."""
+    """The size of a dense update of a copy, in bytes; 0 for LoRA factors, which are small."""
     if training.lora_rank:
         return 0
     tensors = Checkpoint(copy).tensors
@@ -168,7 +170,7 @@ def update_bytes(copy: Path, training: Training) -> int:
 
 
 def _check_factor(update: ReceivedUpdate, name: str, specs: Specs) -> None:
-    """One factor of a weight's update: its partner, its shape and its dtype."""
+    """Checks the shape and dtype of a LoRA factor, and that the other factor exists."""
     path, tensors = update.tensors.path, update.tensors.tensors
     weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
     expected = specs[weight][1] if weight in specs else ()
@@ -178,20 +180,20 @@ def _check_factor(update: ReceivedUpdate, name: str, specs: Specs) -> None:
         )
     partner = weight + FACTORS[1 - which]
     if partner not in tensors:
-        raise UpdateError(f"{path}: holds {name} without {partner}; expected both factors")
+        raise UpdateError(f"{path}: contains {name} without {partner}; expected both LoRA factors")
     info = tensors[name]
     rank = tensors[weight + FACTORS[0]].shape[0] if tensors[weight + FACTORS[0]].shape else 0
     shape = ((rank, expected[1]), (expected[0], rank))[which]
     if info.shape != shape or not 0 < rank <= min(expected):
         raise UpdateError(
-            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} with a rank of at most {min(expected)}"
+            f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)} with a rank up to {min(expected)}"
         )
     if not info.dtype.is_floating_point:
         raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
 
 
 def _square(tensors: TensorDirectory, name: str) -> float:
-    """Squared norm of the update of one tensor; of factors, ‖BA‖² = trace((AAᵀ)(BᵀB))."""
+    """Squared norm of the update of one tensor. For LoRA factors, ‖BA‖² = trace((AAᵀ)(BᵀB))."""
     if name in tensors.tensors:
         return _tensor_square(tensors, name)
     a, b = (tensors.read(name + factor).double() for factor in FACTORS)
@@ -199,7 +201,7 @@ def _square(tensors: TensorDirectory, name: str) -> float:
 
 
 def _tensor_square(tensors: TensorDirectory, name: str) -> float:
-    """Squared norm of a stored tensor, a few rows at a time."""
+    """Squared norm of a stored tensor, read a few rows at a time."""
     info = tensors.tensors[name]
     if not info.shape:
         return float(tensors.read(name).double().square())

@@ -1,10 +1,11 @@
-"""Scratch memory that a worker thread uses again and again.
+"""Reusable scratch memory for the worker threads.
 
-A fresh megabyte costs more than the arithmetic on it: the operating system hands it out page by page, and takes it back when it
-is freed. The inner loops therefore borrow tensors from a `Workspace` that each worker thread has for itself.
+Allocating a large buffer often takes longer than the arithmetic on it, because the operating system maps it page by
+page and unmaps it when it is freed. The inner loops therefore borrow tensors from a `Workspace`, of which each worker
+thread has its own.
 
-Tensors are borrowed in frames, as local variables are: `frame()` gives back, at its end, everything that was borrowed since its
-beginning. Two tensors that are borrowed at the same time never share memory.
+Borrowing follows a stack discipline, like local variables: when a `frame()` ends, everything borrowed inside it is
+returned. Two tensors that are borrowed at the same time never share memory.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 
 
 class Workspace:
-    """Buffers of one thread."""
+    """The reusable buffers of one thread."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, list[torch.Tensor]] = {}
@@ -23,7 +24,7 @@ class Workspace:
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """What is borrowed inside is given back at the end, and overwritten by what is borrowed next."""
+        """Returns all tensors borrowed inside the block when it ends; later tensors overwrite them."""
         used = dict(self._used)
         try:
             yield
@@ -45,5 +46,5 @@ class Workspace:
     def copy(
         self, tensor: torch.Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> torch.Tensor:
-        """Borrows a copy of a tensor in another dtype or on another device."""
+        """Borrows a copy of a tensor, optionally in another dtype or on another device."""
         return self.empty(tuple(tensor.shape), dtype or tensor.dtype, device or tensor.device).copy_(tensor)

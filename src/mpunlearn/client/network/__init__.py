@@ -1,5 +1,6 @@
 """The client's side of a run over a network.
 
-`join` has the verbs. The `worker` does jobs that come through a `spool` folder, as far as the `policy` allows. `supernode` runs
-Flower, which carries the messages and sees nothing but the spool folder.
+A *job* is the server's signed request to unlearn on one copy of its model. `join` has the commands. The `worker` does
+the jobs that arrive in a `spool` folder, within the limits of the client's `policy`. `supernode` runs Flower, which
+carries the messages and uses only the spool folder.
 """

@@ -1,12 +1,14 @@
-"""The client's verbs on a network: make keys, connect, do the jobs.
+"""The client's commands for a run over a network: generate keys, connect, do the jobs.
 
-    mpunlearn client key --work WORK                                            once; give WORK/client.json to the server
-    mpunlearn client join invitation.json --work WORK --forget forget.jsonl     connect, and do the jobs as well
-    mpunlearn client join invitation.json --spool SPOOL                         connect only, for example in a container
-    mpunlearn client work --spool SPOOL --work WORK --forget … --policy …       do the jobs only
+    mpunlearn client key --work WORK                                           once; give WORK/client.json to the server
+    mpunlearn client join invitation.json --work WORK --forget forget.jsonl    connect and do the jobs
+    mpunlearn client join invitation.json --spool SPOOL                        connect only, for example in a container
+    mpunlearn client work --spool SPOOL --work WORK --forget … --policy …      do the jobs only
 
-Connecting runs code that the server sends; that code sees the spool folder. The jobs are done by this program, which reads the
-forget set and follows the policy. Together or separate, the two communicate through the spool folder alone.
+A job is the server's signed request to unlearn on one copy of its model. Connecting runs code that the server sends,
+the *courier*, which passes messages between the network and the spool folder. The jobs are done by this program, which
+reads the forget set and enforces the policy. The two parts communicate only through the spool folder, even within one
+command.
 """
 
 import socket
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
     from mpunlearn.client.network.worker import Worker
 
 LINGER_SECONDS = 3.0
-"""How long a node stays to carry the last answer after the end of a run."""
+"""How long the node keeps running after the end of a run, to deliver the last answer."""
 QUIET_SECONDS = 5.0
-"""How long connecting may take before a person is told what is being waited for."""
+"""How long connecting may take before a message explains what it is waiting for."""
 
 
 def key(*, work: str | Path = "mpu-client") -> Path:
-    """Generates a client's keys, unless it has some.
+    """Generates a client's keys, unless they already exist.
 
     Args:
         work: The client's own folder.
@@ -41,7 +43,7 @@ def key(*, work: str | Path = "mpu-client") -> Path:
         WORK/client.json, the public part, which the server needs.
 
     Raises:
-        StateError: The keys that are there are damaged.
+        StateError: The existing keys are damaged.
     """
     from mpunlearn.protocol.flower.keys import client_keys
 
@@ -66,20 +68,20 @@ def join(
     Args:
         invitation: The server's invitation.json.
         work: The client's own folder, with its keys.
-        spool: The folder that the courier sees (default: WORK/spool).
+        spool: The folder for exchanging messages with Flower (default: WORK/spool).
         forget: What to forget, as for `unlearn`. Without it, the jobs are left to `client work`.
         retain: What to keep, in the same form.
-        policy: TOML file that says what the server may ask for (default: the policy's own defaults).
-        data: Columns and locations of the examples.
-        resources: Memory, precision and trackers of training.
+        policy: A TOML file that limits what the server may ask for (default: the limits in docs/network.md).
+        data: How to read the examples.
+        resources: Memory, precision and trackers for training.
 
     Returns:
         How the run ended.
 
     Raises:
-        PlanError: The invitation or the policy cannot be read, or the client takes part in another run.
+        PlanError: The invitation or the policy cannot be read.
         NetworkError: Flower is not installed.
-        MPUError: As `unlearn` does.
+        MPUError: As for `unlearn`.
     """
     from mpunlearn.client.network.policy import Policy
     from mpunlearn.client.network.supernode import SuperNode
@@ -96,7 +98,7 @@ def join(
         worker = Worker(shared, folder, limits, forget=forget, retain=retain, data=data, resources=resources)
     elif policy is not None or retain is not None:
         raise PlanError(
-            "--policy, --retain: they belong to the jobs; give --forget, too, or leave them to `client work`"
+            "--policy, --retain: only used for doing jobs, which needs --forget; give --forget, or use `client work`"
         )
     for name in ("jobs", "results"):
         (shared / name).mkdir(parents=True, exist_ok=True)
@@ -120,20 +122,20 @@ def work(
     """Does the jobs that `client join` puts into a spool folder.
 
     Args:
-        spool: The folder that the courier sees.
-        policy: TOML file that says what the server may ask for; it must contain server_key, as the invitation has it.
+        spool: The spool folder that was given to `client join`.
+        policy: A TOML file that limits what the server may ask for. It must contain the server_key from the invitation.
         forget: What to forget, as for `unlearn`.
         work: The client's own folder.
         retain: What to keep, in the same form.
-        data: Columns and locations of the examples.
-        resources: Memory, precision and trackers of training.
+        data: How to read the examples.
+        resources: Memory, precision and trackers for training.
 
     Returns:
         How the run ended.
 
     Raises:
-        PlanError: The policy cannot be read, or the client takes part in another run.
-        MPUError: As `unlearn` does.
+        PlanError: The policy cannot be read.
+        MPUError: As for `unlearn`.
     """
     from mpunlearn.client.network.policy import Policy
     from mpunlearn.client.network.worker import POLL_SECONDS, Worker
@@ -172,11 +174,11 @@ def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, addr
 
 
 def _explain(address: str, log: Path) -> str:
-    """Why there is no connection yet, as far as can be seen from here."""
+    """Explains why there is no connection yet, as far as this side can tell."""
     host, _, port = address.rpartition(":")
     with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), 2):
         return (
-            f"{address} answers, but has not let this client in yet; retrying: does the server have this client's client.json? "
-            f"See {log}"
+            f"{address} responds, but has not accepted this client yet; retrying: does the server have this client's "
+            f"client.json? See {log}"
         )
     return f"nothing is listening at {address} yet; retrying: is the server up, and is the address right? See {log}"

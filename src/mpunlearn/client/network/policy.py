@@ -1,8 +1,9 @@
-"""What the data owner lets a server ask for.
+"""The data owner's limits on what a server may ask for.
 
-The idea: a job is code and numbers from somebody else, so what may happen to the text is decided here, in a file of the data
-owner's, before anything is downloaded. The defaults let an honest server work, and keep a dishonest one from learning more by
-asking for more: one run, a limited number of rounds and copies, no update of the embeddings, no files of this machine.
+A job is a request from another party. Before anything is downloaded, it is checked against a policy file that the data
+owner writes. The defaults let an honest server work, and keep a dishonest one from learning more by asking for more:
+they limit the number of rounds and copies, and allow no update of the embeddings and no access to files on this
+machine.
 """
 
 import tomllib
@@ -27,20 +28,22 @@ class Policy:
     """
 
     server_key: str
-    """The server's public key, 64 hexadecimal digits: the only one whose jobs are looked at."""
+    """The server's public key, 64 hexadecimal digits. Messages signed with any other key are ignored."""
     objectives: list[str] | None = None
     """Allowed objectives (default: all)."""
     train: list[str] | None = None
-    """Allowed selections of weights (default: only blocks, since an update of the embeddings names the forget set's tokens)."""
+    """Allowed values of --train (default: only blocks, since an update of the embeddings reveals which tokens the forget
+    set contains)."""
     max_copies: int = 8
-    """Copies per round."""
+    """Maximum number of copies per round."""
     max_rounds: int = 20
+    """Maximum number of rounds."""
     max_epochs: int = 20
-    """Epochs per round."""
+    """Maximum number of epochs per round."""
     max_megabytes: float = 64_000.0
-    """Size of one copy."""
+    """Maximum size of one copy, in MB."""
     stores: list[str] | None = None
-    """Prefixes of URLs that files may be fetched from and uploaded to (default: none, files travel in the messages)."""
+    """Prefixes of URLs that files may be downloaded from and uploaded to (default: none; files travel in messages)."""
 
     def __post_init__(self) -> None:
         if not HEX.fullmatch(self.server_key):
@@ -51,7 +54,7 @@ class Policy:
 
     @classmethod
     def read(cls, path: str | Path) -> "Policy":
-        """The policy in a TOML file.
+        """Reads a policy from a TOML file.
 
         Raises:
             PlanError: it cannot be read, or a field is missing, unknown or of the wrong type.
@@ -66,7 +69,7 @@ class Policy:
             raise PlanError(f"--policy {path}: {error}") from error
 
     def violations(self, job: Job) -> list[str]:
-        """Why a job must not be done; empty if it may be."""
+        """The reasons why a job must not be done; empty if it is allowed."""
         reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
             for name, limit, asked in (

@@ -1,8 +1,9 @@
-"""The folder through which the worker and the courier speak, from the worker's side.
+"""The spool folder, through which the worker and the courier exchange messages, from the worker's side.
 
-The courier runs code that the server sent, and other programs may write to the folder, too. So nothing in it is trusted: a
-message is read only if it is a regular file of a possible size with the server's signature, links are not followed, and answers
-are written into the folder that was opened, whatever is put in its place in the meantime.
+The courier is the Flower app that carries messages between the server and this folder. It runs code that the server
+sent, and other programs may write to the folder, too, so nothing in it is trusted. A message is read only if it is a
+regular file within the size limit that has the server's signature. Links are not followed, and answers are written into
+the folder that was opened, even if something else takes its place in the meantime.
 """
 
 import os
@@ -16,16 +17,16 @@ from mpunlearn.protocol.identity import HEX
 from mpunlearn.protocol.messages import MAX_HEADER_BYTES, MAX_INLINE_BYTES, Challenge, Finished, Job, Sealed
 
 MESSAGES = Challenge | Finished | Job
-"""What a server may send."""
+"""The kinds of message that a server may send."""
 
 
 class Spool:
     """A spool folder.
 
     Args:
-        folder: with `jobs` and `results`; created if they do not exist.
-        server_key: the only key whose messages are read.
-        say: reports one line to people.
+        folder: the spool folder. Its subfolders `jobs` and `results` are created if they do not exist.
+        server_key: the server's public key. Messages signed with any other key are ignored.
+        say: reports one line to the user.
 
     Raises:
         PlanError: the folder cannot be created.
@@ -41,7 +42,7 @@ class Spool:
             raise PlanError(f"{error.filename}: cannot be created: {error.strerror}") from error
 
     def unanswered(self) -> list[Sealed]:
-        """The server's messages that have no answer yet. What is not such a message is reported once and ignored.
+        """The server's messages that have no answer yet. Anything else is reported once and then ignored.
 
         Raises:
             StateError: the folder was tampered with, or cannot be read.
@@ -50,12 +51,14 @@ class Spool:
             names = [file.name for file in self._inside("jobs").iterdir() if HEX.fullmatch(file.name)]
             waiting = [name for name in names if name not in self._refused and not self._result(name).exists()]
         except OSError as error:
-            raise StateError(f"{self._folder}: {error.strerror}: {error.filename}; has somebody removed it?") from error
+            raise StateError(
+                f"{error.filename}: cannot be read: {error.strerror}; check whether the spool folder was removed"
+            ) from error
         messages = [self._open(self._folder / "jobs" / name) for name in waiting]
         return [sealed for sealed in messages if sealed is not None]
 
     def answer(self, name: str, data: bytes) -> None:
-        """Puts an answer into the folder, atomically.
+        """Writes an answer into the folder atomically.
 
         Raises:
             StateError: the folder was tampered with, or the disk is full.
@@ -74,23 +77,23 @@ class Spool:
                 os.close(folder)
         except OSError as error:
             raise StateError(
-                f"{self._folder / 'results'}: cannot be written: {error.strerror}; somebody tampers with it, or the disk is "
-                "full"
+                f"{self._folder / 'results'}: cannot be written: {error.strerror}; either the disk is full, or another "
+                "program tampers with the spool folder"
             ) from error
 
     def _inside(self, name: str) -> Path:
-        """One of the two folders, after checking that it is one and not a link to another."""
+        """One of the two subfolders, after checking that it is a folder and not a link."""
         path = self._folder / name
         path.mkdir(parents=True, exist_ok=True)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise StateError(f"{path}: is not a folder; somebody tampers with the spool")
+            raise StateError(f"{path}: expected a folder, found a link; another program tampers with the spool folder")
         return path
 
     def _result(self, name: str) -> Path:
         return self._inside("results") / name
 
     def _open(self, file: Path) -> Sealed | None:
-        """A message of the server's; None if it is not one."""
+        """Opens a message from the server; None if it is not a valid one."""
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(descriptor, "rb") as source:
@@ -99,7 +102,7 @@ class Spool:
                     raise MessageError("not a regular file, or too large for a message")
                 sealed = Sealed.open(source.read(), self._server_key)
             if sealed.name != file.name:
-                raise MessageError("its name is not its digest")
+                raise MessageError("the name of its file is not its digest")
             if not isinstance(sealed.message, MESSAGES):
                 raise MessageError("expected a job")
             return sealed

@@ -1,4 +1,4 @@
-"""The client's Flower: a SuperNode that connects to the server and runs the courier beside the spool folder."""
+"""Flower on the client's machine: a SuperNode that connects to the server and runs the courier on the spool folder."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from mpunlearn.protocol.flower.programs import Program, free_port
 
 
 class SuperNode:
-    """Flower on the client's machine.
+    """The SuperNode process.
 
     Args:
-        folder: for the certificate, the log and Flower's files.
-        spool: the folder that the courier sees.
-        invitation: where the server is, and how it is authenticated.
-        key: the node's private key.
+        folder: folder for the certificate, the log and Flower's own files.
+        spool: the spool folder, which the courier reads and writes.
+        invitation: the server's address, and how it is authenticated.
+        key: file with the node's private key.
     """
 
     def __init__(self, folder: Path, spool: Path, invitation: Invitation, key: Path) -> None:

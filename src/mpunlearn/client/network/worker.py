@@ -1,20 +1,21 @@
-"""The data owner's side of a run over a network: takes jobs from the spool, unlearns, and returns results.
+"""The client's worker in a run over a network: takes jobs from the spool folder, unlearns, and returns results.
 
-The idea: Flower runs code that the server sent. So what Flower runs here is a courier that sees one folder and nothing else.
-This worker is a program that the data owner installed; only it opens the forget set, and it trusts nothing in the folder. A job
-is done only if the server signed it for this client and the owner's policy allows it.
+A job is the server's request to unlearn on one copy of its model. Flower runs code that the server sent: the courier,
+which passes messages between the network and the spool folder and needs nothing else. The worker, in contrast, is a
+program that the data owner installed. Only the worker opens the forget set, and it trusts nothing in the spool folder:
+it does a job only if the server signed it for this client and the data owner's policy allows it.
 
     WORK/identity.key           the client's Ed25519 key
-    WORK/run.json               the one run that this client takes part in, with its plan
-    WORK/memory/                what the client keeps of round 1: `client.reference`
-    WORK/copies/                the copy that is being worked on
+    WORK/run.json               the run that this client takes part in, with its plan
+    WORK/memory/                what the client keeps from round 1 (see `client.reference`)
+    WORK/copies/                the copy that is being trained
     WORK/updates/               finished updates, until the round after next begins
-    WORK/copies.json            which copy was done under which number
+    WORK/copies.json            which copy was trained for which round and copy number
     WORK/error.txt              why a training failed
 
-A worker that is killed is restarted with the same command and goes on: a finished update is not trained again, and a job that
-is given again is answered with the same update. Another copy under the number of one that was done is refused: two copies under
-one number would tell the server more than the plan says.
+A killed worker can be restarted with the same command. A finished update is not trained again, and a repeated job gets
+the same update as its answer. A different copy with a number that was already used is refused, because two copies with
+one number would tell the server more than the plan allows.
 """
 
 import hashlib
@@ -65,12 +66,12 @@ from mpunlearn.schema import parse, read, write
 
 POLL_SECONDS = 0.3
 RETRY_SECONDS = 10.0
-"""A transfer that failed is tried again after this long."""
+"""A failed transfer is retried after this long."""
 
 
 @dataclass(frozen=True)
 class JoinedRun:
-    """WORK/run.json: the run that this client takes part in, as its first job described it."""
+    """The content of WORK/run.json: the run that this client takes part in, as its first job described it."""
 
     run: str
     rounds: int
@@ -81,23 +82,23 @@ class JoinedRun:
 
 @dataclass(frozen=True)
 class _Done:
-    """Which copy was done under a number."""
+    """Identifies a copy that was accepted for training."""
 
     copy: str
-    """SHA-256 over the names and digests of the copy's files."""
+    """SHA-256 (hex) over the names and digests of the copy's files."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """WORK/copies.json: which copy was done under which number. Format 2."""
+    """The content of WORK/copies.json: which copy was trained for which round and copy number. Format 2."""
 
     copies: dict[str, _Done] = field(default_factory=dict)
-    """By "round-R-copy-K"."""
+    """Keyed by "round-R-copy-K"."""
     format: int = 2
 
 
 def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
-    """A ledger's JSON in the current format. Format 1 was the dictionary of copies alone, with a digest of the plan in each."""
+    """Converts a ledger's JSON to the current format. Format 1 was only the dictionary, with the plan's digest added."""
     if "format" in value:
         return value
     return {"copies": {name: {"copy": entry["copy"]} for name, entry in value.items()}, "format": 2}
@@ -107,14 +108,14 @@ class Worker:
     """Does the jobs of one run.
 
     Args:
-        spool: the folder that the courier sees.
+        spool: the spool folder.
         folder: this worker's own folder, WORK.
-        policy: what may be asked of it.
+        policy: limits on what the server may ask for.
         forget: what to forget, as for `unlearn`.
-        retain: what to keep, likewise.
-        data: columns and locations of the examples.
+        retain: what to keep, in the same form.
+        data: how to read the examples.
         resources: memory, precision, trackers.
-        say: reports one line to people.
+        say: reports one line to the user.
 
     Raises:
         PlanError: a folder cannot be created.
@@ -138,7 +139,7 @@ class Worker:
         self._client: Client | None = None
         self._retry_at: dict[str, float] = {}
         self.connected = False
-        """Whether the server has been heard of."""
+        """Whether a message from the server has arrived."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.chmod(0o700)
@@ -147,10 +148,10 @@ class Worker:
         self.identity = Identity.at(folder / "identity.key")
 
     def step(self) -> str | None:
-        """Answers every message in the spool that has no answer yet; returns how the run ended, if it has.
+        """Answers every unanswered message in the spool folder; returns how the run ended, or None if it has not.
 
         Raises:
-            MPUError: the forget set or the plan is at fault, which only a person can fix.
+            MPUError: something is wrong that only the user can fix, such as an unreadable forget set.
         """
         waiting = [
             sealed for sealed in self._spool.unanswered() if time.monotonic() >= self._retry_at.get(sealed.name, 0)
@@ -179,7 +180,7 @@ class Worker:
         return read(JoinedRun, file) if file.exists() else None
 
     def _do(self, sealed: Sealed, job: Job) -> None:
-        """One job, from the checks to the answer."""
+        """Handles one job, from the checks to the answer."""
         what = f"round {job.round} of {job.rounds}, copy {job.copy} of {job.copies}"
         try:
             self._check(job)
@@ -188,12 +189,12 @@ class Worker:
         except _RefusalError as refusal:
             self._say(f"{what}: refused: {refusal}")
             self._answer(sealed, Result(job.run, sealed.name, refusal=str(refusal)))
-        except PlanError as error:  # the server must not learn what it is about the text that does not fit
+        except PlanError as error:  # the server must not learn anything about the text, so it gets no details
             self._say(f"{what}: refused: {error}")
             reason = "the plan cannot be followed with this client's text"
             self._answer(sealed, Result(job.run, sealed.name, refusal=reason))
         except (NetworkError, MessageError) as error:
-            # What arrived is not what the server signed. It may be there later.
+            # The files are missing or are not the ones that the server signed. They may arrive later.
             self._say(f"{what}: {error}")
             self._retry_at[sealed.name] = time.monotonic() + RETRY_SECONDS
         else:
@@ -201,39 +202,47 @@ class Worker:
             self._say(f"{what}: done")
 
     def _check(self, job: Job) -> None:
-        """Refuses a job that is not for this client, that the policy forbids, or whose plan is not the first job's."""
+        """Refuses a job for another client, one that the policy forbids, and one whose plan differs from the first job's.
+
+        Raises:
+            _RefusalError: the job must not be done.
+        """
         if job.client != self.identity.public:
             raise _RefusalError("the job is for another client")
         if violations := self._policy.violations(job):
             raise _RefusalError("; ".join(violations))
-        mine = JoinedRun(job.run, job.rounds, job.copies, parse(Training, job.training))
+        requested = JoinedRun(job.run, job.rounds, job.copies, parse(Training, job.training))
         joined = self._joined()
         if joined is None:
-            write(self._folder / "run.json", mine)
+            write(self._folder / "run.json", requested)
         elif joined.run != job.run:
             raise _RefusalError("this client takes part in another run; for this one it needs another --work")
-        elif joined != mine:
+        elif joined != requested:
             raise _RefusalError("the plan differs from the first job's")
 
     def _send(self, job: Job, update: Path) -> tuple[list[Any], list[Path]]:
-        """Uploads the files of an update to the job's slots, if it has any; returns their entries, and what travels inside."""
+        """Uploads an update to the job's upload slots, if it has any.
+
+        Returns:
+            The entries of the update's files, and the files that travel in the message itself.
+        """
         files = sorted(update.iterdir())
         size = sum(file.stat().st_size for file in files)
         if len(files) > len(job.slots) if job.slots else size > MAX_INLINE_BYTES:
             raise _RefusalError(
-                f"the update has {len(files)} files and {size / 1e6:.0f} MB, which does not fit where the job wants it; use a "
-                "store"
+                f"the update has {len(files)} files and {size / 1e6:.0f} MB, more than the job has room for; "
+                "use a store"
             )
         if job.slots:
             return [replace(put(file, job.slots[slot]), slot=slot) for slot, file in enumerate(files)], []
         return [file_entry(file) for file in files], files
 
     def _update(self, job: Job, sealed: Sealed, what: str) -> Path:
-        """The update that a job asks for: trained now, unless it was before.
+        """The update that a job asks for, trained now if it does not exist yet.
 
         Raises:
-            PlanError: another copy was done under this number, or the plan cannot be followed.
-            NetworkError: the copy cannot be fetched.
+            PlanError: another copy was trained under this number, or the plan cannot be followed.
+            NetworkError: the copy cannot be downloaded.
         """
         updates = self._folder / "updates"
         target = updates / f"round-{job.round}-copy-{job.copy}"
@@ -253,7 +262,7 @@ class Worker:
             raise _RefusalError("transformers cannot load the copy") from error
         except (MPUError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a copy or plan that makes no sense can fail anywhere in a training
+        except Exception as error:  # with an invalid copy or plan, training can fail anywhere
             self._client = None
             write_bytes(self._folder / "error.txt", traceback.format_exc().encode(errors="replace"))
             self._say(f"training failed: {type(error).__name__}; see {self._folder / 'error.txt'}")
@@ -262,21 +271,21 @@ class Worker:
         return target
 
     def _register(self, job: Job, name: str) -> int:
-        """Notes which copy is done under a number; returns the newest round."""
+        """Records which copy is trained under a number; returns the newest round."""
         file = self._folder / "copies.json"
         ledger = read(Ledger, file, _upgrade) if file.exists() else Ledger()
-        newest = max((int(done.split("-")[1]) for done in ledger.copies), default=job.round)
+        newest = max((int(number.split("-")[1]) for number in ledger.copies), default=job.round)
         if job.round < newest - 1:
             raise _RefusalError(f"round {job.round} is over: round {newest} has begun")
         listed = json.dumps([(entry.name, entry.sha256) for entry in job.files])
-        mine = _Done(hashlib.sha256(listed.encode()).hexdigest())
-        if ledger.copies.get(name, mine) != mine:
+        current = _Done(hashlib.sha256(listed.encode()).hexdigest())
+        if ledger.copies.get(name, current) != current:
             raise _RefusalError(f"round {job.round}, copy {job.copy} was another copy before; expected the same again")
-        write(file, Ledger({**ledger.copies, name: mine}))
+        write(file, Ledger({**ledger.copies, name: current}))
         return newest
 
     def _fetch(self, job: Job, sealed: Sealed, what: str) -> Path:
-        """Brings the copy here, and checks that it is a checkpoint of a known family and says that it is this copy."""
+        """Downloads the copy, and checks that its family is supported and that its card matches the job."""
         self._say(f"{what}: fetching")
         copy = self._folder / "copies" / f"round-{job.round}-copy-{job.copy}"
         payloads = sealed.payloads()
@@ -287,13 +296,13 @@ class Worker:
             checkpoint = Checkpoint(copy)
             Architecture.of(checkpoint).tensor_roles(checkpoint)
         except (CheckpointError, UnsupportedModelError) as error:
-            raise _RefusalError(f"the copy is not a checkpoint of a known family: {error}") from error
+            raise _RefusalError(f"the copy is not a checkpoint of a supported family: {error}") from error
         if (card := Card.of(checkpoint.config)) != Card(job.run, job.round, job.copy, job.copies):
-            raise _RefusalError(f"the copy says that it is {card}, the job says otherwise")
+            raise _RefusalError(f"the copy's card ({card}) does not match the job")
         return copy
 
     def _client_for(self, job: Job) -> Client:
-        """The training side, created once for all jobs."""
+        """The client that trains, created once for all jobs."""
         if self._client is None:
             training = parse(Training, job.training)
             self._client = Client(memory=self._folder / "memory", training=training, **self._sources)
@@ -301,10 +310,10 @@ class Worker:
 
 
 def _order(sealed: Sealed) -> tuple[int, int, str]:
-    """Jobs in the order of rounds and copies, after everything else."""
+    """Sort key: jobs by round and copy, after all other messages."""
     job = sealed.message
     return (job.round, job.copy, sealed.name) if isinstance(job, Job) else (0, 0, sealed.name)
 
 
 class _RefusalError(PlanError):
-    """Why a job is not done, in words that the server may read: they say nothing about the forget set."""
+    """Why a job is refused, in words that are safe to send to the server: they reveal nothing about the forget set."""

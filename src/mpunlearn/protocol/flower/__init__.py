@@ -1,6 +1,6 @@
-"""Flower as the carrier: its programs are started and kept running here, and the courier app runs in them.
+"""Flower as the transport: starts its programs, keeps them running, and contains the courier app that runs inside them.
 
-Flower's runs do not survive a crash and its control API asks for no password, so no part of a run depends on either: the
-courier is stateless, a new Flower run takes over where one ended, and only the paths that nodes need can be reached from
-outside.
+Flower's runs do not survive a crash, and its control API is not authenticated, so MPU relies on neither: the courier is
+stateless, a new Flower run continues where the last one ended, and only the API paths that nodes need can be reached
+from outside.
 """

@@ -1,8 +1,9 @@
-"""Keys and certificates of a run: the server's own certificate authority, the nodes' keys, and the two files to exchange.
+"""Keys and certificates of a run, and the two files by which the parties exchange their public keys.
 
-A client gives the server `client.json`: its Ed25519 key, which signs results, and its node's ECDSA key, by which Flower
-authenticates it. The server gives every client `invitation.json`: the address, the certificate to trust, and the key that signs
-jobs. Neither file is secret, but everything else rests on them: exchange them over a channel that both parties trust.
+A client gives the server its `client.json`, with the public parts of its Ed25519 key, which signs results, and of the
+ECDSA key of its node, with which Flower authenticates the node. The server gives every client its `invitation.json`,
+with its address, the certificate of its own certificate authority, and the public key that verifies jobs. Neither file
+is secret, but all authentication depends on them, so they must be exchanged over a channel that both parties trust.
 """
 
 import datetime
@@ -22,33 +23,33 @@ from mpunlearn.protocol.identity import HEX, Identity
 from mpunlearn.schema import read
 
 CERTIFICATE_YEARS = 2
-"""How long a run's certificates are valid."""
+"""Validity period of the certificates of a run."""
 _NODE_KEY = re.compile(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+")
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client tells the server about itself: client.json."""
+    """The content of client.json, which a client gives to the server."""
 
     key: str
-    """Ed25519 public key, hexadecimal."""
+    """Ed25519 public key of the client, hexadecimal."""
     node: str
-    """Its node's public key, in OpenSSH format."""
+    """Public key of the client's node, in OpenSSH format."""
 
     def __post_init__(self) -> None:
         if not (HEX.fullmatch(self.key) and _NODE_KEY.fullmatch(self.node)):
-            raise SchemaError("expected the two keys that `mpunlearn client key` writes")
+            raise SchemaError("expected the two public keys written by `mpunlearn client key`")
 
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a server tells its clients: invitation.json."""
+    """The content of invitation.json, which the server gives to its clients."""
 
     address: str
     server_key: str
     ca: str | None = None
-    """The certificate to trust, PEM; None: no TLS, on a loopback address."""
+    """CA certificate to trust, in PEM format; None: no TLS, allowed on a loopback address only."""
 
     def __post_init__(self) -> None:
         if not (HEX.fullmatch(self.server_key) and _ADDRESS.fullmatch(self.address)):
@@ -58,31 +59,31 @@ class Invitation:
 
 
 def read_keys(path: str | Path) -> ClientKeys:
-    """The content of a client.json.
+    """Reads a client.json.
 
     Raises:
-        PlanError: it cannot be read.
+        PlanError: the file cannot be read, or has invalid content.
     """
     try:
         return read(ClientKeys, Path(path))
     except (FileError, SchemaError) as error:
-        raise PlanError(f"not a client's client.json: {error}") from error
+        raise PlanError(f"not a valid client.json: {error}") from error
 
 
 def read_invitation(path: str | Path) -> Invitation:
-    """The content of an invitation.json.
+    """Reads an invitation.json.
 
     Raises:
-        PlanError: it cannot be read.
+        PlanError: the file cannot be read, or has invalid content.
     """
     try:
         return read(Invitation, Path(path))
     except (FileError, SchemaError) as error:
-        raise PlanError(f"not a server's invitation.json: {error}") from error
+        raise PlanError(f"not a valid invitation.json: {error}") from error
 
 
 def client_keys(folder: Path) -> ClientKeys:
-    """The keys in a client's folder, generated if there are none; also writes their public part, FOLDER/client.json."""
+    """Reads the keys in a client's folder, or generates them if missing, and writes FOLDER/client.json."""
     identity, private = Identity.at(folder / "identity.key"), folder / "node.key"
     if not private.exists():
         key = ec.generate_private_key(ec.SECP384R1())
@@ -98,10 +99,10 @@ def client_keys(folder: Path) -> ClientKeys:
 
 
 def certificates(folder: Path, host: str) -> tuple[Path, Path, Path]:
-    """A certificate authority and the server's certificate, for a host name and for the loopback address; created once.
+    """Creates a certificate authority and a server certificate for a host and the loopback address, unless they exist.
 
     Returns:
-        The PEM files of the authority's certificate, the server's certificate, and the server's key.
+        The PEM files of the authority's certificate, the server's certificate, and the server's private key.
     """
     ca_file, server_file, key_file = folder / "ca.crt", folder / "server.pem", folder / "server.key"
     if server_file.exists():

@@ -1,7 +1,7 @@
-"""Flower's programs as children of this one: started in a controlled environment, and restarted when they die.
+"""Runs Flower's programs as child processes, in a controlled environment, and restarts them when they die.
 
-A killed program leaves its own children running, and so does this one. All of them have this run's FLWR_HOME in their
-environment; by that they are found and killed before a replacement is started.
+A killed program leaves its own children running, and so does this process when it is killed. All of them have the
+FLWR_HOME of this run in their environment, so they can be found and killed before a replacement is started.
 """
 
 import os
@@ -20,18 +20,18 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-"""No telemetry, no update checks, no packages installed at run time."""
+"""Disables telemetry, update checks, and the installation of packages at run time."""
 RESTART_SECONDS = 3.0
-"""Seconds between two starts of a program."""
+"""Minimum time between two starts of a program."""
 
 
 class Program:
     """A program that is kept running.
 
     Args:
-        command: the name of a script installed beside this Python, and its arguments.
-        log: the file that its output is appended to.
-        home: Flower's folder for configuration and runs.
+        command: name of a script in the folder of the running Python interpreter, and its arguments.
+        log: file to append the output to.
+        home: Flower's home folder, for its configuration and runs.
     """
 
     def __init__(self, command: Sequence[str], log: Path, home: Path) -> None:
@@ -58,7 +58,7 @@ class Program:
         return True
 
     def stop(self) -> None:
-        """Terminates the program and everything that it started."""
+        """Terminates the program and all its children."""
         if self._child is not None:
             self._child.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -67,7 +67,7 @@ class Program:
 
 
 def kill_orphans(home: Path) -> None:
-    """Kills every process that runs with this FLWR_HOME."""
+    """Kills all other processes that have this FLWR_HOME in their environment."""
     import psutil
 
     killed = []
@@ -80,19 +80,19 @@ def kill_orphans(home: Path) -> None:
 
 
 def script(name: str) -> str:
-    """The path of a script that is installed beside this Python.
+    """The path of a script in the folder of the running Python interpreter.
 
     Raises:
         NetworkError: Flower is not installed.
     """
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise NetworkError(f"{name}: not found beside {sys.executable}; pip install 'mpunlearn[network]'")
+        raise NetworkError(f"{name}: not found next to {sys.executable}; run `pip install 'mpunlearn[network]'`")
     return str(path)
 
 
 def environment(home: Path) -> Mapping[str, str]:
-    """The environment of Flower's programs; the PATH lets them find one another's scripts."""
+    """The environment of Flower's programs. Its PATH lets them find each other's scripts."""
     return {
         **os.environ,
         **QUIET,
@@ -102,21 +102,26 @@ def environment(home: Path) -> Mapping[str, str]:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nothing is listening on."""
+    """Returns a port that is free on the loopback address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def wait_for_port(port: int, seconds: float, what: str) -> None:
-    """Waits until something is listening on a loopback port.
+    """Waits until a program is listening on a port of the loopback address.
+
+    Args:
+        port: the port.
+        seconds: how long to wait.
+        what: name of the program, for the error message.
 
     Raises:
-        NetworkError: nothing is, after that many seconds.
+        NetworkError: no program is listening after this time.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.2)
-    raise NetworkError(f"{what} does not listen on port {port} after {seconds:g} s; see its log")
+    raise NetworkError(f"{what} is not listening on port {port} after {seconds:g} s; see its log")

@@ -1,10 +1,14 @@
-"""The server's side of a run over a network: a loop over small objects, each of which looks after one thing.
+"""The main loop of the server in a run over a network.
 
-The idea: everything that must outlive this process is a file that is written atomically, so every step looks at what is there
-and does what is missing. Killed at any point and started again, the run ends with the same bytes. Messages go through a mail
-folder; it does not matter here who carries them (Flower, or a function in a test).
+In each round, the coordinator publishes the perturbed copies of the model, gives every client a job for each copy that
+it is to unlearn on, collects the updates, and aggregates them into the next model.
 
-Whatever arrives changes nothing until it has been checked in full. What does not pass is refused, reported, and forgotten.
+The idea: all state that must survive the process is in files that are written atomically, so each step checks what
+exists and does what is missing. The server can be killed and restarted at any point; the result is byte-identical.
+Messages are exchanged through a mail folder, independently of the transport (Flower, or a function in a test).
+
+A message has no effect until it has been checked in full. A message that fails a check is rejected, reported and
+deleted.
 """
 
 import shutil
@@ -33,34 +37,35 @@ from mpunlearn.server.state import ServerState
 from mpunlearn.server.updates import changed_tensors
 
 FAREWELL_SECONDS = 30.0
-"""How long the end of a run waits for the clients to hear of it."""
+"""How long to wait at the end of a run until the clients have been notified."""
 MAIL_MARGIN_SECONDS = 86400
-"""How much longer than the deadline signed URLs are valid."""
+"""How much longer than the deadline signed URLs remain valid."""
 
 
 class Coordinator:
-    """A run's server side, advanced a step at a time.
+    """The server's side of a run, advanced one step at a time.
 
     Args:
-        plan: the run's, with a `Service`.
+        plan: the plan of the run, with a `Service`.
         path: the run's directory.
-        say: reports one line to people.
-        store: in place of the plan's, for tests.
+        say: logs one line.
+        store: replaces the store of the plan, for tests.
 
     Raises:
-        PlanError: the plan contradicts itself.
+        PlanError: the plan is not for a run over a network, or contradicts itself.
     """
 
     def __init__(
         self, plan: RunPlan, path: Path, say: Callable[[str], None] = say_line, store: Store | None = None
     ) -> None:
         if plan.service is None:
-            raise PlanError(f"{path}: is a run of both parties in one process; go on with `mpunlearn run`")
+            raise PlanError(f"{path}: is a run with both parties in one process; resume it with `mpunlearn run`")
         self._plan, self.service, self._say = plan, plan.service, say
         self._federation, self._copies = plan.service.federation, plan.perturbation.copies
         if self._federation.assign == "one" and self._federation.clients != self._copies:
             raise PlanError(
-                f"--assign one: expected as many --clients as --copies, {self._copies}, found {self._federation.clients}"
+                f"--assign one: expected as many --clients as --copies, found {self._federation.clients} clients and "
+                f"{self._copies} copies"
             )
         self.folder = RunFolder(path)
         self.folder.make()
@@ -80,22 +85,24 @@ class Coordinator:
         self._has_stepped, self._trouble = False, ""
 
     def step(self) -> bool:
-        """Does what can be done now. If the store does not respond, that is reported, and the next step tries again.
+        """Does everything that can be done now.
+
+        If the store does not respond, this is reported once and the next step tries again.
 
         Returns:
             Whether the run is complete.
 
         Raises:
-            NetworkError: a client does not answer, or refuses, and the run cannot go on without it; or the store did not
-                respond at the very first step.
-            MPUError: as `preprocess` and `postprocess` do.
+            NetworkError: a client does not answer or declines its job, and the run cannot continue without it; or the
+                store does not respond in the first step.
+            MPUError: as raised by `preprocess` and `postprocess`.
         """
         try:
             complete = self._step()
         except NetworkError as error:
             if isinstance(error, LostClientError) or not self._has_stepped:
                 raise
-            self._open = None  # look at everything again
+            self._open = None  # check the whole state again in the next step
             if str(error) != self._trouble:
                 self._trouble = str(error)
                 self._say(f"{error}; retrying")
@@ -118,7 +125,7 @@ class Coordinator:
         if self.publication.expired(number):
             self._open = None
             return False
-        now = time.time()  # what arrives while the inbox is read is in time
+        now = time.time()  # taken before reading the inbox, so that answers arriving meanwhile are not late
         for file in sorted(self.folder.inbox.iterdir()):
             if not file.name.startswith("."):
                 self._read(number, file)
@@ -127,7 +134,8 @@ class Coordinator:
             self._show(number, "waiting for clients")
             if self._deadlines.waited_for_clients:
                 raise LostClientError(
-                    f"only {len(self.roster.clients)} of {self._federation.clients} clients have come"
+                    f"only {len(self.roster.clients)} of {self._federation.clients} clients connected before the "
+                    "deadline; run `server resume` to wait again"
                 )
             return False
         pairs = self.roster.pairs(self._federation.assign, self._copies)
@@ -144,7 +152,7 @@ class Coordinator:
         return False
 
     def farewell(self, outcome: str) -> None:
-        """Tells the clients that the run is over, and waits a little until they have heard."""
+        """Notifies the clients that the run is over, and waits up to `FAREWELL_SECONDS` for their acknowledgments."""
         nodes = list(self.roster.nodes)
         message = seal(Finished(self._run, outcome), self.identity)
         name = Sealed.open(message).name
@@ -158,7 +166,7 @@ class Coordinator:
             file.unlink(missing_ok=True)
 
     def _publish(self, number: int) -> None:
-        """Publishes the round's copies, and takes up the jobs that are open."""
+        """Publishes the copies of a round and loads its open jobs."""
         if not self.folder.copies(number).exists():
             self._show(number, "publishing")
             self._rounds.publish(number, self.folder.copies(number))
@@ -170,10 +178,10 @@ class Coordinator:
         self.roster.keep_challenges({file.parent.name for file in outbox.glob("*/*")})
         for file in outbox.glob("*/*"):
             if file.parent.name in self.roster.nodes and file.name not in self.jobs.open:
-                file.unlink()  # it belongs to a job that is no longer open
+                file.unlink()  # the job is no longer open
 
     def _challenge_nodes(self) -> None:
-        """Asks every node that has not said so which client it carries for."""
+        """Challenges each node whose client is not known yet."""
         for node in sorted(file.name for file in self.folder.nodes.iterdir() if file.name.isdigit()):
             if (challenge := self.roster.challenge(node, self._run)) is not None:
                 message = seal(challenge, self.identity)
@@ -181,13 +189,13 @@ class Coordinator:
                 write_bytes(self.folder.outbox(node) / Sealed.open(message).name, message)
 
     def _read(self, number: int, file: Path) -> None:
-        """Takes one message, or refuses it; either way it is gone afterwards."""
+        """Processes or rejects one message; in either case its file is deleted."""
         node, _, name = file.name.partition("-")
         client = self.roster.client_of(node)
         sender = client[:16] if client else f"node {node}"
         try:
             if not HEX.fullmatch(name):
-                raise MessageError("does not answer any message")
+                raise MessageError("its file name is not the digest of a message that it answers")
             sealed = Sealed.open(file.read_bytes())
             if isinstance(sealed.message, Hello):
                 self._enroll(node, sealed, name)
@@ -196,7 +204,7 @@ class Coordinator:
             else:
                 raise MessageError("expected a result")
         except MessageError as error:
-            self._say(f"refused a message of {sender}: {error}")
+            self._say(f"rejected a message from {sender}: {error}")
             if name in self.jobs.open and self.jobs.open[name].job.client == client:
                 self._ask_again(name)
             elif client is None and HEX.fullmatch(name):
@@ -204,101 +212,101 @@ class Coordinator:
                 self.roster.refuse_answer(node)
         except LostClientError:
             raise
-        except NetworkError as error:  # not the client's fault: the courier will bring the message again
+        except NetworkError as error:  # not the client's fault; the courier will deliver the message again
             if client is not None:
                 self._deadlines.excuse(client)
-            self._say(f"cannot take a message of {sender} now: {error}")
+            self._say(f"cannot process a message from {sender} now: {error}")
         finally:
             file.unlink(missing_ok=True)
 
     def _enroll(self, node: str, sealed: Sealed, name: str) -> None:
-        """Takes a client's answer to a challenge."""
+        """Processes a client's answer to a challenge."""
         for old in self.roster.enroll(sealed.message, self._run, node, sealed.sender):
             shutil.rmtree(self.folder.outbox(old), ignore_errors=True)
         (self.folder.outbox(node) / name).unlink(missing_ok=True)
         self._say(f"client {sealed.sender[:16]} is connected")
 
     def _take(self, number: int, client: str | None, sealed: Sealed) -> None:
-        """Acts on a result."""
+        """Acts on the verdict on a result."""
         match self._results.check(sealed, client, number):
             case Accepted(name, job):
                 self.jobs.withdraw(name)
-                self._say(f"round {number}: update of copy {job.copy} of {job.copies} from {job.client[:16]}")
+                self._say(f"round {number}: update of copy {job.copy} of {job.copies} from client {job.client[:16]}")
             case Declined(job, reason):
-                self.jobs.withdraw_all(job.client)  # once it is settled, the client is asked again
-                self._drop({job.client: f"refuses copy {job.copy} of round {job.round}: {reason}"})
+                self.jobs.withdraw_all(job.client)  # if the run is resumed with this client, it gets new jobs
+                self._drop({job.client: f"declined copy {job.copy} of round {job.round}: {reason}"})
             case Rejected(reason):
                 raise MessageError(reason)
 
     def _ask_again(self, name: str) -> None:
-        """Gives a job again whose result was refused, but not forever."""
+        """Reissues a job whose result was rejected, up to `MAX_ATTEMPTS` times."""
         job = self.jobs.open[name].job
         if not self.jobs.ask_again(name):
-            reason = f"sent {MAX_ATTEMPTS} results for copy {job.copy} of round {job.round} that were refused"
+            reason = f"sent {MAX_ATTEMPTS} results for copy {job.copy} of round {job.round} that were rejected"
             self._drop({job.client: reason})
 
     def _agree(self, number: int, pairs: list[tuple[str, int]]) -> bool:
-        """Whether all updates are of the same tensors. Clients that differ from the majority are dropped.
+        """Checks whether all updates change the same tensors, and drops the clients that differ from the majority.
 
         Raises:
-            LostClientError: too few would be left.
+            LostClientError: too few clients would be left.
         """
         tensors: dict[str, set[frozenset[str]]] = {}
         for client, copy in pairs:
             path = self.folder.update(number, client, copy)
             tensors.setdefault(client, set()).add(frozenset(changed_tensors(path)))
         votes = Counter(next(iter(names)) for names in tensors.values() if len(names) == 1)
-        usual = {names for names, count in votes.items() if 2 * count > len(tensors)}
-        if odd := [client for client, names in tensors.items() if names != usual]:
-            for client in odd:  # if the run goes on with them after all, then with other updates
+        majority = {names for names, count in votes.items() if 2 * count > len(tensors)}
+        if outliers := [client for client, names in tensors.items() if names != majority]:
+            for client in outliers:  # if the run is resumed with them, they must send new updates
                 shutil.rmtree(self.folder.updates(number, client))
-            self._drop(dict.fromkeys(odd, f"trained other tensors than the others in round {number}"))
-        return not odd
+            self._drop(dict.fromkeys(outliers, f"trained different tensors than the others in round {number}"))
+        return not outliers
 
     def _check_deadline(self, number: int, missing: list[tuple[str, int]], now: float) -> None:
-        """Drops the clients that are late, all of them or none."""
+        """Drops all late clients together, or none of them."""
         complete = self.roster.complete_since or 0.0
         begun = self.publication.begun(number)
         if late := self._deadlines.late(missing, complete=complete, begun=begun, now=now):
             seconds = self._federation.deadline
             self._drop(
                 {
-                    client: f"has not answered for copy {', '.join(map(str, copies))} of round {number} in {seconds:g} s"
+                    client: f"did not answer for copy {', '.join(map(str, copies))} of round {number} in {seconds:g} s"
                     for client, copies in late.items()
                 }
             )
 
     def _drop(self, reasons: dict[str, str]) -> None:
-        """Goes on without some clients, in all copies, for the rest of the run.
+        """Drops clients, on all copies, for the rest of the run.
 
         Raises:
-            LostClientError: too few would be left; then nobody is dropped.
+            LostClientError: too few clients would be left; in this case none is dropped.
         """
         self.roster.drop(reasons, self._federation.quorum)
         for client, reason in reasons.items():
             self.jobs.withdraw_all(client)
-            self._say(f"goes on without client {client[:16]}: it {reason}")
+            self._say(f"continuing without client {client[:16]}: it {reason}")
 
     def _aggregate(self, number: int, pairs: list[tuple[str, int]]) -> None:
-        """Averages over clients, makes the next model, and closes the round."""
+        """Averages the updates of each copy over clients, computes the next model, and closes the round."""
         self._show(number, "aggregating")
         shutil.rmtree(self.folder.averages(number), ignore_errors=True)
         clients = self.roster.clients
         weights = dict(zip(clients, self._federation.weights or [1.0] * len(clients), strict=True))
         updates = []
         for copy in range(1, self._copies + 1):
-            mine = [client for client, given in pairs if given == copy]
-            paths = [self.folder.update(number, client, copy) for client in mine]
+            senders = [client for client, assigned in pairs if assigned == copy]
+            paths = [self.folder.update(number, client, copy) for client in senders]
             if len(paths) > 1:
                 target = self.folder.averages(number) / f"copy-{copy}"
-                paths = [average(paths, [weights[client] for client in mine], target)]
+                paths = [average(paths, [weights[client] for client in senders], target)]
             updates += paths
         self._rounds.aggregate(number, updates)
         self._clear(number)
         self._say(f"round {number} of {self._plan.rounds} is complete")
 
     def _clear(self, number: int) -> None:
-        """Removes what a closed round has left."""
+        """Removes the files of a closed round."""
         self._rounds.tidy(number)
         if not self.folder.exchange(number).exists():
             return
@@ -308,7 +316,7 @@ class Coordinator:
         shutil.rmtree(self.folder.exchange(number))
 
     def _show(self, number: int, phase: str) -> None:
-        """Writes status.json."""
+        """Writes the current status to status.json."""
         pairs, dropped = self.roster.pairs(self._federation.assign, self._copies), self.roster.dropped
         clients = {}
         for client in self.roster.clients:

@@ -1,17 +1,17 @@
-"""When a client is late.
+"""Deadlines of the clients.
 
-The deadline of a round begins when the server started, when all clients had come, or when the copies were published, whichever
-was last. A client whose answer came while the store was down has twice as much time.
+The time limit of a round starts when the server was started, when all clients were connected, or when the copies were
+published, whichever is last. It is doubled for a client whose answer arrived while the store was not available.
 """
 
 import time
 
 
 class Deadlines:
-    """Keeps track of who is late.
+    """Determines which clients are late.
 
     Args:
-        seconds: how long a client may take for a round.
+        seconds: time limit of a client in a round.
         started: when the server started, in seconds since the epoch (default: now).
     """
 
@@ -21,23 +21,23 @@ class Deadlines:
 
     @property
     def waited_for_clients(self) -> bool:
-        """Whether the time in which the clients should have come is over."""
+        """Whether the time limit for all clients to connect has passed."""
         return time.time() - self._started > self._seconds
 
     def excuse(self, client: str) -> None:
-        """Gives a client twice as much time, since its answer could not be fetched."""
+        """Doubles the time limit of a client, because its answer could not be fetched."""
         self._excused.add(client)
 
     def late(
         self, missing: list[tuple[str, int]], *, complete: float, begun: float, now: float
     ) -> dict[str, list[int]]:
-        """The clients that are late, and the copies that they have not answered for.
+        """The late clients, each with the copies that it has not answered for.
 
         Args:
-            missing: (client, copy) of every update that has not come.
-            complete: when the last client came, in seconds since the epoch.
-            begun: when the copies were published.
-            now: the time up to which answers have been looked at.
+            missing: (client, copy) of each missing update.
+            complete: when the last client connected, in seconds since the epoch.
+            begun: when the copies were published, in seconds since the epoch.
+            now: the time up to which answers have been read, in seconds since the epoch.
         """
         start = max(self._started, complete, begun)
         late: dict[str, list[int]] = {}

@@ -1,13 +1,14 @@
-"""Where everything of a served run is. All of it belongs to the server; what must outlive the process is in files.
+"""The directory layout of a run over a network. All of it is private to the server.
 
-RUN/plan.json              the plan, pinned
-RUN/identity.key           the server's Ed25519 key
-RUN/clients.json           who takes part: `roster`
-RUN/state, RUN/round-N     the secret state, and θ between rounds: `server.rounds`
-RUN/exchange/round-N/      copies, jobs that are open, updates that were accepted
-RUN/mail/                  nodes, outbox, inbox: the courier's
+RUN/plan.json              the plan of the run
+RUN/identity.key           the server's Ed25519 private key
+RUN/invitation.json        what clients need in order to connect
+RUN/clients.json           the clients and their nodes (see `roster`)
+RUN/state, RUN/round-N     the secret state, and θ between rounds (see `server.rounds`)
+RUN/exchange/round-N/      copies, open jobs, accepted updates
+RUN/mail/                  the courier's nodes, outbox and inbox
 RUN/flower/                Flower's database, configuration, certificates and logs
-RUN/status.json            for people
+RUN/status.json            progress, for `server status`
 RUN/final                  the unlearned checkpoint
 """
 
@@ -23,7 +24,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """The pinned plan."""
+        """The plan of the run."""
         return self.path / "plan.json"
 
     @property
@@ -33,17 +34,17 @@ class RunFolder:
 
     @property
     def roster(self) -> Path:
-        """Who takes part."""
+        """The clients and their nodes."""
         return self.path / "clients.json"
 
     @property
     def status(self) -> Path:
-        """How far the run is."""
+        """The progress of the run."""
         return self.path / "status.json"
 
     @property
     def invitation(self) -> Path:
-        """What clients need in order to connect."""
+        """The file that clients need in order to connect."""
         return self.path / "invitation.json"
 
     @property
@@ -58,17 +59,17 @@ class RunFolder:
 
     @property
     def mail(self) -> Path:
-        """The courier's folder."""
+        """The folder of the courier, which exchanges messages with the nodes."""
         return self.path / "mail"
 
     @property
     def nodes(self) -> Path:
-        """A file for each node that the courier has seen, touched whenever it sees it."""
+        """A file per node, touched whenever the courier sees the node."""
         return self.mail / "nodes"
 
     @property
     def inbox(self) -> Path:
-        """What came back, NODE-NAME."""
+        """Answers from nodes, as files NODE-NAME."""
         return self.mail / "inbox"
 
     @property
@@ -77,11 +78,11 @@ class RunFolder:
         return self.mail / "done"
 
     def outbox(self, node: str) -> Path:
-        """What is to be sent to a node."""
+        """Messages to be sent to a node."""
         return self.mail / "outbox" / node
 
     def exchange(self, number: int) -> Path:
-        """Everything of a round that is open."""
+        """Files of an open round."""
         return self.path / "exchange" / f"round-{number}"
 
     def copies(self, number: int) -> Path:
@@ -93,11 +94,11 @@ class RunFolder:
         return self.copies(number) / f"copy-{copy}"
 
     def files(self, number: int) -> Path:
-        """What the copies' files are, and where clients get them."""
+        """The files of the copies, and where clients can download them."""
         return self.exchange(number) / "files.json"
 
     def jobs(self, number: int) -> Path:
-        """The jobs that are open."""
+        """The open jobs."""
         return self.exchange(number) / "jobs"
 
     def updates(self, number: int, client: str) -> Path:

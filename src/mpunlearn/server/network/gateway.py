@@ -1,8 +1,9 @@
-"""A reverse proxy that passes nodes' requests on to Flower's SuperLink, and nothing else.
+"""A reverse proxy in front of Flower's SuperLink that forwards only the requests of nodes.
 
-A SuperLink serves nodes, users and apps on one port, and its open-source build does not authenticate users: whoever reaches the
-control API can start runs and register keys. So it listens on the loopback address only, and this proxy stands in front of it
-with the same certificate. The SuperLink itself authenticates nodes, by their registered keys.
+A SuperLink serves nodes, users and apps on the same port, and its open-source build does not authenticate users: anyone
+who can reach the control API can start runs and register keys. Therefore the SuperLink listens on the loopback address
+only, and this proxy is exposed instead, with the same certificate. Nodes are authenticated by the SuperLink itself,
+with their registered keys.
 """
 
 import threading
@@ -15,19 +16,19 @@ from typing import Any
 from mpunlearn.errors import NetworkError
 
 NODE_PATHS = "/v1/fleet/"
-"""Prefix of the paths that nodes need."""
+"""Path prefix of the API for nodes."""
 
 
 class Gateway:
-    """Serves in a thread of this process until it is stopped.
+    """The proxy, served from a thread of this process.
 
     Args:
         host: address to listen on.
         port: port to listen on.
-        upstream: the SuperLink's port on the loopback address.
-        ca: the authority's certificate, by which the SuperLink is known.
+        upstream: port of the SuperLink on the loopback address.
+        ca: certificate of the authority, for verifying the SuperLink.
         certificate: the server's certificate.
-        key: its key.
+        key: private key of the certificate.
     """
 
     def __init__(self, host: str, port: int, upstream: int, ca: Path, certificate: Path, key: Path) -> None:
@@ -57,7 +58,7 @@ class Gateway:
         while self._thread.is_alive() and not self._server.started:
             time.sleep(0.05)
         if not self._server.started:
-            raise NetworkError(f"--port: cannot listen on {self._address}; is it in use?")
+            raise NetworkError(f"--port: cannot listen on {self._address}; if it is in use, choose another --port")
 
     def stop(self) -> None:
         """Stops serving."""
@@ -66,7 +67,7 @@ class Gateway:
 
 
 def proxy(upstream: str, ca: Path) -> Any:
-    """The proxy as an ASGI application: POST to paths below `NODE_PATHS` is passed on, everything else is 404."""
+    """The ASGI application: forwards POST requests to paths below `NODE_PATHS`, answers all others with 404."""
     import ssl
 
     import httpx
@@ -78,20 +79,20 @@ def proxy(upstream: str, ca: Path) -> Any:
     client = httpx.AsyncClient(
         base_url=upstream, verify=ssl.create_default_context(cafile=str(ca)), timeout=None, trust_env=False
     )
-    hop = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host", "content-length"}
+    hop_by_hop = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host", "content-length"}
 
     async def forward(request: Request) -> Response:
         path = request.scope["raw_path"].decode("latin-1").split("?")[0]
         if not path.startswith(NODE_PATHS) or ".." in path or "%" in path or "//" in path:
             return PlainTextResponse("not found", 404)
-        headers = [(name, value) for name, value in request.headers.items() if name not in hop]
+        headers = [(name, value) for name, value in request.headers.items() if name not in hop_by_hop]
         if "content-length" in request.headers:
             headers.append(("content-length", request.headers["content-length"]))
         try:
             outgoing = client.build_request("POST", path, headers=headers, content=request.stream())
             answer = await client.send(outgoing, stream=True)
         except httpx.TransportError:
-            return PlainTextResponse("the run's server is starting", 503)
+            return PlainTextResponse("the server of the run is starting", 503)
 
         async def body() -> AsyncIterator[bytes]:
             try:
@@ -100,8 +101,9 @@ def proxy(upstream: str, ca: Path) -> Any:
             finally:
                 await answer.aclose()
 
-        kept = {name: value for name, value in answer.headers.items() if name not in hop - {"content-length"}}
-        return StreamingResponse(body(), answer.status_code, kept)
+        dropped = hop_by_hop - {"content-length"}
+        forwarded = {name: value for name, value in answer.headers.items() if name not in dropped}
+        return StreamingResponse(body(), answer.status_code, forwarded)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

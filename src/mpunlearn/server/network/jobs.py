@@ -1,4 +1,8 @@
-"""The jobs that are open: sealed once, kept on disk, and linked into the outbox of whichever node carries for the client."""
+"""The open jobs. A job asks one client to unlearn on one copy of a round.
+
+Each job is signed once, stored on disk, and linked into the outbox of the node that currently relays messages for the
+client.
+"""
 
 import os
 import secrets
@@ -14,7 +18,7 @@ from mpunlearn.server.network.publication import Publication, key
 from mpunlearn.server.plan import RunPlan
 
 MAX_ATTEMPTS = 3
-"""How often a job is given to a client whose results are refused, before the client counts as not answering."""
+"""How often a job is issued to a client whose results are rejected before the client is dropped."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class OpenJob:
 
 
 class Jobs:
-    """The open jobs.
+    """Issues and withdraws jobs.
 
     Args:
-        folder: the run's.
-        plan: the run's.
-        identity: signs the jobs.
-        publication: where the copies' files are.
-        store: where updates are put, or None if they travel in the results.
+        folder: the run's directory.
+        plan: the run's plan.
+        identity: the server's key, which signs the jobs.
+        publication: the published files of the copies.
+        store: where clients upload updates, or None if updates are sent in the results.
     """
 
     def __init__(
@@ -45,13 +49,13 @@ class Jobs:
 
     @property
     def open(self) -> dict[str, OpenJob]:
-        """The open jobs by name, the SHA-256 of the sealed job."""
+        """The open jobs by name, which is the SHA-256 of the signed message."""
         return dict(self._open)
 
     def load(self, number: int) -> None:
-        """Reads the open jobs of a round from disk; those whose update has been accepted are withdrawn.
+        """Reads the open jobs of a round from disk, and withdraws those whose update has already been accepted.
 
-        Everything else that is in the outboxes of known nodes belongs to no open job and should be removed by the caller.
+        All other files in the outboxes of known nodes are obsolete; the caller should remove them.
         """
         self._open = {}
         for file in sorted(self._folder.jobs(number).glob("*-copy-*")):
@@ -62,11 +66,12 @@ class Jobs:
                     self.withdraw(sealed.name)
 
     def give(self, run: str, number: int, client: str, copy: int, node: str | None) -> None:
-        """Makes sure that a job is open, and is in the outbox of the client's node if it has one."""
+        """Ensures that a job is open, and that it is in the outbox of the client's node if there is one."""
         wanted = (number, client, copy)
-        name = next(
-            (name for name, out in self._open.items() if (out.job.round, out.job.client, out.job.copy) == wanted), None
+        matching = (
+            name for name, entry in self._open.items() if (entry.job.round, entry.job.client, entry.job.copy) == wanted
         )
+        name = next(matching, None)
         if name is None:
             name = self._seal(run, number, client, copy, attempt=1)
         if node is not None and not (target := self._folder.outbox(node) / name).exists():
@@ -74,7 +79,7 @@ class Jobs:
             os.link(self._open[name].file, target)
 
     def ask_again(self, name: str) -> bool:
-        """Replaces a job whose result was refused by a new one; returns False if that was the last attempt."""
+        """Replaces a job whose result was rejected; returns False if it was the last attempt."""
         job = self._open[name].job
         self.withdraw(name)
         if job.attempt >= MAX_ATTEMPTS:
@@ -84,22 +89,22 @@ class Jobs:
 
     def withdraw(self, name: str) -> None:
         """Closes a job."""
-        out = self._open.pop(name)
+        entry = self._open.pop(name)
         for file in (self._folder.mail / "outbox").glob(f"*/{name}"):
             file.unlink(missing_ok=True)
-        out.file.unlink(missing_ok=True)
+        entry.file.unlink(missing_ok=True)
 
     def withdraw_all(self, client: str | None = None) -> None:
         """Closes all jobs, or all jobs of a client."""
-        for name in [name for name, out in self._open.items() if client is None or out.job.client == client]:
+        for name in [name for name, entry in self._open.items() if client is None or entry.job.client == client]:
             self.withdraw(name)
 
     def slot(self, job: Job, slot: int) -> str:
-        """Where in the store one of a job's slots is."""
+        """The key, in the store, of an upload slot of a job."""
         return key(job.run, job.round, "updates", job.client, f"copy-{job.copy}-{job.attempt}", str(slot))
 
     def _seal(self, run: str, number: int, client: str, copy: int, attempt: int) -> str:
-        """Makes a job and keeps it; returns its name."""
+        """Creates, signs and stores a job; returns its name."""
         files = self._publication.files(number, copy)
         job = Job(
             run=run,

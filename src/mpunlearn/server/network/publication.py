@@ -1,4 +1,4 @@
-"""Where clients get the published copies of a round: in the messages themselves, or from a store. Kept in files.json."""
+"""Makes the published copies of a round available to clients, through a store or in the messages. State: files.json."""
 
 import shutil
 import time
@@ -22,43 +22,43 @@ class _Files:
     copies: dict[str, list[File]]
     """Files of each copy, by the name of its directory."""
     begun: float
-    """When clients could begin with the round, in seconds since the epoch."""
+    """When the copies became available to clients, in seconds since the epoch."""
     signed: float
-    """When the URLs were signed, likewise."""
+    """When the URLs were signed, in seconds since the epoch."""
     format: int = 1
 
 
 class Publication:
-    """The files of the copies of each round.
+    """The published files of the copies, for each round.
 
     Args:
-        folder: the run's.
-        store: where files are, or None if they travel in the messages.
-        training: the plan, which says how large updates are.
+        folder: the run's directory.
+        store: the store for files, or None if they are sent in the messages.
+        training: the training plan, which determines the size of updates.
     """
 
     def __init__(self, folder: RunFolder, store: Store | None, training: Training) -> None:
         self._folder, self._store, self._training = folder, store, training
 
     def begun(self, number: int) -> float:
-        """When clients could begin with a round, in seconds since the epoch."""
+        """When the copies of a round became available to clients, in seconds since the epoch."""
         return self._read(number).begun
 
     def files(self, number: int, copy: int) -> list[File]:
-        """The files of a copy, as a job names them."""
+        """The files of a copy, as listed in a job."""
         return self._read(number).copies[f"copy-{copy}"]
 
     def expired(self, number: int) -> bool:
-        """Whether the signed URLs of a round have expired or soon will; then there must be new ones, in new jobs."""
+        """Whether the signed URLs of a round have expired or soon will, so that new jobs with new URLs are needed."""
         if self._store is None or not self._folder.files(number).exists():
             return False
         return time.time() - self._read(number).signed > self._store.signature_seconds / 2
 
     def publish(self, number: int, run: str) -> int:
-        """Puts the copies where clients get them, and signs URLs that have expired again.
+        """Makes the copies of a round available to clients, and renews signed URLs that have expired.
 
         Returns:
-            The number of copies that were published now; 0 if they already were.
+            The number of copies published by this call; 0 if they were already available.
 
         Raises:
             PlanError: a copy or its update is too large for a message, and there is no store.
@@ -81,13 +81,13 @@ class Publication:
             return [self._store.put(path, key(run, number, copy.name, path.name)) for path in paths]
         if size > MAX_INLINE_BYTES:
             raise PlanError(
-                f"--store: a copy or its update has {size / 1e6:.0f} MB, but a message carries at most "
-                f"{MAX_INLINE_BYTES / 1e6:.0f} MB; name a folder or bucket that both sides can reach"
+                f"--store: a copy or its update has {size / 1e6:.0f} MB, but a message can carry at most "
+                f"{MAX_INLINE_BYTES / 1e6:.0f} MB; give a folder or bucket that both parties can access"
             )
         return [file_entry(path) for path in paths]
 
     def remove(self, number: int, run: str) -> None:
-        """Removes everything of a round from the store.
+        """Removes all files of a round from the store.
 
         Raises:
             NetworkError: the store does not respond.
@@ -100,5 +100,5 @@ class Publication:
 
 
 def key(run: str, number: int, *parts: str) -> str:
-    """Where something of a round is in the store."""
+    """The key, in the store, of a file or folder of a round."""
     return "/".join([run, f"round-{number}", *parts])

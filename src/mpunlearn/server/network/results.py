@@ -1,7 +1,8 @@
-"""Results that arrive: checked in full before anything changes, and answered with a verdict.
+"""Checks the results that clients send, and returns a verdict on each.
 
-A result must answer a job that is open to that client, its files must be what was signed, and the update must belong to the
-copy (`server.updates.examine`). What is accepted is in the run's folder afterwards; of what is refused, nothing is left.
+A result must answer an open job of its client, its files must match the signed digests, and the update must be valid
+for the copy (see `server.updates.examine`). An accepted update is stored in the run's directory; a rejected one leaves
+no trace.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.updates import examine, planned_tensors
 
 MAX_LISTING_BYTES = 16_000_000
-"""Maximum size of an update's JSON files, and of its shards' headers together."""
+"""Maximum size of each JSON file of an update, and of all its safetensors headers together."""
 MAX_REFUSAL = 300
-"""Characters of a client's refusal that are shown."""
+"""Maximum number of characters shown of a client's reason for declining a job."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Declined:
-    """The client refuses to do the job."""
+    """The client declined the job."""
 
     job: Job
     reason: str
@@ -43,7 +44,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The result is not acceptable."""
+    """The result failed a check."""
 
     reason: str
 
@@ -55,34 +56,34 @@ class Results:
     """Checks results.
 
     Args:
-        folder: the run's.
-        rounds: the models, with whose norms updates are compared, and the plan.
+        folder: the run's directory.
+        rounds: the models of the run, whose norms limit the norms of updates, and the plan.
         jobs: the open jobs.
-        store: where updates are, or None if they are in the results.
+        store: where clients upload updates, or None if updates are sent in the results.
     """
 
     def __init__(self, folder: RunFolder, rounds: Rounds, jobs: Jobs, store: Store | None) -> None:
         self._folder, self._rounds, self._jobs, self._store = folder, rounds, jobs, store
 
     def check(self, sealed: Sealed, client: str | None, number: int) -> Verdict:
-        """Checks a result and keeps its update if it is accepted.
+        """Checks a result, and stores its update if it is accepted.
 
         Args:
             sealed: the message.
-            client: the client that the node carries for, if it is known.
+            client: the client that the sending node relays messages for, if it is known.
             number: the open round.
 
         Raises:
             NetworkError: the store does not respond.
-            FileError: this machine cannot write the update.
+            FileError: the update cannot be written to this machine's disk.
         """
         result: Result = sealed.message
         if client is None or sealed.sender != client:
-            return Rejected(f"signed by {sealed.sender[:16]}, which this node does not carry for")
-        out = self._jobs.open.get(result.job)
-        if out is None or (out.job.client, out.job.run, out.job.round) != (client, result.run, number):
-            return Rejected("does not answer any job that is open to this client; it may have been answered before")
-        job = out.job
+            return Rejected(f"signed by {sealed.sender[:16]}, a client that this node does not relay messages for")
+        open_job = self._jobs.open.get(result.job)
+        job = open_job.job if open_job is not None else None
+        if job is None or (job.client, job.run, job.round) != (client, result.run, number):
+            return Rejected("does not answer any open job of this client; the job may have been answered before")
         if result.refusal is not None:
             return Declined(job, printable(result.refusal[:MAX_REFUSAL]))
         try:
@@ -103,40 +104,40 @@ class Results:
         return Accepted(result.job, job)
 
     def _fetch(self, job: Job, sealed: Sealed, folder: Path) -> None:
-        """Brings the files of a result into a folder, at most as many bytes as an update can have."""
+        """Fetches the files of a result into a folder, after checking that they are no larger than an update can be."""
         files = sealed.message.files
         copy = Checkpoint(self._folder.copy(job.round, job.copy))
         limit = sum(4 * info.nbytes // info.dtype.itemsize for info in copy.tensors.values()) + 10_000_000
         if sum(file.size for file in files) > limit:
-            raise MessageError(f"announces more than the {limit} bytes that an update can have")
+            raise MessageError(f"announces more than {limit} bytes, the maximum size of an update")
         for file in files:
             if file.size > MAX_LISTING_BYTES and file.name.endswith(".json"):
                 raise MessageError(f"{file.name}: has {file.size} bytes, expected at most {MAX_LISTING_BYTES}")
         slots = [file.slot for file in files if file.slot is not None]
         if len(set(slots)) != len(slots):
-            raise MessageError("two files are in the same slot")
+            raise MessageError("two files use the same upload slot")
         payloads = sealed.payloads()
         for file in files:
             if file.url is not None or (file.slot is None) == (self._store is not None):
-                raise MessageError(f"{file.name}: is not where the job said")
+                raise MessageError(f"{file.name}: is not at the location that the job specified")
             if self._store is None:
                 receive(file, payloads[file.name], folder / file.name)
                 continue
             if not 0 <= file.slot < len(job.slots):
-                raise MessageError(f"{file.name}: the job has no slot {file.slot}")
+                raise MessageError(f"{file.name}: the job has no upload slot {file.slot}")
             self._store.fetch(self._jobs.slot(job, file.slot), file, folder / file.name)
 
 
 def _check_headers(folder: Path) -> None:
-    """Refuses an update whose lists of tensors alone would fill the memory.
+    """Checks the total size of the safetensors headers, which are read into memory.
 
     Raises:
-        MessageError: its safetensors headers together exceed `MAX_LISTING_BYTES`.
+        MessageError: it exceeds `MAX_LISTING_BYTES`.
     """
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            total += length if length <= path.stat().st_size else 0  # otherwise `examine` refuses the file
+            total += length if length <= path.stat().st_size else 0  # otherwise `examine` rejects the file
     if total > MAX_LISTING_BYTES:
-        raise MessageError(f"headers of {total} bytes, expected at most {MAX_LISTING_BYTES}")
+        raise MessageError(f"safetensors headers of {total} bytes, expected at most {MAX_LISTING_BYTES}")

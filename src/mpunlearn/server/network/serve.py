@@ -1,10 +1,11 @@
-"""The server's verbs on a network: start a run, or go on with one.
+"""The commands `server start` and `server resume`, which serve a run to clients over a network.
 
     mpunlearn server start MODEL --run RUN --objective npo --copies 3
     mpunlearn server resume RUN
 
-`start` pins the plan in RUN/plan.json and then does what `resume` does: it starts Flower, writes RUN/invitation.json for the
-clients, and serves until the last round is complete. The whole run is in RUN; Flower's own state may be lost at any time.
+`start` writes the plan to RUN/plan.json and continues like `resume`, which starts Flower, writes RUN/invitation.json
+for the clients, and serves until the last round is complete. RUN holds the complete state of the run; Flower's own
+state can be lost at any time.
 """
 
 import time
@@ -45,29 +46,32 @@ def start(
     """Serves a run to clients on other machines until its last round is complete.
 
     Args:
-        checkpoint: The server's model, a checkpoint directory.
-        run: The run's directory, the server's alone. If it holds an unfinished run with the same options, that run goes on.
-        trust: The clients' public files client.json, separated by commas. Only these clients may take part.
-        host: Address by which clients reach this machine. The certificate is made for it.
+        checkpoint: The server's model, a Hugging Face checkpoint directory.
+        run: The run's directory, private to the server. If it holds an unfinished run with the same options, that run
+            is resumed.
+        trust: The client.json files of the clients, separated by commas. Only these clients may take part.
+        host: Address at which clients reach this machine. The TLS certificate is issued for it.
         port: Port at which clients reach this machine.
         listen: Address to listen on, such as 0.0.0.0 behind a router (default: --host).
-        insecure: No TLS and no keys, for trials on a loopback address. Whoever comes first takes part.
-        superlink: HOST:PORT of a SuperLink that runs on this machine without TLS, instead of starting one.
-        base: The public checkpoint that the model was trained from. The noise is then relative to the task vector.
-        rounds: Number R of rounds.
+        insecure: Use neither TLS nor keys, for trials on a loopback address. The first clients to connect are accepted.
+        superlink: HOST:PORT of a running SuperLink to use instead of starting one. It must be on this machine, without
+            TLS.
+        base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
+            task vector (the model's weights minus the base's).
+        rounds: Number of rounds R.
         eta: Server step size η.
-        device: Where the server's arithmetic runs, cpu or cuda.
+        device: Device of the server's computations, cpu or cuda.
         perturbation: Number of copies, noise level, reparameterization.
-        training: The objective and its hyper-parameters, which clients follow as far as their policies allow.
-        federation: Who takes part, and what happens when a client does not answer.
+        training: The objective and its hyperparameters, which each client checks against its policy.
+        federation: The clients, and what happens if one does not answer in time.
 
     Returns:
         The unlearned checkpoint, RUN/final.
 
     Raises:
-        PlanError: `run` holds a run with other options, or an option has an impossible value.
-        NetworkError: Flower is not installed, the port is in use, or the run cannot go on without a client.
-        MPUError: As `preprocess` and `postprocess` do.
+        PlanError: `run` holds a run with different options, or an option has an invalid value.
+        NetworkError: Flower is not installed, the port is in use, or the run cannot continue without a client.
+        MPUError: As raised by `preprocess` and `postprocess`.
     """
     from mpunlearn.server.network.folder import RunFolder
     from mpunlearn.server.network.superlink import check_port
@@ -88,13 +92,13 @@ def start(
     check_models(plan)
     _check_folder(folder.path, folder.plan)
     if superlink is None and not folder.plan.exists():
-        check_port(listen or host, port)  # later, an earlier server of this run may hold it
+        check_port(listen or host, port)  # not when resuming: a previous server of this run may still hold it
     plan.pin(folder.plan)
     return resume(folder.path)
 
 
 def resume(run: str | Path) -> Path:
-    """Goes on with a run that was interrupted, wherever it was.
+    """Resumes an interrupted run, at whatever point it was interrupted.
 
     Args:
         run: The run's directory.
@@ -103,7 +107,7 @@ def resume(run: str | Path) -> Path:
         The unlearned checkpoint, RUN/final.
 
     Raises:
-        StateError: There is no run, or another process serves it.
+        StateError: There is no run in the directory, or another process is serving it.
         NetworkError: As for `start`.
     """
     from mpunlearn.protocol.flower.keys import Invitation, invite
@@ -130,14 +134,14 @@ def resume(run: str | Path) -> Path:
             while not coordinator.step():
                 try:
                     link.ensure_running()
-                except NetworkError as error:  # Flower's trouble does not end the run
+                except NetworkError as error:  # problems with Flower do not end the run
                     say(str(error))
                 time.sleep(POLL_SECONDS)
             coordinator.farewell("complete")
         finally:
             link.stop()
     if not final.is_dir():
-        raise StateError(f"{folder.path}: the run is complete, but its final model was removed; start another --run")
+        raise StateError(f"{folder.path}: the run is complete, but its final model was removed; use a new --run")
     return final
 
 
@@ -150,10 +154,10 @@ def _service(
     trust: str | None,
     federation: Federation,
 ) -> "Service":
-    """Where clients connect to, after checking that it makes sense.
+    """Validates the network options and combines them into a `Service`.
 
     Raises:
-        PlanError: it does not.
+        PlanError: an option has an invalid value, or two options contradict each other.
     """
     from mpunlearn.protocol.flower.keys import loopback, read_keys
     from mpunlearn.server.plan import Service
@@ -164,9 +168,9 @@ def _service(
         raise PlanError("give --trust with the client.json of every client, or --insecure for a trial on this machine")
     for address in (host, listen) if insecure else ():
         if not loopback(address):
-            raise PlanError(f"--insecure: only on a loopback address such as 127.0.0.1, found {address}")
+            raise PlanError(f"--insecure: only allowed on a loopback address such as 127.0.0.1, found {address}")
     if superlink is not None and not insecure:
-        raise PlanError("--superlink: it is reached without TLS; give --insecure, too")
+        raise PlanError("--superlink: is accessed without TLS, so --insecure is required, too")
     if superlink is not None:
         name, _, number = superlink.rpartition(":")
         if not (loopback(name) and number.isdigit()):
@@ -174,20 +178,20 @@ def _service(
     keys = [read_keys(path) for path in trust.split(",")] if trust is not None else []
     if keys and len(keys) != federation.clients:
         raise PlanError(
-            f"--trust: expected the files of {federation.clients} clients for --clients {federation.clients}, found {len(keys)}"
+            f"--trust: expected {federation.clients} files for --clients {federation.clients}, found {len(keys)}"
         )
     if len({key.key for key in keys}) != len(keys):
-        raise PlanError("--trust: names the same client twice; every client is a party of its own")
+        raise PlanError("--trust: lists the same client twice; give one client.json per client")
     return Service(host, port, listen, superlink, keys, federation)
 
 
 def _check_folder(run: Path, plan: Path) -> None:
-    """Refuses a directory that holds anything but a run.
+    """Checks that the directory holds nothing but a run.
 
     Raises:
-        PlanError: it does.
+        PlanError: it is a file, or it contains other files.
     """
     if run.exists() and not run.is_dir():
-        raise PlanError(f"--run {run}: is a file; name a directory for the run")
+        raise PlanError(f"--run {run}: is a file; expected a directory for the run")
     if not plan.exists() and run.is_dir() and any(entry.name != ".plan.json.partial" for entry in run.iterdir()):
-        raise PlanError(f"--run {run}: holds something other than a run; name a directory of its own for the run")
+        raise PlanError(f"--run {run}: contains files that do not belong to a run; choose a new directory")

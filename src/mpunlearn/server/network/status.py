@@ -1,4 +1,4 @@
-"""How far a run is: written by the server into status.json, and shown by `server status`."""
+"""The progress of a run: the server writes it to status.json, and `server status` shows it."""
 
 import fcntl
 import os
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from mpunlearn.server.network.folder import RunFolder
 
 SEEN_SECONDS = 60.0
-"""A node that the courier has seen within this time is connected."""
+"""A node counts as connected if the courier has seen it within this time."""
 BEAT_SECONDS = 5.0
-"""How often the server gives a sign of life, at least while it waits."""
+"""Heartbeat interval: how often the server touches status.json while nothing changes."""
 
 
 @dataclass(frozen=True)
 class ClientStatus:
-    """What is known of a client."""
+    """The state of one client."""
 
     connected: bool
-    """Whether a node carries for it."""
+    """Whether a node relays messages for the client."""
     dropped: str | None
-    """Why the run goes on without it."""
+    """The reason why the client was dropped, if it was."""
     updates: int
-    """Accepted updates in this round."""
+    """Number of accepted updates in this round."""
     of: int
-    """Updates that the round needs."""
+    """Number of updates that the round needs from the client."""
     bytes: int
-    """Size of the accepted updates."""
+    """Total size of the accepted updates."""
     node: str | None = None
-    """The node that carries for it."""
+    """The node that relays messages for the client."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Status:
     expected_clients: int
     copies: int
     copy_bytes: int
-    """Size of all copies of the round."""
+    """Total size of the copies of the round."""
     at: float = 0.0
-    """When it was written, in seconds since the epoch."""
+    """When the status was written, in seconds since the epoch."""
     format: int = 1
 
 
 class StatusFile:
-    """Writes status.json when something has changed, and touches it as a sign of life."""
+    """Writes status.json whenever something has changed, and touches it as a heartbeat."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -66,7 +66,7 @@ class StatusFile:
         self._beat = 0.0
 
     def show(self, status: Status) -> None:
-        """Shows a status."""
+        """Writes the status if it has changed."""
         if status != self._written:
             self._written = status
             write(self._file, replace(status, at=time.time()))
@@ -78,28 +78,28 @@ class StatusFile:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as `server status` shows it."""
+    """The progress of a run as shown by `server status`."""
 
     path: str
     running: bool
-    """Whether a server process works on the run."""
+    """Whether a server process is running the run."""
     started: float
     """When the plan was written, in seconds since the epoch."""
     last_sign: float | None
-    """When the server last gave a sign of life; None if it never did."""
+    """Time of the last heartbeat, in seconds since the epoch; None if there was none."""
     last_seen: dict[str, float]
-    """Client → when its node was last seen."""
+    """Client → when its node was last seen, in seconds since the epoch."""
     status: Status | None
-    """None: the run has not begun."""
+    """None if the run has not started yet."""
 
     def to_json(self) -> dict[str, Any]:
         """The status as JSON."""
         return asdict(self)
 
     def text(self) -> str:
-        """A few lines for people."""
+        """The status as a few lines of text."""
         if self.status is None:
-            return "not begun" + ("" if self.running else f"; start with `mpunlearn server resume {self.path}`")
+            return "not started" + ("" if self.running else f"; start it with `mpunlearn server resume {self.path}`")
         status, now = self.status, time.time()
         per_round = sum(client.of for client in status.clients.values()) or status.copies * status.expected_clients
         per_round = max(1, per_round)
@@ -117,22 +117,22 @@ class RunStatus:
         if complete:
             return "\n".join([*lines, str(Path(self.path) / "final")])
         if not self.running:
-            ago = "" if self.last_sign is None else f"; last sign of life {_ago(now - self.last_sign)}"
-            lines.append(f"the server is not running{ago}; go on with `mpunlearn server resume {self.path}`")
+            ago = "" if self.last_sign is None else f"; last heartbeat {_ago(now - self.last_sign)}"
+            lines.append(f"the server is not running{ago}; resume with `mpunlearn server resume {self.path}`")
         lines.append(f"copies: {status.copies} of {status.copy_bytes / max(1, status.copies) / 1e6:.1f} MB")
         for client, entry in status.clients.items():
             lines.append(
                 f"client {client[:16]}: {self._connection(client, entry, now)}, {entry.updates} of {entry.of} updates, "
                 f"{entry.bytes / 1e6:.1f} MB"
             )
-        lines += ["a client is expected"] * (status.expected_clients - len(status.clients))
+        lines += ["waiting for another client to connect"] * (status.expected_clients - len(status.clients))
         return "\n".join(lines)
 
     def _connection(self, client: str, entry: ClientStatus, now: float) -> str:
         if entry.dropped:
             return f"dropped: {entry.dropped}"
         if not entry.connected:
-            return "not here yet"
+            return "not connected yet"
         seen = self.last_seen.get(client)
         if seen is None or now - seen > SEEN_SECONDS:
             return "not connected" + ("" if seen is None else f", last seen {_ago(now - seen)}")
@@ -140,17 +140,17 @@ class RunStatus:
 
 
 def status(run: str | Path, *, watch: bool = False) -> RunStatus:
-    """Shows how far a run is.
+    """Shows the progress of a run.
 
     Args:
         run: The run's directory.
-        watch: Keep showing it until the run is complete.
+        watch: Refresh the display every second until the run is complete.
 
     Returns:
         The status.
 
     Raises:
-        StateError: There is no run.
+        StateError: There is no run in the directory.
     """
     folder = as_path(run, "run")
     current = run_status(folder)
@@ -163,12 +163,12 @@ def status(run: str | Path, *, watch: bool = False) -> RunStatus:
 
 
 def run_status(path: Path) -> RunStatus:
-    """The status of a run in a directory; errors as for `status`."""
+    """The status of the run in a directory; errors as for `status`."""
     from mpunlearn.server.network.folder import RunFolder
 
     folder = RunFolder(path)
     if not folder.plan.is_file():
-        raise StateError(f"{path}: holds no run; start one with `mpunlearn server start`")
+        raise StateError(f"{path}: contains no run; start one with `mpunlearn server start`")
     started = folder.plan.stat().st_mtime
     if not folder.status.exists():
         return RunStatus(str(path), _is_locked(path), started, None, {}, None)
@@ -184,7 +184,7 @@ def _last_seen(folder: "RunFolder", node: str | None) -> float | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a run."""
+    """Whether a process holds the lock of the run's directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""The server's Flower: a SuperLink that nodes reach through the gateway, and the courier that runs in it.
+"""Runs Flower on the server: a SuperLink, which nodes reach through the gateway, and the courier app inside it.
 
-The courier touches MAIL/alive as a sign of life. If it has not done so for a while, for whatever reason, another Flower run is
-started and takes over: the first one finds another generation in MAIL/generation and ends.
+The courier touches MAIL/alive as a heartbeat. If the heartbeat stops for any reason, a new Flower run of the courier is
+started. Should the old one still be alive, it finds a different generation in MAIL/generation and exits.
 """
 
 import secrets
@@ -27,28 +27,28 @@ from mpunlearn.server.network.gateway import Gateway
 from mpunlearn.server.plan import Service
 
 APP = Path(flower.__file__).parent
-"""The Flower app: that folder's pyproject.toml and `courier`."""
+"""Folder of the Flower app: pyproject.toml and the package `courier`."""
 HEARTBEAT_TIMEOUT_SECONDS = 20.0
-"""The courier is restarted after this long without a sign of life."""
+"""The courier is restarted after this long without a heartbeat."""
 START_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 5.0
-"""Time between two attempts to start something."""
+"""Time between two attempts to start a program."""
 
 
 class SuperLink:
     """Flower on the server's machine.
 
     Args:
-        folder: the run's.
-        service: where nodes connect to, and the keys of those that may. Without keys there is no TLS, and any node of this
-            machine may connect.
+        folder: the run's directory.
+        service: the address for nodes, and the keys of the nodes that may connect. Without keys there is no TLS, and
+            any node on this machine may connect.
     """
 
     def __init__(self, folder: RunFolder, service: Service) -> None:
         self._folder, self._mail, self._clients, self._service = folder.flower, folder.mail, service.clients, service
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ca: str | None = None
-        """The certificate that clients are to trust, PEM; None without TLS."""
+        """CA certificate that clients must trust, in PEM format; None without TLS."""
         self._gateway: Gateway | None = None
         self._program: Program | None = None
         self._launched = self._retry_at = 0.0
@@ -74,7 +74,7 @@ class SuperLink:
             self._program = Program(command, self._folder / "superlink.log", self._folder)
 
     def start(self) -> None:
-        """Starts everything.
+        """Starts the SuperLink, the courier and the gateway.
 
         Raises:
             NetworkError: Flower is not installed or does not start, or the port is in use.
@@ -87,16 +87,16 @@ class SuperLink:
             self._gateway.start()
 
     def ensure_running(self) -> None:
-        """Restarts whatever has died.
+        """Restarts programs that have died.
 
         Raises:
-            NetworkError: that failed; it is tried again some seconds later.
+            NetworkError: the restart failed; a call some seconds later tries again.
         """
         if self._program is not None and self._program.ensure_running():
             self._ready = False
         if time.monotonic() < self._retry_at:
             return
-        self._retry_at = time.monotonic() + RETRY_SECONDS  # unless everything succeeds
+        self._retry_at = time.monotonic() + RETRY_SECONDS  # reset below if everything succeeds
         if not self._ready:
             name = f"Flower's SuperLink ({self._folder / 'superlink.log'})"
             wait_for_port(self._port, START_TIMEOUT_SECONDS, name)
@@ -126,7 +126,7 @@ class SuperLink:
         self._launched = time.time()
 
     def _register(self, client: ClientKeys) -> None:
-        """Allows a client's node to connect; it may be allowed already."""
+        """Registers the node key of a client with the SuperLink, unless it is already registered."""
         file = self._folder / "node.pub"
         file.write_text(client.node + "\n")
         try:
@@ -154,10 +154,10 @@ class SuperLink:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuses a port that another program listens on.
+    """Checks that no other program is listening on a port.
 
     Raises:
-        NetworkError: it does, or the address is not one of this machine.
+        NetworkError: the port is in use, or the address does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -166,6 +166,6 @@ def check_port(host: str, port: int) -> None:
             listener.bind(address)
     except OSError as error:
         raise NetworkError(
-            f"--port {port}: cannot listen on {host}:{port} ({error.strerror or error}); another server may be running; "
-            "stop it, or choose another --port"
+            f"--port {port}: cannot listen on {host}:{port} ({error.strerror or error}); stop the program that uses "
+            "it, or choose another --port"
         ) from None

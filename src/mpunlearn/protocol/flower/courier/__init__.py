@@ -1,1 +1,1 @@
-"""The Flower app: two ends that carry sealed messages between folders. It imports nothing else of this package."""
+"""The Flower app that transports messages between folders. It imports nothing from the rest of the package."""

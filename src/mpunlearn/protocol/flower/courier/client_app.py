@@ -1,4 +1,4 @@
-"""The node's end: Flower starts this afresh for every message."""
+"""The courier on the node. Flower starts it anew for each message."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ app = ClientApp()
 
 @app.query()  # type: ignore[untyped-decorator]
 def carry(message: Message, context: Context) -> Message:
-    """Delivers jobs and returns results; the node's own configuration names the folder."""
+    """Delivers jobs and returns results. The spool folder is set in the node's own configuration."""
     asked = message.content["mail"]
     deliver = dict(zip(asked["names"], asked["jobs"], strict=True))
     results, missing = exchange(

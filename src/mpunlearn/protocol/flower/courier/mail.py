@@ -1,11 +1,11 @@
-"""The server's end of the courier: a folder with what is to be sent to each node, and what came back.
+"""The mail folder on the server, through which the courier exchanges messages with the coordinator.
 
     MAIL/nodes/NODE                a node that has been seen
-    MAIL/outbox/NODE/NAME          a message for that node; it stays until its result has been accepted
-    MAIL/inbox/NODE-NAME           its result
-    MAIL/generation, MAIL/alive    which run of this app is the current one, and when it last did something
+    MAIL/outbox/NODE/NAME          a message for the node; it stays until its result has been accepted
+    MAIL/inbox/NODE-NAME           the result of the message NAME
+    MAIL/generation, MAIL/alive    identifier of the current Flower run of this app, and its heartbeat
 
-The content of the messages is none of the courier's business. Files whose names are not digests are ignored.
+The courier does not look into the messages. Files whose names are not digests are ignored.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ from pathlib import Path
 from .spool import MAX_MESSAGE_BYTES, NAME, put
 
 WAIT_SECONDS = 20.0
-"""How long a node waits for results before it answers with those it has."""
+"""How long a node waits for results before it answers with those that are ready."""
 
 
 class Mail:
-    """Turns the content of the mail folder into message records, and back.
+    """Converts the files of the mail folder to Flower message records and back.
 
     Args:
-        mail: the folder.
+        mail: the mail folder.
     """
 
     def __init__(self, mail: Path) -> None:
@@ -39,18 +39,18 @@ class Mail:
                 continue
             try:
                 job = (self._mail / "outbox" / node / name).read_bytes()
-            except FileNotFoundError:  # accepted in the meantime
+            except FileNotFoundError:  # its result has been accepted in the meantime
                 continue
             if jobs and sum(map(len, jobs)) + len(job) > MAX_MESSAGE_BYTES:
                 break
             names.append(name)
             jobs.append(job)
-            self._delivered.add((node, name))  # if it is lost, the node reports it missing
-        everything = all((node, name) in self._delivered for name in wanted)
-        return {"names": names, "jobs": jobs, "wanted": wanted, "wait": WAIT_SECONDS if everything else 0.0}
+            self._delivered.add((node, name))  # if it gets lost, the node reports it as missing
+        all_delivered = all((node, name) in self._delivered for name in wanted)
+        return {"names": names, "jobs": jobs, "wanted": wanted, "wait": WAIT_SECONDS if all_delivered else 0.0}
 
     def unload(self, node: str, record: dict[str, object]) -> None:
-        """Puts those results of a node into the inbox that were asked for."""
+        """Writes the results from a node to the inbox, ignoring those that were not requested."""
         wanted = {file.name for file in (self._mail / "outbox" / node).glob("*")}
         names, results, missing = (record.get(key) for key in ("names", "results", "missing"))
         if not (isinstance(names, list) and isinstance(results, list) and isinstance(missing, list)):

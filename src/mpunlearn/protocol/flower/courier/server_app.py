@@ -1,4 +1,4 @@
-"""The server's end: carries whatever is in the mail folder for as long as the Flower run lives.
+"""The courier on the server: transports the messages in the mail folder as long as the Flower run is alive.
 
 It is stateless, so it can be killed and restarted at any time.
 """
@@ -13,14 +13,14 @@ from .mail import Mail
 from .spool import put
 
 TIMEOUT_SECONDS = 120.0
-"""A message without an answer is given up after this long."""
+"""Time after which a message without an answer is given up."""
 
 app = ServerApp()
 
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Carries until another run takes over, or the mail folder says that the run is over."""
+    """Transports messages until another Flower run takes over or MAIL/done exists."""
     mail, generation = Path(str(context.run_config["mail"])), str(context.run_config["generation"])
     courier = Mail(mail)
     asked: dict[str, tuple[int, float]] = {}
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
                     del asked[identity]
                     if reply.has_content() and "mail" in reply.content:
                         courier.unload(str(node), dict(reply.content["mail"]))
-            except Exception as error:  # one node's garbage must not stop the others
+            except Exception as error:  # an invalid answer of one node must not affect the others
                 print(f"node {node}: cannot read its answer: {type(error).__name__}")
                 asked.pop(identity, None)
         asked = {

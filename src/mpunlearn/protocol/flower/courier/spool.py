@@ -1,10 +1,10 @@
-"""The data owner's end of the courier: a folder that two programs share.
+"""The spool folder at the data owner, through which the courier exchanges messages with the worker.
 
-    SPOOL/jobs/NAME       put there by the courier, read by the worker
-    SPOOL/results/NAME    put there by the worker, read by the courier
+    SPOOL/jobs/NAME       written by the courier, read by the worker
+    SPOOL/results/NAME    written by the worker, read by the courier
 
-NAME is the SHA-256 of the job. This code runs where the server's code runs, in a container if the data owner wants, and needs
-to see nothing but this folder. The content of the messages is none of its business; the parties check it.
+NAME is the SHA-256 of the job. This code is part of the app that the server sends to the node. It needs access to this
+folder only, so the data owner can run it in a container. It does not look into the messages; the parties validate them.
 """
 
 import os
@@ -14,22 +14,22 @@ from pathlib import Path
 
 NAME = re.compile(r"[0-9a-f]{64}")
 MAX_MESSAGE_BYTES = 80_000_000
-"""Maximum size of one Flower message, unless its first job or result alone is larger."""
+"""Maximum size of one Flower message, unless its first job or result is larger by itself."""
 
 
 def exchange(
     spool: Path, deliver: dict[str, bytes], wanted: list[str], wait: float
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Puts jobs into the spool and takes results out, waiting for them a while.
+    """Writes jobs to the spool, waits a while for results, and reads those that are ready.
 
     Args:
-        spool: the shared folder.
-        deliver: jobs by name.
-        wanted: names of the jobs whose results are wanted. Other jobs and results are no longer needed and are removed.
-        wait: how many seconds to wait until all of them are there.
+        spool: the spool folder.
+        deliver: new jobs by name.
+        wanted: names of the jobs whose results are requested. All other jobs and results are obsolete and are removed.
+        wait: maximum time to wait for all requested results, in seconds.
 
     Returns:
-        Results by name, and the names of wanted jobs that the spool does not have, to be delivered again.
+        Results by name, and the names of requested jobs that are not in the spool and must be delivered again.
     """
     jobs, results = spool / "jobs", spool / "results"
     names = [name for name in wanted if NAME.fullmatch(name)]
