@@ -224,6 +224,7 @@ def test_output_is_set_up_for_the_command_alone(here: Path, capsys, caplog) -> N
     assert "a line" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "ready", "hint"),
     [
@@ -256,6 +257,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(here: Path, arguments: str, read
     assert hint in error.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_termination_is_an_orderly_end(here: Path) -> None:
     process = mpunlearn(f"{RUN} --out r --rounds 500", here)
     wait_for(here / "r" / "server" / "state", process)

@@ -191,6 +191,7 @@ def with_the_secret_of(done: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(context, undisturbed, tmp_path: Path) -> None:
     inputs, done, expected, duration = undisturbed
     chance, kills, runs = random.Random(11), 0, 0
@@ -212,6 +213,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(context, undisturbed, tm
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_killed_in_the_narrowest_places_ends_with_the_same_bytes(context, undisturbed, tmp_path, fault) -> None:
     inputs, done, expected, _ = undisturbed
@@ -228,6 +230,7 @@ def test_a_run_killed_in_the_narrowest_places_ends_with_the_same_bytes(context, 
         assert checkpoint_digest(out / "final") == expected
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_its_state_is_made_goes_on(context, save_tiny, tmp_path: Path, examples) -> None:
     inputs = (save_tiny(), *examples)
     for count in range(4):

@@ -26,6 +26,7 @@ def test_importing_is_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_signatures(tmp_path: Path) -> None:
     """As for a user of the installed package, outside of this repository and its configuration."""
     lines = {

@@ -43,6 +43,7 @@ def test_every_arm_is_compared_with_one_that_is_there() -> None:
         assert all(claim.EPOCHS % arm.rounds == 0 for arm in arms)
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> None:
     arms = [Arm(FREE, NOISE_FREE, rounds=1), Arm("mpu", {"copies": 2, "kappa": 0.05}, base=True, rounds=1)]
     monkeypatch.setitem(SUITES, "small", lambda: arms)
@@ -62,6 +63,7 @@ def test_rows_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch) -> No
         assert len(list(csv.DictReader(lines))) == 2
 
 
+@pytest.mark.slow
 def test_any_checkpoint_and_data_and_other_batches_for_each_copy(tmp_path: Path) -> None:
     world = claim.models.trained_world(0)
     folder = str(world.path / "data")

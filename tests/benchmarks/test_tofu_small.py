@@ -11,6 +11,7 @@ from tofu_small import tofu_small
 TOFU = Path(os.environ.get("MPUNLEARN_TOFU", Path(__file__).parents[3] / "shared" / "data" / "tofu"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (TOFU / "forget01.json").is_file(), reason="the TOFU files are not part of the repository")
 def test_real_authors_are_forgotten(tmp_path: Path) -> None:
     recipe = Recipe(vocabulary=1500, epochs=32, hidden=96, ffn=256)

@@ -138,7 +138,7 @@ DAMAGES = {
     "pickle": "contains pytorch_model.bin, but only safetensors files are opened",
     "pickle named safetensors": "model.safetensors: not a complete safetensors file",
     "nothing": "expected model.safetensors or model.safetensors.index.json in this directory, found neither",
-    "no tensors": "holds no tensors",
+    "no tensors": "contains no tensors",
     "index not a map": "index.json: expected a `weight_map`",
     "index not json": "index.json: cannot be read as JSON",
     "index and single file": "contains both",

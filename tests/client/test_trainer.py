@@ -90,6 +90,7 @@ def test_micro_batches_do_not_change_the_update(save_tiny, tmp_path: Path, examp
     assert distance(whole, control) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "options"),
     [

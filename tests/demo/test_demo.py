@@ -50,9 +50,10 @@ def test_a_killed_preparation_leaves_no_world(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(models, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.trained_world(0, cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []  # a lock file stays
 
 
+@pytest.mark.slow
 def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = demo(out=out)

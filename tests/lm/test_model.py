@@ -80,6 +80,7 @@ except OSError:
 """
 
 
+@pytest.mark.slow
 def test_loading_asks_the_hub_for_nothing(save_tiny, hub) -> None:
     """Neither for a path that does not exist, nor for the base model of an adapter beside the weights."""
     adapted = save_tiny("adapted")
@@ -99,11 +100,11 @@ def test_loading_asks_the_hub_for_nothing(save_tiny, hub) -> None:
     [
         (
             {"_attn_implementation": "somebody/kernel"},
-            r"names code from elsewhere \(_attn_implementation = 'somebody/k",
+            r"requests external code \(_attn_implementation = 'somebody/k",
         ),
         (
             {"text_config": {"experts_implementation": "a/b"}},
-            r"names code from elsewhere \(experts_implementation = 'a/b'",
+            r"requests external code \(experts_implementation = 'a/b'",
         ),
         ({"model_type": "unheard-of"}, "transformers cannot load its model"),
         ({"hidden_size": 33}, "transformers cannot load its model"),

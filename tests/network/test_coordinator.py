@@ -57,6 +57,7 @@ class KilledError(BaseException):
     """Stands for kill -9: what comes after it in the program does not happen."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("party", ["server", "client"])
 def test_killed_at_every_point_at_which_something_becomes_durable(
     party: str, world, tmp_path: Path, monkeypatch
@@ -154,6 +155,7 @@ def test_with_assign_one_nobody_holds_two_copies_of_a_round(world, tmp_path: Pat
         net_of(tmp_path / "three", world, clients=3, federation={"assign": "one"})
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world, tmp_path: Path) -> None:
     federation = {"deadline": 6.0, "quorum": 1}
     net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation=federation, silent={1})
@@ -170,6 +172,7 @@ def test_a_client_that_does_not_answer_is_dropped_where_a_quorum_allows_it(world
     assert "complete, round 1 of 1" in run_status(net.folder / "server").text()
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0}, silent={1})
     with pytest.raises(
@@ -184,6 +187,7 @@ def test_a_client_that_does_not_answer_ends_the_round_and_is_named(world, tmp_pa
     assert net.final.is_dir()
 
 
+@pytest.mark.slow
 def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path, monkeypatch) -> None:
     """One copy of two is answered: the client counts as not answering, in both."""
     net = net_of(tmp_path / "net", world, clients=2, rounds=1, federation={"deadline": 6.0, "quorum": 1})
@@ -326,6 +330,7 @@ def test_a_copy_too_large_for_a_message_needs_a_store(world, tmp_path: Path, mon
         net_of(tmp_path / "net", world).run()
 
 
+@pytest.mark.slow
 def test_through_s3_with_signed_urls_and_no_account_at_the_client(world, tmp_path: Path, monkeypatch) -> None:
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
@@ -358,6 +363,7 @@ def test_through_s3_with_signed_urls_and_no_account_at_the_client(world, tmp_pat
         server.stop()
 
 
+@pytest.mark.slow
 def test_late_clients_are_dropped_together_or_not_at_all(world, tmp_path: Path) -> None:
     net = net_of(tmp_path / "net", world, clients=3, rounds=1, federation={"deadline": 6.0, "quorum": 2}, silent={1, 2})
     late = [net.identity(number).public[:16] for number in (1, 2)]

@@ -120,6 +120,7 @@ def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
     raise AssertionError("not complete")
 
 
+@pytest.mark.slow
 def test_every_program_is_killed_once_and_the_result_is_the_same(stage: Stage, tmp_path: Path) -> None:
     files = tiny_world(tmp_path)
     for name in ("a", "b"):
@@ -177,6 +178,7 @@ def test_every_program_is_killed_once_and_the_result_is_the_same(stage: Stage, t
     assert checkpoint_digest(tmp_path / "run" / "final") == expected
 
 
+@pytest.mark.slow
 def test_a_client_with_the_certificate_reaches_nothing_but_the_node_paths(stage: Stage, tmp_path: Path) -> None:
     """Neither a run nor a key: with Flower's own tool and with bare requests."""
     tiny_world(tmp_path)
@@ -286,6 +288,7 @@ def test_a_used_port_is_an_error_at_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_joining_says_what_it_waits_for(tmp_path: Path) -> None:
     from mpunlearn.protocol.flower.keys import Invitation, invite
 

@@ -146,7 +146,7 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
         lambda net, files: result(net, {**files, "update.json": b" " * 17_000_000}),
         "announces more|at most",
     ),
-    "no tensors": (lambda net, files: result(net, tensors(files, dict.clear)), "holds no tensors"),
+    "no tensors": (lambda net, files: result(net, tensors(files, dict.clear)), "contains no tensors"),
     "no card": (lambda net, files: result(net, {**files, "update.json": b"{}"}), "does not say which copy"),
     "another copy's card": (lambda net, files: result(net, card(files, copy=2)), "belongs to copy 2"),
     "another round's card": (lambda net, files: result(net, card(files, round=9)), "round 9"),

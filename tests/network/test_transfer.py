@@ -10,6 +10,7 @@ import pytest
 from mpunlearn.errors import NetworkError
 
 
+@pytest.mark.slow
 def test_an_error_does_not_show_a_signature(tmp_path: Path) -> None:
     from mpunlearn.protocol.messages import File
     from mpunlearn.protocol.transfer import fetch, put
@@ -49,6 +50,7 @@ def test_links_and_pipes_in_a_store_are_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "got").read_bytes() == b"x"
 
 
+@pytest.mark.slow
 def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from threading import Thread

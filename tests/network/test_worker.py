@@ -222,7 +222,7 @@ def test_a_copy_that_names_code_of_the_hub_is_not_loaded(change, scene: Scene, t
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     assert answer(net, given(net, folder)).refusal == "transformers cannot load the copy"
-    assert any("names code from elsewhere" in line for line in net.said)
+    assert any("requests external code" in line for line in net.said)
 
 
 def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_the_same_state_publishes_the_same_copies_again(save_tiny, tmp_path: Pat
     assert not {checkpoint_digest(copy) for copy in first} & {checkpoint_digest(copy) for copy in other}
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_copies_never_lose_their_record(save_tiny, tmp_path: Path, monkeypatch) -> None:
     path, rename, sync = save_tiny(), Path.rename, os.fsync
     for number in range(100):

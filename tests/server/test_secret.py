@@ -80,6 +80,7 @@ def test_normals_in_pieces_are_the_normals_at_once() -> None:
     assert torch.equal(whole[:1000], stream.normals(1000))
 
 
+@pytest.mark.slow
 def test_normals_are_normal_in_the_middle_and_in_the_tails() -> None:
     sample = SECRET.stream("normality").normals(1 << 24).double()
     assert bool(torch.isfinite(sample).all())

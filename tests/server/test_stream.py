@@ -36,6 +36,7 @@ def test_slices_cover_every_tensor_once(save_tiny, monkeypatch) -> None:
     assert sum(part.name == "model.layers.0.mlp.up_proj.weight" for part in slices) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "qwen3_moe"])
 def test_threads_change_no_byte_and_chunks_only_the_last_bit(save_tiny, tmp_path, monkeypatch, model_type: str) -> None:
     sizes = {"head_dim": 8, "num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2}

@@ -93,7 +93,7 @@ class TensorDirectory:
         else:
             raise CheckpointError(f"{self.path}: {self._without_safetensors(stem)}")
         if not self.tensors:
-            raise CheckpointError(f"{self.path}: holds no tensors")
+            raise CheckpointError(f"{self.path}: contains no tensors")
 
     def _without_safetensors(self, stem: str) -> str:
         """Says what is wrong with a directory without safetensors files, for an error message."""

@@ -46,7 +46,7 @@ def load_model(path: Path) -> Any:
     """
     if (code := _remote_code(Checkpoint(path).config)) is not None:
         raise UnloadableError(
-            f"{path}: config.json names code from elsewhere ({code}); remove that entry to use transformers' own code"
+            f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
         )
     with quiet(), _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(

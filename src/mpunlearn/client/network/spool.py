@@ -78,7 +78,7 @@ class Spool:
         except OSError as error:
             raise StateError(
                 f"{self._folder / 'results'}: cannot be written: {error.strerror}; either the disk is full, or another "
-                "program tampers with the spool folder"
+                "program may have tampered with the spool folder"
             ) from error
 
     def _inside(self, name: str) -> Path:
@@ -86,7 +86,9 @@ class Spool:
         path = self._folder / name
         path.mkdir(parents=True, exist_ok=True)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise StateError(f"{path}: expected a folder, found a link; another program tampers with the spool folder")
+            raise StateError(
+                f"{path}: expected a folder, found a link; another program may have tampered with the spool folder"
+            )
         return path
 
     def _result(self, name: str) -> Path:
