@@ -110,13 +110,15 @@ def run(
     )
     if processes() > 1:
         raise PlanError("`run` needs a single process; to train on several, run `unlearn` under torchrun on each copy")
+    pinned = out / "server" / "plan.json"
+    plan = plan.continuing(pinned)
     memory = out / "client" / "memory"
     client = Client(forget=forget, retain=retain, memory=memory, training=plan.training, data=data, resources=resources)
     check_models(plan)
     _check_out(out, plan)
-    if not (out / "server" / "plan.json").exists():
+    if not pinned.exists():
         _check_room(out, plan, client)
-    plan.pin(out / "server" / "plan.json")
+    plan.pin(pinned)
     pin(out / "client" / "plan.json", ClientPlan(**client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)

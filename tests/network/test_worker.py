@@ -81,6 +81,14 @@ AGAINST_POLICY: dict[str, tuple[dict[str, Any], str]] = {
     "too many epochs": ({"training": {**TRAINING, "epochs": 21}}, "max epochs is 20"),
     "an objective": ({"training": {**TRAINING, "objective": "grad-ascent"}}, "objectives are simnpo"),
     "the embeddings": ({"training": {**TRAINING, "train": "all"}}, "train is blocks"),
+    "token-local weights": (
+        {"training": {**TRAINING, "token_local": True}},
+        "token local is false",
+    ),
+    "a plan of a version that always trained those": (
+        {"training": {name: value for name, value in TRAINING.items() if name != "token_local"}},
+        "token local is false",
+    ),
     "no plan": ({"training": {"shell": "rm"}}, "invalid training plan"),
     "a plan of wrong types": ({"training": {**TRAINING, "epochs": "many"}}, "invalid training plan"),
     "a plan with a list of parameters": ({"training": {**TRAINING, "parameters": [1]}}, "invalid training plan"),

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
-from mpunlearn.client.batches import Examples, MicroBatches, optimizer_steps
+from mpunlearn.client.batches import Examples, MicroBatches, Pick, optimizer_steps
+from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spelling
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
@@ -84,6 +85,7 @@ class Client:
         self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
         self._encoded: dict[str, _Encoded] = {}
         self._warned: set[tuple[str, int]] = set()
+        self._warned_of_disclosure = False
 
     @property
     def digests(self) -> dict[str, str]:
@@ -103,10 +105,13 @@ class Client:
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
         model = load_model(source.path)
-        selected = select(model, self.training.train)
+        selected = select(model, self.training.train, self.training.token_local)
+        steps = self._steps(encoded, card)
+        if is_main():
+            self._warn(model, selected, steps, encoded)
         if lora_rank := self.training.lora_rank:
             alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * lora_rank
-            model = adapt(model, lora_rank, alpha, selected, self.training.seed)
+            model = adapt(model, lora_rank, alpha, selected, self.training.seed, card)
         shard(model)
         reference = self._reference_model(source.path, card, cache, model)
         if reference_nll is None:
@@ -115,16 +120,38 @@ class Client:
                 cache.save(encoded.digest, reference_nll, source.path if self.losses.reference_model else None)
         folder = cache.training_folder if cache is not None else out.parent / f".{out.name}.training"
         with TrainingFolder(self._fingerprint(card, encoded), folder) as checkpoints:
-            trainer = self._trainer(model, encoded, reference_nll, reference, card, checkpoints)
+            trainer = self._trainer(model, steps, encoded, reference_nll, reference, card, checkpoints)
             history = trainer.train()
             write_update(source, model, card, FLOAT_DTYPES[self.training.update_dtype], out)
         if is_main():
             self._report(history, card, cache)
         return out
 
+    def _steps(self, encoded: "_Encoded", card: Card | None) -> list[list[Pick]]:
+        """The optimizer steps of a copy's round."""
+        return optimizer_steps(
+            len(encoded.forget),
+            len(encoded.retain),
+            batch_size=self.training.batch_size,
+            epochs=self.training.epochs,
+            seed=self.training.seed,
+            round_number=card.round if card else 1,
+        )
+
+    def _warn(self, model: Any, selected: set[str], steps: list[list[Pick]], encoded: "_Encoded") -> None:
+        """Warns of what the update will reveal; once, not for every copy."""
+        if self._warned_of_disclosure:
+            return
+        self._warned_of_disclosure = True
+        warn_of_names(model, selected)
+        width = self.training.lora_rank or getattr(model.config, "hidden_size", 0)
+        positions = longest_step(steps, encoded.forget, encoded.retain, encoded.alternates)
+        warn_of_spelling(self.training, positions, width)
+
     def _trainer(
         self,
         model: Any,
+        steps: list[list[Pick]],
         encoded: "_Encoded",
         reference_nll: ReferenceNLL,
         reference: Any | None,
@@ -132,14 +159,6 @@ class Client:
         folder: Path,
     ) -> Trainer:
         training, round_number = self.training, card.round if card else 1
-        steps = optimizer_steps(
-            len(encoded.forget),
-            len(encoded.retain),
-            batch_size=training.batch_size,
-            epochs=training.epochs,
-            seed=training.seed,
-            round_number=round_number,
-        )
         batches = MicroBatches(
             steps,
             encoded.examples(reference_nll),

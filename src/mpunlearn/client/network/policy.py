@@ -34,6 +34,8 @@ class Policy:
     train: list[str] | None = None
     """Allowed values of --train (default: only blocks, since an update of the embeddings reveals which tokens the forget
     set contains)."""
+    token_local: bool = False
+    """Whether the token-local weights may be trained, whose update reveals the same."""
     max_copies: int = 8
     """Maximum number of copies per round."""
     max_rounds: int = 20
@@ -68,8 +70,14 @@ class Policy:
         except SchemaError as error:
             raise PlanError(f"--policy {path}: {error}") from error
 
-    def violations(self, job: Job) -> list[str]:
-        """The reasons why a job must not be done; empty if it is allowed."""
+    def violations(self, job: Job, begun_by_older: bool = False) -> list[str]:
+        """The reasons why a job must not be done; empty if it is allowed.
+
+        Args:
+            job: the job.
+            begun_by_older: whether a version that always trained the token-local weights began the run. It goes on with
+                them.
+        """
         reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
             for name, limit, asked in (
@@ -89,6 +97,8 @@ class Policy:
             reasons.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
         if training.train not in (allowed := self.train or ["blocks"]):
             reasons.append(f"train is {', '.join(allowed)}, asked for {training.train}")
+        if training.token_local and not (self.token_local or begun_by_older):
+            reasons.append("token local is false, asked for true (or by a server older than version 0.2)")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:
             if ".." in unquote(url) or not any(url.startswith(store.rstrip("/") + "/") for store in self.stores or []):
                 reasons.append(f"stores do not include {redact(url)}")

@@ -62,7 +62,7 @@ from mpunlearn.protocol.messages import (
 )
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import file_entry, put, receive
-from mpunlearn.schema import parse, read, write
+from mpunlearn.schema import older, parse, read, write
 
 POLL_SECONDS = 0.3
 RETRY_SECONDS = 10.0
@@ -77,6 +77,8 @@ class JoinedRun:
     rounds: int
     copies: int
     training: Training
+    begun_by_older: bool = older(absent=True, default=False, compare=False)
+    """Whether a version that always trained the token-local weights wrote this file."""
     format: int = 1
 
 
@@ -209,10 +211,10 @@ class Worker:
         """
         if job.client != self.identity.public:
             raise _RefusalError("the job is for another client")
-        if violations := self._policy.violations(job):
+        joined = self._joined()
+        if violations := self._policy.violations(job, joined is not None and joined.begun_by_older):
             raise _RefusalError("; ".join(violations))
         requested = JoinedRun(job.run, job.rounds, job.copies, parse(Training, job.training))
-        joined = self._joined()
         if joined is None:
             write(self._folder / "run.json", requested)
         elif joined.run != job.run:
