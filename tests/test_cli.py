@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,7 @@ def test_a_run_and_a_configuration_file(here: Path) -> None:
         "run model --forget forget.jsonl --objective grad-ascent --optimizer adamw_bnb_8bit --out r",
         "run model --forget forget.jsonl --objective grad-ascent --report-to wandb --out r",
         "run org/model --forget forget.jsonl --objective grad-ascent --out r",
+        "run model --forget forget.jsonl --objective grad-ascent --out .",
         "evaluate model --benchmark . --out forget.jsonl",
         "server start model --run r",
         "server start model --run r --insecure true",
@@ -115,6 +117,14 @@ def test_bad_input_is_one_line_and_exit_code_2(here: Path, capsys, arguments: st
     assert error.startswith(f"mpunlearn {verb}: ")
     assert error.count("\n") == 1
     assert sorted(os.listdir()) == before
+
+
+def test_a_used_port_is_an_error_and_starts_no_run(here: Path, capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(f"server start model --run r --insecure --objective grad-ascent --port {port}".split()) == 2
+    assert f"{port}" in capsys.readouterr().err
+    assert not Path("r").exists()
 
 
 @pytest.mark.parametrize(

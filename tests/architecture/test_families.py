@@ -149,6 +149,7 @@ def softmax_does_not_see(role) -> bool:
     return role.axes == (("key",),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", ["full", "paper"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_leaving_one_map_out_of_one_tensor_changes_the_function(variant: str, strength: str) -> None:

@@ -167,13 +167,13 @@ def test_another_training_does_not_go_on_from_that_checkpoint(save_tiny, tmp_pat
     assert distance(fresh, update_of(path, examples, tmp_path / "u", learning_rate=3e-3)) == 0
 
 
-def test_losses_are_logged_where_asked(save_tiny, tmp_path: Path, examples) -> None:
-    pytest.importorskip("tensorboard")
+@pytest.mark.parametrize("options", [{}, {"log_dir": "logs"}])
+def test_losses_are_logged_in_runs_or_where_asked(save_tiny, tmp_path: Path, examples, monkeypatch, options) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    resources = Resources(report_to="tensorboard", log_dir=str(tmp_path / "logs"))
-    update_of(save_tiny(), examples, tmp_path / "u", resources)
-    [folder] = (tmp_path / "logs").iterdir()
+    monkeypatch.chdir(tmp_path)
+    update_of(save_tiny(), examples, tmp_path / "u", Resources(report_to="tensorboard", **options))
+    [folder] = (tmp_path / options.get("log_dir", "runs")).iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
     assert {"forget_loss", "retain_loss"} <= set(events.Tags()["scalars"])

@@ -175,7 +175,7 @@ def test_a_link_in_the_spool_is_not_followed(scene: Scene, tmp_path: Path) -> No
     another = job_with(net, nonce="another")
     shutil.rmtree(net.spool(0) / "results")
     (net.spool(0) / "results").symlink_to(tmp_path)
-    with pytest.raises(StateError, match="tampers"):
+    with pytest.raises(StateError, match="tampered"):
         hand_over(net, another)
 
 

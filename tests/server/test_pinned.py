@@ -108,7 +108,9 @@ print(json.dumps([*map(digest, copies), digest(final)]))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "llama")]
+)
 def test_copies_and_result_of_a_fixed_key(family: str, settings: str, tmp_path: Path) -> None:
     # Vectorized sines and logarithms differ in the last bit between processors; the scalar ones do not.
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
