@@ -3,6 +3,9 @@
 In every round of a run, the server publishes several noisy copies of its current model, and the client trains each of
 them. The config.json of a copy contains its *card*: the run, the round and the number of the copy.
 
+Decoys are texts of the same kind that the model knows and that nobody asked to forget. They join the forget set in
+training, and nothing restores them, so that the server cannot tell which of the texts the client wanted forgotten.
+
 If an objective compares the model with a reference model, that is the copy of round 1 with the same number, never the
 server's own model. In round 1, the client computes the log-likelihoods of its examples under that copy and stores them
 in its memory folder. It stores the copy itself only for objectives that use its logits or hidden states. NPO, DPO and
@@ -32,7 +35,7 @@ from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
 from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
-from mpunlearn.lm.records import read_records, records_digest, with_alternates
+from mpunlearn.lm.records import Record, read_records, records_digest, with_alternates
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
@@ -57,6 +60,7 @@ class Client:
         *,
         forget: str | Path,
         retain: str | Path | None = None,
+        decoys: str | Path | None = None,
         memory: str | Path | None = None,
         training: Training | None = None,
         data: Data | None = None,
@@ -79,18 +83,22 @@ class Client:
                 f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
         self._forget = read_records(as_path(forget, "--forget"), data, "forget")
-        if self.losses.alternates:
-            self._forget = with_alternates(self._forget, data, objective.refusals, self.training.seed)
         with_retain = retain is not None and bool(objective.alpha)
         self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
+        self._decoys = read_records(as_path(decoys, "--decoys"), data, "forget") if decoys is not None else []
+        _check_decoys(self._decoys, self._forget, self._retain)
+        self._unlearned = [*self._forget, *self._decoys]
+        if self.losses.alternates:
+            self._unlearned = with_alternates(self._unlearned, data, objective.refusals, self.training.seed)
         self._encoded: dict[str, _Encoded] = {}
         self._warned: set[tuple[str, int]] = set()
         self._warned_of_disclosure = False
 
     @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 (hex) of the forget set and of the retain set."""
-        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain)}
+    def digests(self) -> dict[str, str | None]:
+        """SHA-256 (hex) of the forget set, of the retain set, and of the decoys; None without decoys."""
+        decoys = records_digest(self._decoys) if self._decoys else None
+        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain), "decoys": decoys}
 
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
         """Unlearns on one published copy and writes the update, like the function `unlearn`."""
@@ -185,9 +193,9 @@ class Client:
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         if digest not in self._encoded:
             tokenizer, length = load_tokenizer(path), self.training.max_length
-            forget = encode(self._forget, tokenizer, length)
+            forget = encode(self._unlearned, tokenizer, length)
             retain = encode(self._retain, tokenizer, length)
-            alternates = encode_alternates(self._forget, tokenizer, length) if self.losses.alternates else []
+            alternates = encode_alternates(self._unlearned, tokenizer, length) if self.losses.alternates else []
             if skip := self.losses.objective.skip_tokens:
                 forget = [example.skipping(skip) for example in forget]
                 if not any(example.tokens for example in forget):
@@ -263,12 +271,26 @@ class Client:
             )
 
 
+def _check_decoys(decoys: list[Record], forget: list[Record], retain: list[Record]) -> None:
+    """Rejects decoys that would be no decoys.
+
+    Raises:
+        DataError: a decoy is in the forget set, or in the retain set, which would restore it.
+    """
+    for name, others in (("forget", forget), ("retain", retain)):
+        texts = {(record.question, record.answer) for record in others}
+        for record in decoys:
+            if (record.question, record.answer) in texts:
+                raise DataError(f"{record.where}: this decoy is also in the --{name} set; take it out of one of them")
+
+
 @dataclass(frozen=True)
 class _Encoded:
     """The examples, tokenized."""
 
     tokenizer: Any
     forget: list[Example]
+    """The forget set, followed by the decoys."""
     retain: list[Example]
     alternates: list[list[Example]]
 

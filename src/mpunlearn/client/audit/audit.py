@@ -67,8 +67,8 @@ def audit(
     sources = {"forget": forget, "retain": retain, "reference": reference, "near": near, "decoys": decoys}
     check_measured(requirements, [name for name, source in sources.items() if source is not None])
     pairs = _pairs([as_path(path, "updates") for path in updates], [as_path(path, "--copy") for path in copy])
-    auditor = Auditor(sources, data, max_length)
-    scores = [auditor.measure(published, update) for published, update in progress(pairs, "auditing")]
+    auditor = Auditor(sources, data)
+    scores = [auditor.measure(published, update, max_length) for published, update in progress(pairs, "auditing")]
     report = pooled(scores)
     values = report.metrics()
     if failed := violated(requirements, values):

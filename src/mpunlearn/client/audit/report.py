@@ -45,7 +45,7 @@ class LayerSpelling:
     dimensions: int
     """Dimensions of their input."""
     exact: float
-    """Share of positions within the row space; 0 if the rank is full."""
+    """Share of positions within the row space, beyond that of wrong tokens; 0 if the rank is full."""
     next_token: float
     """Share of positions told apart from wrong next tokens at 1 % false positives."""
     control: float | None
@@ -65,6 +65,8 @@ class CopyScores:
     tokens: dict[str, list[list[float]]]
     """Part of the update → the scores of the forget set's tokens, and of other tokens."""
     spelling: list[LayerSpelling]
+    texts: str
+    """SHA-256 (hex) of the texts."""
     format: int = 1
 
 

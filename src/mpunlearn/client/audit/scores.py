@@ -3,6 +3,8 @@
 Not covered: noise on the update, which this version cannot add, so there is no ε to report.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from mpunlearn.client.audit.tokens import token_scores, vocabulary
 from mpunlearn.errors import DataError
 from mpunlearn.files import as_path
 from mpunlearn.lm.examples import encode
-from mpunlearn.lm.records import read_records
+from mpunlearn.lm.records import read_records, records_digest
 from mpunlearn.lm.sources import Data
 
 
@@ -25,13 +27,12 @@ class Auditor:
         sources: "forget", "retain", "reference", "near" or "decoys" → where these texts are; those that are None are
             left out.
         data: how to read them.
-        max_length: maximum number of tokens in a text, as in training.
 
     Raises:
         DataError: texts cannot be read, or there is none.
     """
 
-    def __init__(self, sources: Mapping[str, str | Path | None], data: Data | None, max_length: int) -> None:
+    def __init__(self, sources: Mapping[str, str | Path | None], data: Data | None) -> None:
         given = {name: as_path(source, f"--{name}") for name, source in sources.items() if source is not None}
         self._records = {
             name: read_records(source, data, "retain" if name == "retain" else "forget")
@@ -41,19 +42,25 @@ class Auditor:
         for name in self._records.keys() - {"forget"}:
             if any((record.question, record.answer) in forgotten for record in self._records[name]):
                 raise DataError(f"{given[name]}: contains a text of the forget set; the {name} texts must be others")
-        self._max_length = max_length
 
     @property
     def given(self) -> list[str]:
         """Which texts there are."""
         return list(self._records)
 
-    def measure(self, copy: Path, update: Path) -> CopyScores:
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the texts."""
+        parts = [[name, records_digest(records)] for name, records in sorted(self._records.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def measure(self, copy: Path, update: Path, max_length: int) -> CopyScores:
         """Runs every attack on one update.
 
         Args:
             copy: the published copy.
             update: the update that was trained from it.
+            max_length: maximum number of tokens in a text, as in training.
 
         Raises:
             FileError: either cannot be read.
@@ -61,7 +68,7 @@ class Auditor:
             UnsupportedModelError: the copy is not of a supported family.
         """
         subject = Subject(copy, update)
-        texts = {name: encode(records, subject.tokenizer, self._max_length) for name, records in self._records.items()}
+        texts = {name: encode(records, subject.tokenizer, max_length) for name, records in self._records.items()}
         everything = [text for group in texts.values() for text in group]
         before = mean_nll(subject.model, subject.tokenizer, everything)
         ridge, cosine = surplus(subject, everything)
@@ -82,4 +89,5 @@ class Auditor:
             cosine=by_group(cosine.tolist()),
             tokens={label: [used, others] for label, (used, others) in names.items()},
             spelling=layers,
+            texts=self.digest,
         )

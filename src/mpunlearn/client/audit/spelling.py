@@ -5,8 +5,9 @@ hardly anything else. A server that has the beginning of a text can then try eve
 one, and the right one is the one whose hidden state lies in the row space (DAGER, Petrov et al., arXiv 2405.15586). Two
 figures per layer:
 
-- *exact*: the share of positions whose state lies in the row space, if that has a rank below the number of dimensions.
-  A state counts as inside if its distance is a tenth of what a random vector's would be.
+- *exact*: the share of positions whose state lies in the row space, if that has a rank below the number of dimensions,
+  minus the share of states with a wrong last token that do. A state counts as inside if its distance is a tenth of what
+  a random vector's would be.
 - *next token*: the share of positions that are closer to the row space than 99 % of states of the same beginnings with
   a wrong next token. Here the row space is cut to half the dimensions, so it also works where Adam's rescaling gives Δ
   full rank: not letter by letter, but as evidence for a search. Chance is 1 %, and words that every text of a kind
@@ -59,7 +60,8 @@ def _of_group(group: Group, spectrum: Spectrum, states: list[torch.Tensor]) -> L
     exact = 0.0
     if 0 < rank < dimensions:
         limit = INSIDE * (1 - rank / dimensions) ** 0.5
-        exact = float((_distance(states[0], spectrum.vectors[:rank]) < limit).double().mean())
+        inside = [float((_distance(part, spectrum.vectors[:rank]) < limit).double().mean()) for part in states[:2]]
+        exact = max(0.0, inside[0] - inside[1])
     basis = spectrum.vectors[: min(rank, dimensions // 2)]
     right, wrong, *known = ((-_distance(part, basis)).numpy() for part in states)
     control = roc.true_positive_rate(known[0], known[1]) if known else None

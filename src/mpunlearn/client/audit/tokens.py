@@ -1,7 +1,7 @@
 """Naming: which tokens of the vocabulary occur in the forget set?
 
-An update of the embedding or of the LM head has a row for every token, and the rows of tokens that were trained on are
-larger. The row space of any other weight's Δ = Σ δ xᵀ holds its inputs x. In the token-local weights, x is the same
+An update of the embedding or of the LM head has a row for every token, and the rows of tokens that were trained on
+differ from the mean row. The row space of any other weight's Δ = Σ δ xᵀ holds its inputs x. In the token-local weights, x is the same
 wherever a token occurs, so the server can compute it for every token and test whether it lies in the row space. In the
 other weights of the first two layers, x also depends on the tokens before, and the state of the token on its own is a
 guess. The test is the share of the centered x within the row space, weighted smoothly by ridge regression, because
@@ -68,7 +68,8 @@ def token_scores(subject: Subject, tokens: Vocabulary) -> dict[str, tuple[list[f
     family = subject.architecture.family
     for label, name in (("embedding", family.embedding), ("LM head", family.head)):
         if name in subject.names:
-            scores[label] = subject.delta(name)[both].double().norm(dim=1)
+            rows = subject.delta(name).double()
+            scores[label] = (rows[both] - rows.mean(dim=0)).norm(dim=1)
     groups = [group for group in subject.groups if group.layer < LAYERS]
     if groups:
         states = last_states(subject, [[token] for token in both], [group.module for group in groups])
