@@ -56,7 +56,7 @@ def _token_leak(copies: Sequence[list[list[float]]]) -> TokenLeak:
     used, others = (np.mean([copy[side] for copy in copies], axis=0) for side in (0, 1))
     largest = np.argsort(-np.concatenate((used, others)), kind="stable")[: len(used)]
     return TokenLeak(
-        auc=roc.auc(used, others) if len(others) else 0.5,
+        auc=roc.auc(used, others),
         precision=float((largest < len(used)).mean()),
         chance=len(used) / (len(used) + len(others)),
     )

@@ -63,7 +63,7 @@ class CopyScores:
     cosine: dict[str, list[float]]
     """The same for the cosines of gradients."""
     tokens: dict[str, list[list[float]]]
-    """Part of the update → the scores of the forget set's tokens, and of other tokens."""
+    """Part of the update → the scores of tokens that only the forget set has, and of other tokens."""
     spelling: list[LayerSpelling]
     texts: str
     """SHA-256 (hex) of the texts."""
@@ -82,11 +82,11 @@ class Separation:
 
 @dataclass(frozen=True)
 class TokenLeak:
-    """How well a part of the update tells the forget set's tokens from others."""
+    """How well a part of the update tells tokens that only the forget set has from others."""
 
     auc: float
     precision: float
-    """Share of the forget set's tokens among as many tokens with the largest scores."""
+    """Share of these tokens among as many tokens with the largest scores."""
     chance: float
     """The precision of guessing."""
 
@@ -135,7 +135,7 @@ class ClientAudit:
             f"forget set ({counts}).\nAUC 0.5 is chance, 1 is certainty; TPR is the share found at 1 % false positives.",
             "What any model that forgot these texts gives away\n" + self._separations(("floor",)),
             "What the updates add: membership\n" + self._separations(("membership", "cosine")),
-            "What the updates add: tokens of the forget set\n" + self._tokens(),
+            "What the updates add: tokens that only the forget set has\n" + self._tokens(),
             "What the updates add: texts, spelled out token by token\n" + self._spelling(),
         ]
         if self.retain_auc is not None:
@@ -158,7 +158,7 @@ class ClientAudit:
         return (
             aligned(["  weights", "AUC", "precision", "chance"], rows)
             if rows
-            else "  nothing was trained that names any"
+            else "  there are none, or nothing that names them was trained"
         )
 
     def _spelling(self) -> str:

@@ -72,7 +72,7 @@ class Auditor:
         everything = [text for group in texts.values() for text in group]
         before = mean_nll(subject.model, subject.tokenizer, everything)
         ridge, cosine = surplus(subject, everything)
-        forget, known = texts["forget"], [*texts.get("reference", []), *texts.get("near", [])]
+        forget, known = texts["forget"], texts.get("reference") or texts.get("near") or []
         trained = [*texts.get("retain", []), *texts.get("decoys", [])]
         vocabulary_size = subject.copy.tensors[subject.architecture.family.embedding].shape[0]
         names = token_scores(subject, vocabulary(vocabulary_size, forget, trained, known))

@@ -1,15 +1,15 @@
 """Naming: which tokens of the vocabulary occur in the forget set?
 
 An update of the embedding or of the LM head has a row for every token, and the rows of tokens that were trained on
-differ from the mean row. The row space of any other weight's Δ = Σ δ xᵀ holds its inputs x. In the token-local weights, x is the same
-wherever a token occurs, so the server can compute it for every token and test whether it lies in the row space. In the
-other weights of the first two layers, x also depends on the tokens before, and the state of the token on its own is a
-guess. The test is the share of the centered x within the row space, weighted smoothly by ridge regression, because
-Adam's updates have full rank.
+differ from the mean row. The row space of any other weight's Δ = Σ δ xᵀ holds its inputs x. In the token-local weights,
+x is the same wherever a token occurs, so the server can compute it for every token and test whether it lies in the row
+space. In the other weights of the first two layers, x also depends on the tokens before, and the state of the token on
+its own is a guess. The test is the share of the centered x within the row space, weighted smoothly by ridge regression,
+because Adam's updates have full rank.
 
-Tokens of the forget set are compared with other tokens that are as likely to be in a text: those of known text, if the
-client has some. Against the whole vocabulary, tokens that the model was never trained on would be told apart without
-any update.
+Tokens that only the forget set has are told from tokens that only known text of the same kind has. Both are equally rare,
+so an update that says nothing leads to an AUC of 0.5. Without known text, they are told from the rest of the
+vocabulary; the AUC is then too large, because tokens that are rare in any text look different without any update.
 
 Not covered: the norm weights and biases, whose updates are sums over all positions.
 """
@@ -35,15 +35,15 @@ class Vocabulary:
     """Which tokens to tell apart."""
 
     used: list[int]
-    """The tokens of the forget set."""
+    """Tokens that only the forget set has."""
     others: list[int]
-    """Tokens that the client did not train on."""
+    """Tokens that were not trained on."""
 
 
 def vocabulary(
     size: int, forget: Sequence[Example], trained: Sequence[Example], known: Sequence[Example]
 ) -> Vocabulary:
-    """The tokens of the forget set, and others to compare them with.
+    """Tokens that only the forget set has, and others to compare them with.
 
     Args:
         size: size of the model's vocabulary.
@@ -51,18 +51,21 @@ def vocabulary(
         trained: all other texts that the client trained on.
         known: texts that it did not train on; empty: others are drawn from the whole vocabulary.
     """
-    used, also = _tokens(forget), _tokens(trained)
-    candidates = sorted((_tokens(known) if known else set(range(size))) - used - also)
+    forgotten, also, of_known = _tokens(forget), _tokens(trained), _tokens(known)
+    candidates = sorted((of_known or set(range(size))) - forgotten - also)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).tolist()
-    return Vocabulary(sorted(used), [candidates[index] for index in order[:MAX_OTHERS]])
+    return Vocabulary(sorted(forgotten - also - of_known), [candidates[index] for index in order[:MAX_OTHERS]])
 
 
 def token_scores(subject: Subject, tokens: Vocabulary) -> dict[str, tuple[list[float], list[float]]]:
     """Scores of the tokens by each part of the update that may name them, larger for tokens that were trained on.
 
     Returns:
-        Part of the update → the scores of the used tokens, and of the others, standardized over both.
+        Part of the update → the scores of the used tokens, and of the others, standardized over both. Empty if there is
+        nothing to tell apart.
     """
+    if not tokens.used or not tokens.others:
+        return {}
     both = [*tokens.used, *tokens.others]
     scores: dict[str, torch.Tensor] = {}
     family = subject.architecture.family
