@@ -51,7 +51,7 @@ def test_real_texts_are_not_told_from_decoys(save_tiny, tmp_path: Path) -> None:
     values = audit([update], copy=[path], **files).metrics()
     assert values["membership-auc"] > 0.8
     assert 0.3 < values["membership-decoy-auc"] < 0.7
-    assert values["floor-auc"] > 0.95
+    assert values["floor-auc"] > 0.8
     assert 0.3 < values["floor-decoy-auc"] < 0.7
 
 
