@@ -132,6 +132,10 @@ def test_one_step_of_sgd_on_few_texts_spells_them_out(tmp_path: Path) -> None:
         found[name] = report.metrics()["spelling"]
         assert all(layer.control is not None and layer.control < 0.2 for layer in report.spelling)
         assert {layer.rank == layer.dimensions for layer in report.spelling} == {name == "adam"}
+    with pytest.raises(AuditError, match="spelling is 0") as caught:
+        few.audit(few.folder / "sgd", require="spelling<0.5")
+    assert caught.value.exit_code == 3
+    assert few.audit(few.folder / "adam", require="spelling<0.5").metrics()["spelling"] == 0
     assert found["sgd"] > 0.7
     assert found["adam"] == 0
     bfloat16 = few.audit(few.update("rounded", epochs=1, optimizer="sgd", learning_rate=0.1, update_dtype="bfloat16"))
@@ -149,6 +153,9 @@ def test_copies_are_pooled_in_any_order(world: World, tmp_path: Path) -> None:
     assert audit(updates[::-1], copy=[copies[1], copies[0], copies[2]], **texts).metrics() == pytest.approx(
         whole.metrics()
     )
+    other = world.update(str(tmp_path / "other"), copies[0], train=r"layers\.1")
+    with pytest.raises(UpdateError, match="the updates change different weights"):
+        audit([other, updates[1]], copy=list(copies[:2]), **texts)
     with pytest.raises(PlanError, match="none of the copies belongs to the update"):
         audit([updates[0]], copy=[copies[1]], **texts)
     with pytest.raises(PlanError, match="expected one copy for each of the 3 updates, found 2"):

@@ -56,7 +56,7 @@ def audit(
     Raises:
         AuditError: A requirement is not met. The error has the report.
         PlanError: An option has an invalid value, or a requirement needs texts that are not given.
-        MPUError: The updates, the copies or the texts cannot be read or do not belong together.
+        MPUError: The updates, the copies or the texts cannot be read, or do not belong together.
     """
     from mpunlearn.client.audit.pooling import pooled
     from mpunlearn.client.audit.scores import Auditor

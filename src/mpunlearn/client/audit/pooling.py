@@ -13,6 +13,7 @@ import numpy as np
 
 from mpunlearn import roc
 from mpunlearn.client.audit.report import GROUPS, ClientAudit, CopyScores, LayerSpelling, Separation, TokenLeak
+from mpunlearn.errors import UpdateError
 
 
 def pooled(copies: Sequence[CopyScores]) -> ClientAudit:
@@ -20,8 +21,14 @@ def pooled(copies: Sequence[CopyScores]) -> ClientAudit:
 
     Args:
         copies: the scores of at least one copy, all with the same texts.
+
+    Raises:
+        UpdateError: the copies were not trained alike.
     """
     first = copies[0]
+    parts = [(list(copy.tokens), [layer.label for layer in copy.spelling]) for copy in copies]
+    if any(others != parts[0] for others in parts):
+        raise UpdateError("the updates change different weights; expected copies of one round, all trained alike")
     mean = {
         "floor": _mean([copy.drop for copy in copies]),
         "membership": _mean([copy.ridge for copy in copies]),
