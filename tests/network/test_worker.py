@@ -14,6 +14,7 @@ from tests.network.federation import Net
 from tests.network.forgery import Scene, edited, half, job_of, payloads, stranger, unchecked
 
 from mpunlearn import Training
+from mpunlearn.client.network.auditing import UpdateAudit
 from mpunlearn.client.network.policy import AuditPolicy
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
@@ -322,6 +323,19 @@ def test_an_update_that_cannot_be_audited_is_not_sent(scene: Scene, tmp_path: Pa
     net.workers = [net.start_worker(0)]
     path = hand_over(net, job_with(net, training={**TRAINING, "train": "norm"}))
     assert answer(net, path).refusal == "the update cannot be audited"
+
+
+def test_an_audit_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("broken")
+
+    net = scene.net(tmp_path / "net")
+    net.policy = {"audit": AuditPolicy(["spelling<0.5"])}
+    net.workers = [net.start_worker(0)]
+    monkeypatch.setattr(UpdateAudit, "measure", broken)
+    assert answer(net, hand_over(net, job_with(net))).refusal == "the update cannot be audited"
+    assert "ZeroDivisionError" in (net.folder / "work-0" / "error.txt").read_text()
+    assert any(line.startswith("the update cannot be audited: ZeroDivisionError; see ") for line in net.said)
 
 
 def test_decoys_are_unlearned_by_the_worker_too(scene: Scene, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 By default, the weights of the transformer layers are trained, except the token-local ones: the row space of their
 update would list the tokens of the forget set (see `disclosure`). With LoRA, only the outer factor B is
 trained. The gradient of the inner factor A is (Bᵀ δ) xᵀ, so a trained A would show the inputs x as well. A is fixed at
-random values that depend on the copy, because then every copy and round shows the inputs in another small subspace, and
-all of them together train more than one.
+random values that depend on the copy: a different small subspace for every copy and round, so that all of them together
+can change the weights in more directions than one could.
 
 With several processes (`torchrun`, `accelerate launch`), FSDP2's `fully_shard` shards every parameter over them, one
 transformer layer at a time. The same code serves a small model on two CPU processes and a large one on eight GPUs. It

@@ -12,7 +12,7 @@ it does a job only if the server signed it for this client and the data owner's 
     WORK/updates/               finished updates, until the round after next begins
     WORK/audit/                 what the updates would tell the server, if the policy limits it (see `auditing`)
     WORK/copies.json            which copy was trained for which round and copy number
-    WORK/error.txt              why a training failed
+    WORK/error.txt              why a training or an audit failed
 
 A killed worker can be restarted with the same command. A finished update is not trained again, and a repeated job gets
 the same update as its answer. A different copy with a number that was already used is refused, because two copies with
@@ -24,7 +24,8 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -269,37 +270,41 @@ class Worker:
             shutil.rmtree(path, ignore_errors=True)
         copy = self._fetch(job, sealed, what)
         if not target.exists():
-            self._unlearn(client, copy, target, what)
+            self._say(f"{what}: unlearning")
+            with self._refusing("training on the copy failed"):
+                client.unlearn(copy, target)
         if self._audit is not None:
             self._say(f"{what}: auditing the update")
-            try:
+            with self._refusing("the update cannot be audited"):
                 self._audit.measure(target.name, copy, target, client.training.max_length)
-            except UpdateError as error:
-                self._say(str(error))
-                raise _RefusalError("the update cannot be audited") from error
         shutil.rmtree(copy, ignore_errors=True)
         return target
 
-    def _unlearn(self, client: Client, copy: Path, target: Path, what: str) -> None:
-        """Trains on a copy.
+    @contextmanager
+    def _refusing(self, reason: str) -> Iterator[None]:
+        """Refuses a job whose copy or plan makes the block fail; with invalid ones, it can fail anywhere.
+
+        Args:
+            reason: what the server is told.
 
         Raises:
-            _RefusalError: the copy cannot be loaded or trained.
-            MPUError: as for `Client.unlearn`.
+            MPUError: something is wrong on this side.
         """
-        self._say(f"{what}: unlearning")
         try:
-            client.unlearn(copy, target)
+            yield
         except UnloadableError as error:
             self._say(str(error))
             raise _RefusalError("transformers cannot load the copy") from error
+        except UpdateError as error:
+            self._say(str(error))
+            raise _RefusalError(reason) from error
         except (MPUError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # with an invalid copy or plan, training can fail anywhere
+        except Exception as error:
             self._client = None
             write_bytes(self._folder / "error.txt", traceback.format_exc().encode(errors="replace"))
-            self._say(f"training failed: {type(error).__name__}; see {self._folder / 'error.txt'}")
-            raise _RefusalError("training on the copy failed") from error
+            self._say(f"{reason}: {type(error).__name__}; see {self._folder / 'error.txt'}")
+            raise _RefusalError(reason) from error
 
     def _register(self, job: Job, name: str) -> int:
         """Records which copy is trained under a number; returns the newest round."""
