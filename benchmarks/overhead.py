@@ -11,7 +11,6 @@ shapes of Qwen2.5 0.5B.
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from mpunlearn import Client, Perturbation, Training, postprocess, preprocess, u
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter
 from mpunlearn.client.batches import optimizer_steps
 from mpunlearn.client.objectives import nll
-from mpunlearn.client.weights import LAYER, select
+from mpunlearn.client.weights import select
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.files import new_directory
@@ -111,7 +110,8 @@ def main() -> None:
         torch.manual_seed(0)
         model = models.new_llama(tokenizer, RECIPE)
         parameters = sum(p.numel() for p in model.parameters())
-        layers = sum(p.numel() for name, p in model.named_parameters() if re.search(LAYER, name))
+        selected = select(model, "blocks")
+        trained = sum(p.numel() for name, p in model.named_parameters() if name in selected)
         models.save(model, tokenizer, root / "model")
         forget, retain = root / "forget.jsonl", root / "retain.jsonl"
         for file in (forget, retain):
@@ -149,7 +149,7 @@ def main() -> None:
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         "parameters": parameters,
-        "trained": layers,
+        "trained": trained,
         "copies": copies,
         "seconds": middle,
         "unlearn / hand-written loop": middle["unlearn"] / middle["hand-written loop"],

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -286,7 +287,7 @@ def test_help_of_every_command(capsys) -> None:
         text = capsys.readouterr().out
         assert "usage: mpunlearn " + verb in text.replace("Usage:", "usage:")
         assert " at 0x" not in text
-        assert "<" not in text
+        assert not re.search(r"<\w+[ >]", text)
     for party in ("server", "client"):
         assert main([party, "--help"]) == 0
         text = capsys.readouterr().out

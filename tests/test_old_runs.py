@@ -2,11 +2,13 @@
 
 tests/fixtures/runs-0.1.0.tar.xz holds a tiny model, four questions to forget and four to keep, a run of both parties in one
 process (`local`), and one over a network (`network`: the server's folder, the client's, and the spool), each killed in round 2
-of 2 when copy 1 was unlearned and copy 2 was not. They lay in /tmp/mpunlearn-0.1.0, which plans and records name.
+of 2 when copy 1 was unlearned and copy 2 was not. They lay in /tmp/mpunlearn-0.1.0, which plans and records name. Version
+0.1.0 also trained the token-local weights, so these runs go on with them, and say what that reveals.
 """
 
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, checkpoint_digest
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.worker import Worker
+from mpunlearn.errors import DisclosureWarning
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.server.network.coordinator import Coordinator
@@ -82,16 +85,17 @@ def test_a_run_in_one_process(old: Path, tmp_path: Path) -> None:
     round_2 = out / "exchange" / "round-2"
     before.check_copy(round_2 / "copies" / "copy-2", 2)
     done = (round_2 / "updates" / "copy-1" / "update.safetensors").read_bytes()
-    final = run(
-        old / "model",
-        forget=old / "forget.jsonl",
-        retain=old / "retain.jsonl",
-        out=out,
-        rounds=2,
-        keep_exchange=True,
-        perturbation=Perturbation(copies=2, kappa=0.05),
-        training=Training(objective="npo", epochs=1, batch_size=2, learning_rate=1e-3, max_length=128),
-    )
+    with pytest.warns(DisclosureWarning, match="names the tokens"):
+        final = run(
+            old / "model",
+            forget=old / "forget.jsonl",
+            retain=old / "retain.jsonl",
+            out=out,
+            rounds=2,
+            keep_exchange=True,
+            perturbation=Perturbation(copies=2, kappa=0.05),
+            training=Training(objective="npo", epochs=1, batch_size=2, learning_rate=1e-3, max_length=128),
+        )
     assert (round_2 / "updates" / "copy-1" / "update.safetensors").read_bytes() == done
     before.check_final(final, [update_at(round_2 / "updates" / f"copy-{copy}") for copy in (1, 2)])
 
@@ -104,13 +108,18 @@ def test_a_run_over_a_network(old: Path, tmp_path: Path) -> None:
     files = {"forget": old / "forget.jsonl", "retain": old / "retain.jsonl"}
     coordinator, mail = Coordinator(RunPlan.read(server / "plan.json"), server), Mail(server / "mail")
     worker = Worker(spool, work, Policy.read(old / "policy.toml"), **files)
+    warned: list[Warning | str] = []
     for _ in range(30):
         if coordinator.step():
             break
         if (record := mail.load("1")) is not None:
             deliver = dict(zip(record["names"], record["jobs"], strict=True))
-            worker.step()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                worker.step()
+            warned += [warning.message for warning in caught]
             results, missing = exchange(spool, deliver, record["wanted"], 0.0)
             mail.unload("1", {"names": list(results), "results": list(results.values()), "missing": missing})
     assert (work / "updates" / "round-2-copy-1" / "update.safetensors").read_bytes() == done
     before.check_final(server / "final", [update_at(work / "updates" / f"round-2-copy-{copy}") for copy in (1, 2)])
+    assert [type(warning) for warning in warned] == [DisclosureWarning]

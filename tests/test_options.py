@@ -22,6 +22,7 @@ REQUIRED = {
     "server resume": ["r"],
     "server status": ["r"],
     "unlearn": ["m", "--forget", "f", "--out", "o"],
+    "client audit": ["u", "v", "--copy", "c", "d", "--forget", "f"],
     "client key": [],
     "client join": ["i"],
     "client work": ["--spool", "s", "--policy", "p", "--forget", "f"],
@@ -61,6 +62,14 @@ def test_every_option_reaches_its_function() -> None:
     assert arguments["training"] == Training("grad-diff", gamma=2.0, seed=3, train="all")
     assert arguments["resources"].gradient_checkpointing is True
     assert arguments["data"].question_key == "q"
+
+
+def test_a_list_is_given_at_once_or_one_by_one() -> None:
+    arguments = given("client audit", "--require", "spelling<0.1")
+    assert [list(map(str, arguments[name])) for name in ("updates", "copy")] == [["u", "v"], ["c", "d"]]
+    parsed = parse("x", VERBS["client audit"].function("client audit"), "u v --copy c --copy d --forget f".split())
+    assert parsed is not None
+    assert parsed[0] == {**arguments, "require": None}
 
 
 @pytest.mark.parametrize("verb", VERBS)

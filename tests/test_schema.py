@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.schema import MAX_INTEGER, check_options, parse, read, write
+from mpunlearn.schema import MAX_INTEGER, check_options, older, parse, read, write
 
 
 @dataclass(frozen=True)
@@ -118,3 +118,18 @@ def test_options_are_named_as_on_the_command_line() -> None:
     assert type(Options(1).some_share) is float
     with pytest.raises(PlanError, match="--some-share: expected a number, found 'x'"):
         Options("x")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Extended:
+    """Something whose older versions always did what is now off by default."""
+
+    name: str
+    thorough: bool = older(absent=True, default=False)
+
+
+def test_a_field_that_was_added_later_can_stand_for_something_else_in_older_files(tmp_path: Path) -> None:
+    assert Extended("new") == parse(Extended, {"name": "new", "thorough": False})
+    assert parse(Extended, {"name": "old"}) == Extended("old", thorough=True)
+    write(tmp_path / "x.json", Extended("new"))
+    assert read(Extended, tmp_path / "x.json") == Extended("new")

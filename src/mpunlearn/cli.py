@@ -4,8 +4,8 @@ Options, types and help texts come from the functions' signatures and docstrings
 and the Python API share one text. The modules of the commands import nothing heavy at the top level, so `--help` does
 not load PyTorch.
 
-Exit codes: 0 success, 2 invalid input (reported in one line), 130 interrupted with Ctrl-C, 143 terminated. A traceback
-is a bug.
+Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 130
+interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpunlearn import __version__
-from mpunlearn.errors import DisclosureWarning, MPUError, NothingUnlearnedWarning
+from mpunlearn.errors import AuditError, DisclosureWarning, MPUError, NothingUnlearnedWarning
 from mpunlearn.options import ParseError, parse
 from mpunlearn.progress import logger, say
 
@@ -63,6 +63,9 @@ VERBS = {
     "server resume": Verb("server.network.serve", SERVER, "resume an interrupted run", AGAIN),
     "server status": Verb("server.network.status", SERVER, "show the progress of a run"),
     "unlearn": Verb("client.unlearn", CLIENT, "unlearn on one published copy and write the update"),
+    "client audit": Verb(
+        "client.audit.audit", CLIENT, "measure what updates would tell the server, before sending them"
+    ),
     "client key": Verb("client.network.join", CLIENT, "generate the client's keys (once)"),
     "client join": Verb("client.network.join", CLIENT, "connect to a run and process its jobs", AGAIN),
     "client work": Verb("client.network.join", CLIENT, "process jobs that another program fetches", AGAIN),
@@ -133,8 +136,10 @@ def _call(name: str, arguments: list[str]) -> int:
         with _output(prog, general.quiet):
             _print(function(**values), general.json)
     except MPUError as error:
+        if isinstance(error, AuditError) and error.report is not None:
+            _print(error.report, general.json)
         print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         hint = verb.resume.format_map({key: str(value) for key, value in values.items()})
         print(f"{prog}: interrupted" + (f"; {hint}" if hint else ""), file=sys.stderr)

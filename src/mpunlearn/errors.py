@@ -1,13 +1,18 @@
 """Errors that a user can cause.
 
 Each message says what is wrong, where, what was expected and found, and what to do next. All errors derive from
-`MPUError`. The command line prints such an error as one line and exits with code 2. Any other exception is a bug and
-shows its traceback.
+`MPUError`. The command line prints such an error as one line and exits with its `exit_code`. Any other exception is a
+bug and shows its traceback.
 """
+
+from typing import Any
 
 
 class MPUError(Exception):
     """Base class of all errors that are caused by the input or the environment, not by a bug."""
+
+    exit_code = 2
+    """Exit code of the command line."""
 
 
 class DisclosureWarning(UserWarning):
@@ -64,3 +69,18 @@ class NetworkError(MPUError):
 
 class DamagedError(NetworkError):
     """A transferred file is missing or differs from the one that its sender signed."""
+
+
+class AuditError(MPUError):
+    """An audit measured a value beyond a limit that the user set.
+
+    Args:
+        message: which limits, and what was measured.
+        report: the report of the audit, which the command line prints before the message.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report

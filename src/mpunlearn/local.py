@@ -29,6 +29,7 @@ from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training, pin
+from mpunlearn.schema import parse
 from mpunlearn.server.perturbation import Perturbation
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class ClientPlan:
     """SHA-256 of the forget set."""
     retain: str
     """SHA-256 of the retain set."""
+    decoys: str | None = None
+    """SHA-256 of the decoys; None without decoys."""
 
 
 def run(
@@ -53,6 +56,7 @@ def run(
     forget: str | Path,
     out: str | Path,
     retain: str | Path | None = None,
+    decoys: str | Path | None = None,
     base: str | Path | None = None,
     rounds: int = 5,
     eta: float = 1.0,
@@ -74,6 +78,8 @@ def run(
             hub:OWNER/NAME.
         out: The run's directory. If it holds an unfinished run with the same options, that run is resumed.
         retain: The data to retain, in the same formats. Required by objectives with a retain term.
+        decoys: Data of the same kind that the model knows, in the same formats. It is unlearned along with the forget set,
+            and hides which of the data that set consists of.
         base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
             task vector (the model's weights minus the base's).
         rounds: Number of rounds R.
@@ -110,14 +116,24 @@ def run(
     )
     if processes() > 1:
         raise PlanError("`run` needs a single process; to train on several, run `unlearn` under torchrun on each copy")
+    pinned = out / "server" / "plan.json"
+    plan = plan.continuing(pinned)
     memory = out / "client" / "memory"
-    client = Client(forget=forget, retain=retain, memory=memory, training=plan.training, data=data, resources=resources)
+    client = Client(
+        forget=forget,
+        retain=retain,
+        decoys=decoys,
+        memory=memory,
+        training=plan.training,
+        data=data,
+        resources=resources,
+    )
     check_models(plan)
     _check_out(out, plan)
-    if not (out / "server" / "plan.json").exists():
+    if not pinned.exists():
         _check_room(out, plan, client)
-    plan.pin(out / "server" / "plan.json")
-    pin(out / "client" / "plan.json", ClientPlan(**client.digests))
+    plan.pin(pinned)
+    pin(out / "client" / "plan.json", parse(ClientPlan, client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)
     with locked(server):

@@ -6,7 +6,8 @@ uses it needs no further checks. `check_options` applies the same checks to data
 directly.
 
 A dataclass with a field `format` is versioned: `read` rejects files of a newer format, and an `upgrade` function
-converts the JSON of older formats to the current one. A field that was added later only needs a default.
+converts the JSON of older formats to the current one. A field that was added later only needs a default. If that
+default is not how older versions behaved, `older(value, default)` says what an absent field stands for.
 
 Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, optional
 types, and nested dataclasses.
@@ -27,7 +28,19 @@ from mpunlearn.files import read_json, write_json
 MAX_INTEGER = 1 << 53
 """Largest integer that every JSON implementation preserves, including those that read numbers as doubles."""
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_OLDER = "older"
 M = TypeVar("M")
+
+
+def older(absent: Any, default: Any, **options: Any) -> Any:
+    """A dataclass field that was added later, whose default is not how older versions behaved.
+
+    Args:
+        absent: the field's value in JSON that an older version wrote, which lacks the field.
+        default: the default for everything new.
+        options: further arguments of `dataclasses.field`.
+    """
+    return dataclasses.field(default=default, metadata={_OLDER: absent}, **options)
 
 
 def parse(kind: type[M], value: Any) -> M:
@@ -45,6 +58,8 @@ def parse(kind: type[M], value: Any) -> M:
     for item in fields:
         if item.name in value:
             given[item.name] = typed(hints[item.name], value[item.name], f"{kind.__name__}.{item.name}")
+        elif _OLDER in item.metadata:
+            given[item.name] = item.metadata[_OLDER]
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise SchemaError(f"{kind.__name__}: missing field {item.name!r}")
     return kind(**given)

@@ -1,7 +1,9 @@
 """One copy to one update: which tensors it holds, in which form, and against which reference."""
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from mpunlearn.client import client as client_module
 from mpunlearn.client.client import Client
 from mpunlearn.client.trainer import Trainer
 from mpunlearn.client.unlearn import unlearn
-from mpunlearn.errors import CheckpointError, DataError, PlanError
+from mpunlearn.errors import CheckpointError, DataError, DisclosureWarning, PlanError
 from mpunlearn.lm.examples import collate, encode
 from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.model import load, nll
@@ -48,18 +50,26 @@ def test_copies_without_noise_give_equal_updates_once_inverted(save_tiny, tmp_pa
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [("all", "everything"), ("blocks", r"\.layers\."), (r"layers\.1\.mlp", r"layers\.1\.mlp")],
-)
-def test_only_trained_tensors_are_in_the_update(save_tiny, tmp_path: Path, examples, train: str, expected: str) -> None:
-    import re
+TOKEN_LOCAL = r"layers\.0\..*(q_proj|k_proj|v_proj|qkv_proj|query_key_value)\.weight"
 
+
+@pytest.mark.parametrize(
+    ("options", "expected", "warned"),
+    [
+        ({"train": "all"}, "", True),
+        ({"train": "blocks"}, rf"^(?!.*{TOKEN_LOCAL}).*\.layers\.", False),
+        ({"train": "blocks", "token_local": True}, r"\.layers\.", True),
+        ({"train": r"layers\.1\.mlp"}, r"layers\.1\.mlp", False),
+    ],
+)
+def test_only_trained_tensors_are_in_the_update(
+    save_tiny, tmp_path: Path, examples, options, expected: str, warned: bool
+) -> None:
     path = save_tiny(tie_word_embeddings=True)
-    training = Training(**{**QUICK.__dict__, "train": train})
-    out = unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / "u", training=training)
-    names = set(Checkpoint(path).tensors)
-    wanted = names if expected == "everything" else {name for name in names if re.search(expected, name)}
+    place = {"forget": examples[0], "retain": examples[1], "out": tmp_path / "u"}
+    with pytest.warns(DisclosureWarning, match="names the tokens of your examples") if warned else nullcontext():
+        out = unlearn(path, **place, training=with_options(**options))
+    wanted = {name for name in Checkpoint(path).tensors if re.search(expected, name)}
     assert set(TensorDirectory(out, stem="update").tensors) == wanted
     assert {info.dtype for info in TensorDirectory(out, stem="update").tensors.values()} == {torch.float32}
 
@@ -78,10 +88,16 @@ def test_families_that_transformers_holds_otherwise_are_updated_under_their_name
     ]
     for copy, update in zip(copies, updates, strict=True):
         names = set(TensorDirectory(update, stem="update").tensors)
-        assert names == {name for name in Checkpoint(copy).tensors if ".layers." in name}
+        assert names == in_layers(Checkpoint(copy).tensors, parallel=model_type == "gpt_neox")
     new = Checkpoint(postprocess(updates, state=tmp_path / "s", out=tmp_path / "o"))
     moved = {name for name in new.tensors if not torch.equal(new.read(name), Checkpoint(path).read(name))}
-    assert moved == {name for name in new.tensors if ".layers." in name}
+    assert moved == in_layers(new.tensors, parallel=model_type == "gpt_neox")
+
+
+def in_layers(names, parallel: bool) -> set[str]:
+    """The tensors of the transformer layers without their token-local weights."""
+    first = r"layers\.0\.mlp\.\w+\.weight" if parallel else "nothing"
+    return {name for name in names if ".layers." in name and not re.search(f"{TOKEN_LOCAL}|{first}", name)}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe"])
@@ -112,7 +128,8 @@ def test_lora_trains_factors_of_the_selected_weights_and_sends_nothing_else(
     save_tiny, tmp_path: Path, examples
 ) -> None:
     path = save_tiny()
-    update = update_of(path, examples, tmp_path / "u", lora_rank=2, lora_alpha=6.0, train=r"layers\.1\..*(q|up)_proj")
+    options = {"lora_rank": 2, "lora_alpha": 6.0, "learning_rate": 3e-3, "train": r"layers\.1\..*(q|up)_proj"}
+    update = update_of(path, examples, tmp_path / "u", **options)
     weights = ["model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
     assert set(update) == {f"{weight}.lora_{factor}" for weight in weights for factor in "AB"}
     # Trained on the weights themselves, one step of SGD from B = 0 moves them along scale · B's gradient: the scale is in B.

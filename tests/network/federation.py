@@ -57,6 +57,7 @@ class Net:
     training: Training = TRAINING
     perturbation: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    decoys: Path | None = None
     silent: set[int] = field(default_factory=set)
     """Numbers of clients that connect and then do nothing."""
     said: list[str] = field(default_factory=list)
@@ -102,6 +103,7 @@ class Net:
             policy,
             forget=self.forget[number],
             retain=self.retain,
+            decoys=self.decoys,
             say=self.said.append,
         )
 

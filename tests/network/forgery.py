@@ -50,7 +50,9 @@ def honest(net: Net, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     copy = load_file(net.folder / "server/exchange/round-1/copies/copy-1/model.safetensors")
     torch.manual_seed(0)
-    update = {name: 1e-4 * torch.randn(value.shape) for name, value in copy.items() if ".layers." in name}
+    read_embedding = {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"}
+    trained = {name for name in copy if ".layers." in name} - read_embedding
+    update = {name: 1e-4 * torch.randn(copy[name].shape) for name in sorted(trained)}
     save_file(update, folder / "update.safetensors")
     _, job = job_of(net)
     card = {"run": job.run, "round": 1, "copy": 1, "copies": 2}

@@ -18,6 +18,7 @@ def test_the_documented_policy_is_one(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text(example[1].replace("…", KEY, 1), encoding="utf-8")
     policy = Policy.read(tmp_path / "policy.toml")
     assert policy.server_key == KEY
+    assert policy.audit is not None
     defaults = Policy(KEY)
     for name in ("max_copies", "max_rounds", "max_epochs", "max_megabytes"):
         assert getattr(policy, name) == getattr(defaults, name)
@@ -33,6 +34,9 @@ def test_the_documented_policy_is_one(tmp_path: Path) -> None:
         (f'server_key = "{KEY}"\nmax_rounds = 0', "above 0"),
         (f'server_key = "{KEY}"\nobjectives = "npo"', "expected list"),
         ("server_key = ", "cannot be read"),
+        (f'server_key = "{KEY}"\n[audit]\nreference = "known.jsonl"', "AuditPolicy: missing field 'require'"),
+        (f'server_key = "{KEY}"\n[audit]\nrequire = []', "policy: audit: require: expected name<number"),
+        (f'server_key = "{KEY}"\n[audit]\nrequire = ["auc<0.7"]', "policy: audit: require: unknown: auc; known"),
     ],
 )
 def test_a_policy_with_a_mistake_is_none(text: str, why: str, tmp_path: Path) -> None:

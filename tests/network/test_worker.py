@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tests.network.federation import Net
 from tests.network.forgery import Scene, edited, half, job_of, payloads, stranger, unchecked
 
 from mpunlearn import Training
+from mpunlearn.client.network.auditing import UpdateAudit
+from mpunlearn.client.network.policy import AuditPolicy
+from mpunlearn.demo.world import Recipe, generate_rows
+from mpunlearn.errors import DataError, PlanError
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.messages import File, Job, Result, Sealed, seal
 
@@ -81,6 +86,14 @@ AGAINST_POLICY: dict[str, tuple[dict[str, Any], str]] = {
     "too many epochs": ({"training": {**TRAINING, "epochs": 21}}, "max epochs is 20"),
     "an objective": ({"training": {**TRAINING, "objective": "grad-ascent"}}, "objectives are simnpo"),
     "the embeddings": ({"training": {**TRAINING, "train": "all"}}, "train is blocks"),
+    "token-local weights": (
+        {"training": {**TRAINING, "token_local": True}},
+        "token local is false",
+    ),
+    "a plan of a version that always trained those": (
+        {"training": {name: value for name, value in TRAINING.items() if name != "token_local"}},
+        "token local is false",
+    ),
     "no plan": ({"training": {"shell": "rm"}}, "invalid training plan"),
     "a plan of wrong types": ({"training": {**TRAINING, "epochs": "many"}}, "invalid training plan"),
     "a plan with a list of parameters": ({"training": {**TRAINING, "parameters": [1]}}, "invalid training plan"),
@@ -258,3 +271,81 @@ def test_a_refusal_says_nothing_of_the_text(scene: Scene, tmp_path: Path) -> Non
     net = scene.net(tmp_path / "net")
     path = hand_over(net, job_with(net, training={**TRAINING, "skip_tokens": 10_000}))
     assert answer(net, path).refusal == "the plan cannot be followed with this client's text"
+
+
+def known(folder: Path) -> Path:
+    """Texts that are not trained on."""
+    file = folder / "known.jsonl"
+    rows = generate_rows(0, Recipe())["retain"][40:80]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_an_update_that_fails_the_audit_is_not_sent(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    limits = ["retain-auc<0.6", "spelling<0.5", "next-token-tpr>0.9"]
+    net.policy = {"audit": AuditPolicy(limits, reference=str(known(tmp_path)))}
+    net.workers = [net.start_worker(0)]
+    path = hand_over(net, job_with(net))
+    assert answer(net, path).refusal == "the update fails the client's audit: retain-auc, next-token-tpr"
+    assert answer(net, path).files == []
+    assert any("round-1-copy-1: retain-auc is 1.000, the policy requires retain-auc<0.6" in line for line in net.said)
+    work = net.folder / "work-0"
+    assert sorted(file.name for file in (work / "audit").iterdir()) == ["round-1-copy-1.json", "round-1.json"]
+    assert all(file.stat().st_mode & 0o077 == 0 for file in [work / "audit", *(work / "audit").iterdir()])
+    # Asked again, it neither trains nor measures again.
+    before = (work / "audit" / "round-1-copy-1.json").stat().st_mtime_ns
+    again = hand_over(net, job_with(net, nonce="again"))
+    assert "fails the client's audit" in str(answer(net, again).refusal)
+    assert (work / "audit" / "round-1-copy-1.json").stat().st_mtime_ns == before
+    assert sum(line.endswith(": unlearning") for line in net.said) == 1
+    # A policy with other texts measures the same update again, and one that it meets lets it go.
+    net.policy = {"audit": AuditPolicy(["membership-auc>0.6"], reference=str(known(tmp_path)), near=str(net.forget[0]))}
+    with pytest.raises(DataError, match="the near texts must be others"):
+        net.start_worker(0)
+    net.policy = {"audit": AuditPolicy(["spelling<0.5"])}
+    net.workers = [net.start_worker(0)]
+    assert answer(net, hand_over(net, job_with(net, nonce="third"))).refusal is None
+    assert sum(line.endswith(": unlearning") for line in net.said) == 1
+    assert sum(line.endswith(": auditing the update") for line in net.said) == 2
+
+
+def test_an_audit_without_the_texts_that_it_needs_is_refused_at_once(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    net.policy = {"audit": AuditPolicy(["membership-auc<0.6"])}
+    with pytest.raises(PlanError, match="policy: audit: require: membership-auc needs texts .* reference texts"):
+        net.start_worker(0)
+
+
+def test_an_update_that_cannot_be_audited_is_not_sent(scene: Scene, tmp_path: Path) -> None:
+    net = scene.net(tmp_path / "net")
+    net.policy = {"audit": AuditPolicy(["spelling<0.5"]), "train": ["norm"]}
+    net.workers = [net.start_worker(0)]
+    path = hand_over(net, job_with(net, training={**TRAINING, "train": "norm"}))
+    assert answer(net, path).refusal == "the update cannot be audited"
+
+
+def test_an_audit_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("broken")
+
+    net = scene.net(tmp_path / "net")
+    net.policy = {"audit": AuditPolicy(["spelling<0.5"])}
+    net.workers = [net.start_worker(0)]
+    monkeypatch.setattr(UpdateAudit, "measure", broken)
+    assert answer(net, hand_over(net, job_with(net))).refusal == "the update cannot be audited"
+    assert "ZeroDivisionError" in (net.folder / "work-0" / "error.txt").read_text()
+    assert any(line.startswith("the update cannot be audited: ZeroDivisionError; see ") for line in net.said)
+
+
+def test_decoys_are_unlearned_by_the_worker_too(scene: Scene, tmp_path: Path) -> None:
+    updates = []
+    for name, decoys in (("plain", None), ("hidden", known(tmp_path))):
+        net = scene.net(tmp_path / name)
+        net.decoys = decoys
+        net.workers = [net.start_worker(0)]
+        path = hand_over(net, job_with(net))
+        assert answer(net, path).refusal is None
+        updates.append(load_file(net.folder / "work-0/updates/round-1-copy-1/update.safetensors"))
+    assert updates[0].keys() == updates[1].keys()
+    assert not any(torch.equal(value, updates[1][name]) for name, value in updates[0].items())

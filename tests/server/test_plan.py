@@ -72,6 +72,26 @@ def test_a_field_that_an_older_plan_lacks_has_its_default(tmp_path: Path) -> Non
     plan().pin(file)
 
 
+def test_a_run_of_a_version_that_trained_token_local_weights_goes_on_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    plan().pin(file)
+    content = json.loads(file.read_text())
+    del content["training"]["token_local"]
+    file.write_text(json.dumps(content))
+    assert RunPlan.read(file).training.token_local
+    assert plan().continuing(file) == RunPlan.read(file)
+    plan().continuing(file).pin(file)
+    with pytest.raises(PlanError, match="--token-local True, not False"):
+        plan().pin(file)
+
+
+def test_a_run_of_this_version_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert plan().continuing(file) == plan()
+    plan(training=Training(token_local=True)).pin(file)
+    assert plan().continuing(file) == plan()
+
+
 def test_plans_of_format_1_are_read(tmp_path: Path) -> None:
     """0.1.0 kept the fields of the service beside the others."""
     new = json.loads(json.dumps(dataclasses.asdict(plan())))

@@ -201,6 +201,25 @@ class Architecture:
             return self.sparse(role.layer)
         return not self.sparse(role.layer) if axis_roles & {"gate", "ffn"} else True
 
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN of a layer read the same residual stream."""
+        parallel = self.family.parallel
+        return bool(self.config.get(parallel)) if isinstance(parallel, str) else parallel
+
+    def token_local(self, role: TensorRole) -> bool:
+        """Whether the weight's input at a position is a function of that position's token alone.
+
+        These are layer 0's query, key and value projections, fused or not, which read the bare embedding. If attention
+        and FFN are parallel, all of layer 0's FFN is token-local, too. The gradient of such a weight is Σ δ xᵀ over the
+        positions, and x is one of only as many vectors as there are tokens, so its row space names the tokens. A bias
+        is not token-local: its gradient Σ δ contains no x.
+        """
+        if role.layer != 0 or len(role.axes) != 2:
+            return False
+        outputs, inputs = map(set, role.axes)
+        return bool({"query", "key", "value", "qkv"} & outputs) or (self.parallel and "attended" not in inputs)
+
     def sparse(self, layer: int) -> bool:
         """Whether a layer of an MoE model has experts rather than a single FFN. Qwen3-MoE can have both kinds."""
         return layer not in self._dense_layers and (layer + 1) % self._sparse_step == 0

@@ -149,8 +149,8 @@ FAMILIES: dict[str, Family] = {
         query_key="signs",
         defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
-    # One LayerNorm with bias for both sublayers; RoPE on part of each head; FFN without a gate.
-    "phi": Family(_PHI, signs=False, partial_rotary=0.5),
+    # One LayerNorm with bias for both sublayers, which are parallel; RoPE on part of each head; FFN without a gate.
+    "phi": Family(_PHI, signs=False, partial_rotary=0.5, parallel=True),
     # q, k and v are fused, and so are gate and up.
     "phi3": Family(_PHI_3, partial_rotary=1.0),
     # LayerNorm with bias; RoPE on part of each head; q, k and v interleaved by head; FFN without a gate.
@@ -160,6 +160,8 @@ FAMILIES: dict[str, Family] = {
         head="embed_out.weight",
         signs=False,
         partial_rotary=0.25,
+        parallel="use_parallel_residual",
+        defaults={"use_parallel_residual": True},
         constants=tuple(
             "gpt_neox.layers.{layer}.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
         ),

@@ -76,6 +76,9 @@ class Family:
     are normalized."""
     partial_rotary: float | None = None
     """Default for the fraction of each head that RoPE rotates; None if it always rotates the whole head."""
+    parallel: bool | str = False
+    """Whether attention and FFN of a layer read the same residual stream, instead of one after the other; or the name
+    of the config entry that decides it."""
     constants: tuple[str, ...] = ()
     """Templates of tensors that some checkpoints contain although the config determines them, such as RoPE frequencies.
     They are neither published nor updated."""

@@ -3,6 +3,9 @@
 In every round of a run, the server publishes several noisy copies of its current model, and the client trains each of
 them. The config.json of a copy contains its *card*: the run, the round and the number of the copy.
 
+Decoys are texts of the same kind that the model knows and that nobody asked to forget. They join the forget set in
+training, and nothing restores them, so that the server cannot tell which of the texts the client wanted forgotten.
+
 If an objective compares the model with a reference model, that is the copy of round 1 with the same number, never the
 server's own model. In round 1, the client computes the log-likelihoods of its examples under that copy and stores them
 in its memory folder. It stores the copy itself only for objectives that use its logits or hidden states. NPO, DPO and
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
-from mpunlearn.client.batches import Examples, MicroBatches, optimizer_steps
+from mpunlearn.client.batches import Examples, MicroBatches, Pick, optimizer_steps
+from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spelling
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
@@ -31,7 +35,7 @@ from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
 from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
-from mpunlearn.lm.records import read_records, records_digest, with_alternates
+from mpunlearn.lm.records import Record, read_records, records_digest, with_alternates
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
@@ -56,6 +60,7 @@ class Client:
         *,
         forget: str | Path,
         retain: str | Path | None = None,
+        decoys: str | Path | None = None,
         memory: str | Path | None = None,
         training: Training | None = None,
         data: Data | None = None,
@@ -78,17 +83,22 @@ class Client:
                 f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
         self._forget = read_records(as_path(forget, "--forget"), data, "forget")
-        if self.losses.alternates:
-            self._forget = with_alternates(self._forget, data, objective.refusals, self.training.seed)
         with_retain = retain is not None and bool(objective.alpha)
         self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
+        self._decoys = read_records(as_path(decoys, "--decoys"), data, "forget") if decoys is not None else []
+        _check_decoys(self._decoys, self._forget, self._retain)
+        self._unlearned = [*self._forget, *self._decoys]
+        if self.losses.alternates:
+            self._unlearned = with_alternates(self._unlearned, data, objective.refusals, self.training.seed)
         self._encoded: dict[str, _Encoded] = {}
         self._warned: set[tuple[str, int]] = set()
+        self._warned_of_disclosure = False
 
     @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 (hex) of the forget set and of the retain set."""
-        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain)}
+    def digests(self) -> dict[str, str | None]:
+        """SHA-256 (hex) of the forget set, of the retain set, and of the decoys; None without decoys."""
+        decoys = records_digest(self._decoys) if self._decoys else None
+        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain), "decoys": decoys}
 
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
         """Unlearns on one published copy and writes the update, like the function `unlearn`."""
@@ -103,10 +113,13 @@ class Client:
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
         model = load_model(source.path)
-        selected = select(model, self.training.train)
+        selected = select(model, self.training.train, self.training.token_local)
+        steps = self._steps(encoded, card)
+        if is_main():
+            self._warn(model, selected, steps, encoded)
         if lora_rank := self.training.lora_rank:
             alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * lora_rank
-            model = adapt(model, lora_rank, alpha, selected, self.training.seed)
+            model = adapt(model, lora_rank, alpha, selected, self.training.seed, card)
         shard(model)
         reference = self._reference_model(source.path, card, cache, model)
         if reference_nll is None:
@@ -115,16 +128,38 @@ class Client:
                 cache.save(encoded.digest, reference_nll, source.path if self.losses.reference_model else None)
         folder = cache.training_folder if cache is not None else out.parent / f".{out.name}.training"
         with TrainingFolder(self._fingerprint(card, encoded), folder) as checkpoints:
-            trainer = self._trainer(model, encoded, reference_nll, reference, card, checkpoints)
+            trainer = self._trainer(model, steps, encoded, reference_nll, reference, card, checkpoints)
             history = trainer.train()
             write_update(source, model, card, FLOAT_DTYPES[self.training.update_dtype], out)
         if is_main():
             self._report(history, card, cache)
         return out
 
+    def _steps(self, encoded: "_Encoded", card: Card | None) -> list[list[Pick]]:
+        """The optimizer steps of a copy's round."""
+        return optimizer_steps(
+            len(encoded.forget),
+            len(encoded.retain),
+            batch_size=self.training.batch_size,
+            epochs=self.training.epochs,
+            seed=self.training.seed,
+            round_number=card.round if card else 1,
+        )
+
+    def _warn(self, model: Any, selected: set[str], steps: list[list[Pick]], encoded: "_Encoded") -> None:
+        """Warns of what the update will reveal; once, not for every copy."""
+        if self._warned_of_disclosure:
+            return
+        self._warned_of_disclosure = True
+        warn_of_names(model, selected)
+        width = self.training.lora_rank or getattr(model.config, "hidden_size", 0)
+        positions = longest_step(steps, encoded.forget, encoded.retain, encoded.alternates)
+        warn_of_spelling(self.training, positions, width)
+
     def _trainer(
         self,
         model: Any,
+        steps: list[list[Pick]],
         encoded: "_Encoded",
         reference_nll: ReferenceNLL,
         reference: Any | None,
@@ -132,14 +167,6 @@ class Client:
         folder: Path,
     ) -> Trainer:
         training, round_number = self.training, card.round if card else 1
-        steps = optimizer_steps(
-            len(encoded.forget),
-            len(encoded.retain),
-            batch_size=training.batch_size,
-            epochs=training.epochs,
-            seed=training.seed,
-            round_number=round_number,
-        )
         batches = MicroBatches(
             steps,
             encoded.examples(reference_nll),
@@ -166,9 +193,9 @@ class Client:
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         if digest not in self._encoded:
             tokenizer, length = load_tokenizer(path), self.training.max_length
-            forget = encode(self._forget, tokenizer, length)
+            forget = encode(self._unlearned, tokenizer, length)
             retain = encode(self._retain, tokenizer, length)
-            alternates = encode_alternates(self._forget, tokenizer, length) if self.losses.alternates else []
+            alternates = encode_alternates(self._unlearned, tokenizer, length) if self.losses.alternates else []
             if skip := self.losses.objective.skip_tokens:
                 forget = [example.skipping(skip) for example in forget]
                 if not any(example.tokens for example in forget):
@@ -244,12 +271,26 @@ class Client:
             )
 
 
+def _check_decoys(decoys: list[Record], forget: list[Record], retain: list[Record]) -> None:
+    """Rejects decoys that would be no decoys.
+
+    Raises:
+        DataError: a decoy is in the forget set, or in the retain set, which would restore it.
+    """
+    for name, others in (("forget", forget), ("retain", retain)):
+        texts = {(record.question, record.answer) for record in others}
+        for record in decoys:
+            if (record.question, record.answer) in texts:
+                raise DataError(f"{record.where}: this decoy is also in the --{name} set; take it out of one of them")
+
+
 @dataclass(frozen=True)
 class _Encoded:
     """The examples, tokenized."""
 
     tokenizer: Any
     forget: list[Example]
+    """The forget set, followed by the decoys."""
     retain: list[Example]
     alternates: list[list[Example]]
 

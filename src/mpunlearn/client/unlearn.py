@@ -20,6 +20,7 @@ def unlearn(
     forget: str | Path,
     out: str | Path,
     retain: str | Path | None = None,
+    decoys: str | Path | None = None,
     memory: str | Path | None = None,
     training: Training | None = None,
     data: Data | None = None,
@@ -33,6 +34,8 @@ def unlearn(
             hub:OWNER/NAME.
         out: A new directory for the update.
         retain: What to keep, in the same form. Objectives with a retain term need it.
+        decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
+            and hide which of the texts it consists of.
         memory: The client's own directory for what later rounds need from round 1. Objectives with a reference model
             need it from round 2 on.
         training: The objective and its hyperparameters.
@@ -49,5 +52,7 @@ def unlearn(
     """
     from mpunlearn.client.client import Client
 
-    client = Client(forget=forget, retain=retain, memory=memory, training=training, data=data, resources=resources)
+    client = Client(
+        forget=forget, retain=retain, decoys=decoys, memory=memory, training=training, data=data, resources=resources
+    )
     return client.unlearn(copy, out)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mpunlearn import roc
 from mpunlearn.evaluation.probe import Probe
 
 Scores = np.ndarray
@@ -134,9 +135,7 @@ def auc(forget: Scores, holdout: Scores) -> float:
     This is the probability that a random holdout example scores above a random forget example, with ties counting half.
     It is 1 if the score separates the two sets perfectly, and 1/2 if it is no better than chance.
     """
-    ranks = stats.rankdata(np.concatenate((forget, holdout)))
-    above = ranks[len(forget) :].sum() - len(holdout) * (len(holdout) + 1) / 2
-    return float(above / (len(forget) * len(holdout)))
+    return roc.auc(holdout, forget)
 
 
 def privleak(model_auc: float, retrained_auc: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from mpunlearn.errors import PlanError
 from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES, Objective, ObjectiveName, RetainLoss
-from mpunlearn.schema import check_options, read, write
+from mpunlearn.schema import check_options, older, read, write
 
 P = TypeVar("P")
 
@@ -60,8 +60,12 @@ class Training:
     warmup_steps: int = 0
     """Number of optimizer steps over which the learning rate increases from 0."""
     train: str = "blocks"
-    """Which weights are trained: blocks (the transformer layers), all, or a regular expression over tensor names.
-    Training the embeddings or the LM head reveals to the server which tokens occur in the forget set."""
+    """Which weights are trained: blocks (the transformer layers without their token-local weights), all, or a regular
+    expression over tensor names. The update of an embedding, of the LM head or of a token-local weight reveals to the
+    server which tokens occur in the forget set."""
+    token_local: bool = older(absent=True, default=False)
+    """With --train blocks, also train the token-local weights: those whose input depends on the current token alone, that
+    is, layer 0's q, k and v, and its FFN where attention and FFN are parallel."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the selected linear weights. Only the adapters are trained, and their factors are sent
     as the update. 0 trains the weights themselves."""

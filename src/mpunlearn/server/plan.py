@@ -1,10 +1,11 @@
 """The server's plan of a run, written to plan.json when the run starts and read again whenever it is resumed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import PlanError, StateError
+from mpunlearn.files import read_json
 from mpunlearn.protocol.flower.keys import ClientKeys
 from mpunlearn.protocol.plan import Training, pin
 from mpunlearn.schema import read
@@ -70,6 +71,20 @@ class RunPlan:
         if not path.is_file():
             raise StateError(f"{path.parent}: contains no run; start one with `mpunlearn server start`")
         return read(cls, path, upgrade_plan)
+
+    def continuing(self, path: Path) -> "RunPlan":
+        """This plan, or how the run that `path` describes goes on with it.
+
+        Version 0.1.0 always trained the token-local weights. A run that it began goes on with them, because the updates
+        of a round must change the same tensors.
+
+        Raises:
+            FileError: the file cannot be read.
+        """
+        training = read_json(path).get("training") if path.is_file() else None
+        if not isinstance(training, dict) or "token_local" in training:
+            return self
+        return replace(self, training=replace(self.training, token_local=True))
 
     def pin(self, path: Path) -> None:
         """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""

@@ -155,8 +155,15 @@ def planned_tensors(copy: Path, training: Training) -> set[str] | None:
     if training.lora_rank or training.train not in ("blocks", "all"):
         return None
     checkpoint = Checkpoint(copy)
-    roles = Architecture.of(checkpoint).tensor_roles(checkpoint)
-    return {name for name, role in roles.items() if role.layer is not None or training.train == "all"}
+    architecture = Architecture.of(checkpoint)
+    roles = architecture.tensor_roles(checkpoint)
+    if training.train == "all":
+        return set(roles)
+    return {
+        name
+        for name, role in roles.items()
+        if role.layer is not None and (training.token_local or not architecture.token_local(role))
+    }
 
 
 def update_bytes(copy: Path, training: Training) -> int:

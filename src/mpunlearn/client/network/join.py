@@ -59,6 +59,7 @@ def join(
     spool: str | Path | None = None,
     forget: str | Path | None = None,
     retain: str | Path | None = None,
+    decoys: str | Path | None = None,
     policy: str | Path | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
@@ -71,6 +72,8 @@ def join(
         spool: The folder for exchanging messages with Flower (default: WORK/spool).
         forget: What to forget, as for `unlearn`. Without it, the jobs are left to `client work`.
         retain: What to keep, in the same form.
+        decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
+            and hide which of the texts it consists of.
         policy: A TOML file that limits what the server may ask for (default: the limits in docs/network.md).
         data: How to read the examples.
         resources: Memory, precision and trackers for training.
@@ -95,10 +98,13 @@ def join(
     worker = None
     if forget is not None:
         limits = Policy(invited.server_key) if policy is None else Policy.read(policy)
-        worker = Worker(shared, folder, limits, forget=forget, retain=retain, data=data, resources=resources)
-    elif policy is not None or retain is not None:
+        worker = Worker(
+            shared, folder, limits, forget=forget, retain=retain, decoys=decoys, data=data, resources=resources
+        )
+    elif policy is not None or retain is not None or decoys is not None:
         raise PlanError(
-            "--policy, --retain: only used for doing jobs, which needs --forget; give --forget, or use `client work`"
+            "--policy, --retain, --decoys: only used for doing jobs, which needs --forget; give --forget, or use "
+            "`client work`"
         )
     for name in ("jobs", "results"):
         (shared / name).mkdir(parents=True, exist_ok=True)
@@ -116,6 +122,7 @@ def work(
     forget: str | Path,
     work: str | Path = "mpu-client",
     retain: str | Path | None = None,
+    decoys: str | Path | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
 ) -> str:
@@ -127,6 +134,8 @@ def work(
         forget: What to forget, as for `unlearn`.
         work: The client's own folder.
         retain: What to keep, in the same form.
+        decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
+            and hide which of the texts it consists of.
         data: How to read the examples.
         resources: Memory, precision and trackers for training.
 
@@ -147,6 +156,7 @@ def work(
         limits,
         forget=forget,
         retain=retain,
+        decoys=decoys,
         data=data,
         resources=resources,
     )

@@ -3,7 +3,8 @@
 A job is a request from another party. Before anything is downloaded, it is checked against a policy file that the data
 owner writes. The defaults let an honest server work, and keep a dishonest one from learning more by asking for more:
 they limit the number of rounds and copies, and allow no update of the embeddings and no access to files on this
-machine.
+machine. A policy can also limit what the updates themselves would tell the server; they are then audited before they are
+sent (see `auditing`).
 """
 
 import tomllib
@@ -11,12 +12,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from mpunlearn.client.audit.report import NEEDS
 from mpunlearn.errors import PlanError, SchemaError
 from mpunlearn.protocol.identity import HEX
 from mpunlearn.protocol.messages import Job
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import redact
+from mpunlearn.requirements import Requirement, parse_requirements
 from mpunlearn.schema import parse
+
+AUDIT_OPTION = "policy: audit: require"
+"""What error messages call the limits of the audit."""
+
+
+@dataclass(frozen=True)
+class AuditPolicy:
+    """What every update has to meet before it is sent: the table [audit] of policy.toml.
+
+    Raises:
+        PlanError: a requirement is not of the right form, or limits something unknown.
+    """
+
+    require: list[str]
+    """Limits on what an update would tell the server, such as membership-auc<0.7; see `client.audit`."""
+    reference: str | None = None
+    """Texts of the same kind that the model knows and that are not trained on."""
+    near: str | None = None
+    """Texts on the same subjects as the forget set that are not trained on."""
+
+    def __post_init__(self) -> None:
+        self.requirements()
+
+    def requirements(self) -> list[Requirement]:
+        """The limits."""
+        return parse_requirements(",".join(self.require), NEEDS, AUDIT_OPTION)
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,8 @@ class Policy:
     train: list[str] | None = None
     """Allowed values of --train (default: only blocks, since an update of the embeddings reveals which tokens the forget
     set contains)."""
+    token_local: bool = False
+    """Whether the token-local weights may be trained, whose update reveals the same."""
     max_copies: int = 8
     """Maximum number of copies per round."""
     max_rounds: int = 20
@@ -44,6 +75,8 @@ class Policy:
     """Maximum size of one copy, in MB."""
     stores: list[str] | None = None
     """Prefixes of URLs that files may be downloaded from and uploaded to (default: none; files travel in messages)."""
+    audit: AuditPolicy | None = None
+    """What every update has to meet before it is sent (default: updates are not audited)."""
 
     def __post_init__(self) -> None:
         if not HEX.fullmatch(self.server_key):
@@ -68,8 +101,14 @@ class Policy:
         except SchemaError as error:
             raise PlanError(f"--policy {path}: {error}") from error
 
-    def violations(self, job: Job) -> list[str]:
-        """The reasons why a job must not be done; empty if it is allowed."""
+    def violations(self, job: Job, begun_by_older: bool = False) -> list[str]:
+        """The reasons why a job must not be done; empty if it is allowed.
+
+        Args:
+            job: the job.
+            begun_by_older: whether a version that always trained the token-local weights began the run. It goes on with
+                them.
+        """
         reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
             for name, limit, asked in (
@@ -89,6 +128,8 @@ class Policy:
             reasons.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
         if training.train not in (allowed := self.train or ["blocks"]):
             reasons.append(f"train is {', '.join(allowed)}, asked for {training.train}")
+        if training.token_local and not (self.token_local or begun_by_older):
+            reasons.append("token local is false, asked for true (or by a server older than version 0.2)")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:
             if ".." in unquote(url) or not any(url.startswith(store.rstrip("/") + "/") for store in self.stores or []):
                 reasons.append(f"stores do not include {redact(url)}")

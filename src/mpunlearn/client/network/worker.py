@@ -10,8 +10,9 @@ it does a job only if the server signed it for this client and the data owner's 
     WORK/memory/                what the client keeps from round 1 (see `client.reference`)
     WORK/copies/                the copy that is being trained
     WORK/updates/               finished updates, until the round after next begins
+    WORK/audit/                 what the updates would tell the server, if the policy limits it (see `auditing`)
     WORK/copies.json            which copy was trained for which round and copy number
-    WORK/error.txt              why a training failed
+    WORK/error.txt              why a training or an audit failed
 
 A killed worker can be restarted with the same command. A finished update is not trained again, and a repeated job gets
 the same update as its answer. A different copy with a number that was already used is refused, because two copies with
@@ -23,7 +24,8 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ import torch
 from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.client.client import Client
+from mpunlearn.client.network.auditing import UpdateAudit
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.spool import Spool
 from mpunlearn.client.resources import Resources
@@ -44,6 +47,7 @@ from mpunlearn.errors import (
     PlanError,
     UnloadableError,
     UnsupportedModelError,
+    UpdateError,
 )
 from mpunlearn.files import new_directory, write_bytes
 from mpunlearn.lm.sources import Data
@@ -62,7 +66,7 @@ from mpunlearn.protocol.messages import (
 )
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.transfer import file_entry, put, receive
-from mpunlearn.schema import parse, read, write
+from mpunlearn.schema import older, parse, read, write
 
 POLL_SECONDS = 0.3
 RETRY_SECONDS = 10.0
@@ -77,6 +81,8 @@ class JoinedRun:
     rounds: int
     copies: int
     training: Training
+    begun_by_older: bool = older(absent=True, default=False, compare=False)
+    """Whether a version that always trained the token-local weights wrote this file."""
     format: int = 1
 
 
@@ -113,12 +119,14 @@ class Worker:
         policy: limits on what the server may ask for.
         forget: what to forget, as for `unlearn`.
         retain: what to keep, in the same form.
+        decoys: what to unlearn along with the forget set, in the same form.
         data: how to read the examples.
         resources: memory, precision, trackers.
         say: reports one line to the user.
 
     Raises:
-        PlanError: a folder cannot be created.
+        PlanError: a folder cannot be created, or the policy's audit needs texts that are not given.
+        DataError: texts for the audit cannot be read.
     """
 
     def __init__(
@@ -129,14 +137,19 @@ class Worker:
         *,
         forget: str | Path,
         retain: str | Path | None = None,
+        decoys: str | Path | None = None,
         data: Data | None = None,
         resources: Resources | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
         self._spool = Spool(spool, policy.server_key, say)
         self._folder, self._policy, self._say = folder, policy, say
-        self._sources: dict[str, Any] = {"forget": forget, "retain": retain, "data": data, "resources": resources}
+        texts = {"forget": forget, "retain": retain, "decoys": decoys}
+        self._options: dict[str, Any] = {**texts, "data": data, "resources": resources}
         self._client: Client | None = None
+        self._audit = None
+        if policy.audit is not None:
+            self._audit = UpdateAudit(folder / "audit", policy.audit, texts, data, say)
         self._retry_at: dict[str, float] = {}
         self.connected = False
         """Whether a message from the server has arrived."""
@@ -185,6 +198,8 @@ class Worker:
         try:
             self._check(job)
             update = self._update(job, sealed, what)
+            if self._audit is not None and (failed := self._audit.failures(update.name)):
+                raise _RefusalError(f"the update fails the client's audit: {', '.join(failed)}")
             sent, payloads = self._send(job, update)
         except _RefusalError as refusal:
             self._say(f"{what}: refused: {refusal}")
@@ -209,10 +224,10 @@ class Worker:
         """
         if job.client != self.identity.public:
             raise _RefusalError("the job is for another client")
-        if violations := self._policy.violations(job):
+        joined = self._joined()
+        if violations := self._policy.violations(job, joined is not None and joined.begun_by_older):
             raise _RefusalError("; ".join(violations))
         requested = JoinedRun(job.run, job.rounds, job.copies, parse(Training, job.training))
-        joined = self._joined()
         if joined is None:
             write(self._folder / "run.json", requested)
         elif joined.run != job.run:
@@ -238,7 +253,7 @@ class Worker:
         return [file_entry(file) for file in files], files
 
     def _update(self, job: Job, sealed: Sealed, what: str) -> Path:
-        """The update that a job asks for, trained now if it does not exist yet.
+        """The update that a job asks for, trained and audited now if that has not been done yet.
 
         Raises:
             PlanError: another copy was trained under this number, or the plan cannot be followed.
@@ -247,28 +262,49 @@ class Worker:
         updates = self._folder / "updates"
         target = updates / f"round-{job.round}-copy-{job.copy}"
         newest = self._register(job, target.name)
-        if target.exists():
+        if target.exists() and (self._audit is None or self._audit.measured(target.name)):
             return target
         client = self._client_for(job)
         old = [update for update in updates.glob("round-*") if int(update.name.split("-")[1]) < newest - 1]
         for path in [*old, *(self._folder / "copies").glob("*")]:
             shutil.rmtree(path, ignore_errors=True)
         copy = self._fetch(job, sealed, what)
-        self._say(f"{what}: unlearning")
+        if not target.exists():
+            self._say(f"{what}: unlearning")
+            with self._refusing("training on the copy failed"):
+                client.unlearn(copy, target)
+        if self._audit is not None:
+            self._say(f"{what}: auditing the update")
+            with self._refusing("the update cannot be audited"):
+                self._audit.measure(target.name, copy, target, client.training.max_length)
+        shutil.rmtree(copy, ignore_errors=True)
+        return target
+
+    @contextmanager
+    def _refusing(self, reason: str) -> Iterator[None]:
+        """Refuses a job whose copy or plan makes the block fail; with invalid ones, it can fail anywhere.
+
+        Args:
+            reason: what the server is told.
+
+        Raises:
+            MPUError: something is wrong on this side.
+        """
         try:
-            client.unlearn(copy, target)
+            yield
         except UnloadableError as error:
             self._say(str(error))
             raise _RefusalError("transformers cannot load the copy") from error
+        except UpdateError as error:
+            self._say(str(error))
+            raise _RefusalError(reason) from error
         except (MPUError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # with an invalid copy or plan, training can fail anywhere
+        except Exception as error:
             self._client = None
             write_bytes(self._folder / "error.txt", traceback.format_exc().encode(errors="replace"))
-            self._say(f"training failed: {type(error).__name__}; see {self._folder / 'error.txt'}")
-            raise _RefusalError("training on the copy failed") from error
-        shutil.rmtree(copy, ignore_errors=True)
-        return target
+            self._say(f"{reason}: {type(error).__name__}; see {self._folder / 'error.txt'}")
+            raise _RefusalError(reason) from error
 
     def _register(self, job: Job, name: str) -> int:
         """Records which copy is trained under a number; returns the newest round."""
@@ -305,7 +341,7 @@ class Worker:
         """The client that trains, created once for all jobs."""
         if self._client is None:
             training = parse(Training, job.training)
-            self._client = Client(memory=self._folder / "memory", training=training, **self._sources)
+            self._client = Client(memory=self._folder / "memory", training=training, **self._options)
         return self._client
 
 

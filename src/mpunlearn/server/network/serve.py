@@ -93,7 +93,7 @@ def start(
     _check_folder(folder.path, folder.plan)
     if superlink is None and not folder.plan.exists():
         check_port(listen or host, port)  # not when resuming: a previous server of this run may still hold it
-    plan.pin(folder.plan)
+    plan.continuing(folder.plan).pin(folder.plan)
     return resume(folder.path)
 
 
