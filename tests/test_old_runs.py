@@ -89,7 +89,7 @@ def test_a_run_in_one_process(old: Path, tmp_path: Path) -> None:
         out=out,
         rounds=2,
         keep_exchange=True,
-        perturbation=Perturbation(common_noise=0, copies=2, kappa=0.05),
+        perturbation=Perturbation(copies=2, kappa=0.05),
         training=Training(objective="npo", epochs=1, batch_size=2, learning_rate=1e-3, max_length=128),
     )
     assert (round_2 / "updates" / "copy-1" / "update.safetensors").read_bytes() == done

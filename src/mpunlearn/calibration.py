@@ -2,8 +2,9 @@
 
 The idea: what common noise costs in unlearning depends on how much of the model's function it destroys, which differs
 between models by an order of magnitude. The loss of the stand-in θ + c on some text predicts it well. `calibrate`
-measures the second moments of the inputs of linear layers, which shape the noise, and then finds the largest level κ_c
-at which the loss rises by no more than a budget, by bisection over stand-ins that are written to disk and measured.
+measures the second moments of the inputs of linear layers, which shape the noise, on one half of the text. It then finds
+the largest level κ_c at which the loss on the other half rises by no more than a budget, by bisection over stand-ins that
+are written to disk and measured. On the same half, the noise would seem cheaper than it is.
 
 The result is pinned in the model's lineage, and every `preprocess`, `run` and `server start` with --common-noise auto
 uses it. This step needs transformers; the others on the server's side do not.
@@ -14,22 +15,19 @@ The module is not called `calibrate`, so that `mpunlearn.calibrate` always means
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say
 
-if TYPE_CHECKING:
-    from mpunlearn.server.offset import Shape
-
 BUDGET = 0.05
 """Default rise of the loss, in nats per token."""
 MAX_LEVEL = 1.0
 STEPS = 7
-"""Bisection steps: the level is found to within 2^-7 of the range of its logarithm, about 4 %."""
-MIN_LEVEL = 0.01
+"""Bisection steps over the logarithm of the level, which is then known to within about 5 %."""
+MIN_LEVEL = 0.001
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Calibration:
     floor: float
     """Parameter error that is left to a client that pools all copies, relative to the weights."""
     loss: float
-    """Loss of the model on the text, in nats per token."""
+    """Loss of the model on the held-out half of the text, in nats per token."""
     stand_in_loss: float
     """Loss of the stand-in."""
 
@@ -66,7 +64,7 @@ def calibrate(
     *,
     calibration_text: str | Path,
     function_budget: float = BUDGET,
-    common_noise_shape: "Shape" = "whitened",
+    common_noise_shape: Literal["whitened", "gauss"] = "whitened",
     lineage: str | Path | None = None,
     max_length: int = 512,
     data: Data | None = None,
@@ -111,23 +109,24 @@ def calibrate(
     records = read_records(as_path(calibration_text, "--calibration-text"), data or Data(), "calibration text")
     model, tokenizer = load(source.path)
     examples = encode(records, tokenizer, max_length)
-    if not examples:
-        raise DataError(f"--calibration-text {calibration_text}: contains no text")
-    tokens = sum(example.tokens for example in examples)
+    shaping, held_out = examples[::2], examples[1::2]
+    if not held_out:
+        raise DataError(f"--calibration-text {calibration_text}: expected at least 2 examples, found {len(examples)}")
+    tokens = sum(example.tokens for example in held_out)
     measured = measure(source, None, roles)
     kept = Lineage.of(measured, roles, as_path(lineage, "--lineage") if lineage is not None else None)
     kept.check_unused()
-    loss = sum(nll(model, examples, 8, tokenizer)) / tokens
+    loss = sum(nll(model, held_out, 8, tokenizer)) / tokens
     if common_noise_shape == "whitened":
         layers = [name for name, role in roles.items() if role.layer is not None and len(role.axes) == 2]
-        kept.keep_moments(Moments(*input_moments(model, tokenizer, examples, layers)))
+        kept.keep_moments(Moments(*input_moments(model, tokenizer, shaping, layers)))
     del model
 
     def stand_in_loss(common: CommonNoise) -> float:
         offset = Offset(OffsetRecord(str(kept.path), common), kept.secret, kept.whitening)
         with tempfile.TemporaryDirectory(dir=kept.path) as folder:
             stand_in = load_model(write_stand_in(source, offset, Path(folder) / "stand-in"))
-        return sum(nll(stand_in, examples, 8, tokenizer)) / tokens
+        return sum(nll(stand_in, held_out, 8, tokenizer)) / tokens
 
     low, high = MIN_LEVEL, MAX_LEVEL
     best: tuple[CommonNoise, float] | None = None

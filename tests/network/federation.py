@@ -80,7 +80,7 @@ class Net:
         return RunPlan(
             checkpoint=str(self.model),
             rounds=self.rounds,
-            perturbation=Perturbation(common_noise=0, **{"copies": self.copies, "kappa": 0.02, **self.perturbation}),
+            perturbation=Perturbation(**{"copies": self.copies, "kappa": 0.02, **self.perturbation}),
             training=self.training,
             service=Service("127.0.0.1", 9100, "127.0.0.1", None, clients, self.federation),
         )

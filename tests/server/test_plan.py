@@ -38,7 +38,7 @@ def plan(**changes: Any) -> RunPlan:
 def test_a_plan_is_pinned_once_and_every_change_is_named_with_both_values(tmp_path: Path) -> None:
     file = tmp_path / "run" / "plan.json"
     pinned = plan(
-        perturbation=Perturbation(common_noise=0, copies=4, alphas=(1.0, 1.5, 2.0, 3.0)),
+        perturbation=Perturbation(copies=4, alphas=(1.0, 1.5, 2.0, 3.0)),
         training=Training("npo", parameters={"beta": 0.2}),
     )
     pinned.pin(file)
@@ -85,7 +85,7 @@ def test_plans_of_format_1_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ({"format": 3}, "upgrade mpunlearn"),
+        ({"format": 4}, "upgrade mpunlearn"),
         ({"format": 2}, "missing field 'checkpoint'"),
         ({"format": 2, "checkpoint": "m", "round": 3}, "unknown field 'round'"),
         ({"format": 2, "checkpoint": "m", "rounds": "3"}, "RunPlan.rounds: expected an integer, found '3'"),
@@ -110,10 +110,10 @@ def test_what_is_no_plan_is_named(tmp_path: Path, content: dict, why: str) -> No
         (lambda: Training(parameters={"beta": "x"}), "--beta: expected a number, found 'x'"),
         (lambda: Training(parameters={"layer": 1.0}), "--layer: not a hyperparameter of npo, which has --beta"),
         (lambda: Training(gamma=True), "--gamma: expected a number, found True"),
-        (lambda: Perturbation(common_noise=0, kappa=1e6), "--kappa"),
-        (lambda: Perturbation(common_noise=0, kappa=-1), "--kappa"),
-        (lambda: Perturbation(common_noise=0, copies="3"), "--copies: expected an integer, found '3'"),
-        (lambda: Perturbation(common_noise=0, reparameterization="half"), "--reparameterization: expected one of full, paper, none"),
+        (lambda: Perturbation(kappa=1e6), "--kappa"),
+        (lambda: Perturbation(kappa=-1), "--kappa"),
+        (lambda: Perturbation(copies="3"), "--copies: expected an integer, found '3'"),
+        (lambda: Perturbation(reparameterization="half"), "--reparameterization: expected one of full, paper, none"),
         (lambda: plan(eta=-1.0), "--eta"),
         (lambda: plan(eta=0.0), "--eta"),
         (lambda: plan(rounds=0), "--rounds"),

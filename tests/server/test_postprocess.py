@@ -70,7 +70,7 @@ def test_extrapolation_is_exact_on_higher_orders_where_averaging_is_not() -> Non
 def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, denoising: str) -> None:
     """Through the files: in published coordinates the client descends a quadratic that no orthogonal map changes."""
     path = save_tiny(dtype=torch.float64, model_type="qwen2")
-    perturbation = Perturbation(common_noise=0, copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
+    perturbation = Perturbation(copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
     for copy in copies:
         tensors = load_file(copy / "model.safetensors")
@@ -122,7 +122,7 @@ def write_factors(copy: Path, out: Path, names: list[str], rank: int = 2, produc
 def test_factors_give_what_their_product_gives(save_tiny, tmp_path: Path, strength: str, model_type: str) -> None:
     sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
     path = save_tiny(model_type=model_type, num_key_value_heads=4, **sizes)
-    perturbation = Perturbation(common_noise=0, kappa=0.02, reparameterization=strength)
+    perturbation = Perturbation(kappa=0.02, reparameterization=strength)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
     names = [name for name, info in Checkpoint(copies[0]).tensors.items() if len(info.shape) == 2]
     finals = []
@@ -187,7 +187,7 @@ def test_updates_and_trained_checkpoints_give_the_same_model(published, tmp_path
 
 def test_small_updates_survive_between_rounds_in_float32(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.bfloat16)
-    perturbation = Perturbation(common_noise=0, copies=1, kappa=0.0, reparameterization="none")
+    perturbation = Perturbation(copies=1, kappa=0.0, reparameterization="none")
     current = path
     for number in (1, 2):
         [copy] = preprocess(

@@ -18,7 +18,7 @@ def record(number: int = 1, **changes) -> RoundRecord:
         digests={"w": ["0" * 64]},
         base=None,
         dtypes={"w": "float32"},
-        perturbation=Perturbation(common_noise=0, copies=2, alphas=(1.0, 2.0)),
+        perturbation=Perturbation(copies=2, alphas=(1.0, 2.0)),
         inputs="1" * 64,
         alphas=[1.0, 2.0],
         sigma={"w": 0.01},
@@ -59,7 +59,7 @@ def test_rounds_follow_one_another(tmp_path: Path) -> None:
     [
         ({"digests": {"w": ["2" * 64]}}, "a different checkpoint"),
         ({"base": "2" * 64}, "a different base"),
-        ({"perturbation": Perturbation(common_noise=0, copies=3)}, "different options"),
+        ({"perturbation": Perturbation(copies=3)}, "different options"),
     ],
 )
 def test_an_open_round_takes_no_other_inputs(tmp_path: Path, change: dict, why: str) -> None:
@@ -108,7 +108,7 @@ def test_records_of_format_1_are_read(tmp_path: Path) -> None:
         (lambda state: (state / "state.json").write_text('{"run": "x", "format": 2}'), "upgrade mpunlearn"),
         (lambda state: (state / "round-001.json").write_text("{"), "cannot be read as JSON"),
         (lambda state: (state / "round-001.json").rename(state / "round-002.json"), None),
-        (lambda state: (state / "round-001.json").write_text('{"format": 3}'), "upgrade mpunlearn"),
+        (lambda state: (state / "round-001.json").write_text('{"format": 4}'), "upgrade mpunlearn"),
         (lambda state: (state / "round-001.json").write_text('{"format": 2, "round": 1}'), "missing field"),
         (lambda state: (state / "secret.key").unlink(), "secret.key"),
         (lambda state: state.chmod(0o755), "chmod 700"),

@@ -90,7 +90,7 @@ def test_every_family_goes_through_both_passes_and_generates(save_tiny, tmp_path
     sizes |= {"head_dim": 8} if model_type.startswith(("gemma", "qwen3")) else {}
     sizes |= {"num_key_value_heads": 4} if model_type == "gpt_neox" else {}
     path = save_tiny(model_type=model_type, **sizes)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(common_noise=0, kappa=0.1)).copies
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(kappa=0.1)).copies
     original = AutoModelForCausalLM.from_pretrained(path)
     tokens = torch.tensor([[5, 6, 7, 8]])
     for copy in copies:

@@ -110,7 +110,9 @@ class Lineage:
                 with new_directory(path, mode=0o700) as folder:
                     Secret.generate().save(folder / "secret.key")
                     write(folder / "lineage.json", LineageRecord([digest], shapes))
-                say(f"created the lineage {path}: keep it secret, and as long as there are models that descend from this one")
+                say(
+                    f"created the lineage {path}: keep it secret, and as long as there are models that descend from this one"
+                )
             lineage = cls(path)
             if lineage.record.shapes != shapes:
                 raise StateError(f"{path}: belongs to a model with other tensors; choose another --lineage")

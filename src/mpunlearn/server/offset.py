@@ -153,7 +153,9 @@ class Offset:
         if self._stand_in is not None:
             for source, sign in zip(self._stand_in, (1, -1), strict=True):
                 part = RowSlice(rows.name, rows.role, first, first + count)
-                value.add_(workspace.copy(read(source, rows.name, part, workspace), value.dtype, value.device), alpha=sign)
+                value.add_(
+                    workspace.copy(read(source, rows.name, part, workspace), value.dtype, value.device), alpha=sign
+                )
         common = self.record.common
         if common is None or not common.sigma[rows.name]:
             return

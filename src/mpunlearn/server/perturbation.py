@@ -27,9 +27,10 @@ class Perturbation:
 
     copies: int = 3
     """Number m of published copies. With a single copy, nothing cancels the noise."""
-    kappa: float = 0.05
-    """Level of the noise that cancels. The noise in a block (a transformer layer, or a tensor outside the layers) has a standard deviation
-    of kappa times the RMS of the block's task vector (if --base is given) or of its weights. 0 turns the noise off."""
+    kappa: float = 0.01
+    """Level of the noise that cancels. The noise in a block (a transformer layer, or a tensor outside the layers) has a
+    standard deviation of kappa times the RMS of the block's task vector (if --base is given) or of its weights. 0 turns
+    the noise off."""
     reparameterization: Strength = "full"
     """Strength of the secret reparameterization of each copy: all exact symmetries of the model family (full), only
     those used in the paper (paper), or none."""
@@ -38,10 +39,10 @@ class Perturbation:
     all orders up to copies - 1."""
     alphas: tuple[float, ...] | None = None
     """Secret noise scales of the copies, such as 1,1.5,2 (default: drawn anew in every round)."""
-    common_noise: float | Literal["auto"] = "auto"
+    common_noise: float | Literal["auto"] = 0.0
     """Level κ_c of the secret offset that all copies share and that never cancels for a client: its standard deviation
     relative to the RMS of the weights. With auto, the level that `mpunlearn calibrate` found for this model, or 5 %
-    without calibration; 0 turns it off, and then whoever holds all copies of a round can recover the model."""
+    without calibration. With 0 there is no offset, and whoever holds all copies of a round can recover the model."""
     common_noise_shape: Literal["whitened", "gauss"] = "whitened"
     """Shape of the offset: whitened spares the directions in which the inputs of a layer vary most (it needs
     `mpunlearn calibrate`), gauss treats all alike."""
@@ -62,7 +63,9 @@ class Perturbation:
         if not 0 <= self.kappa <= MAX_KAPPA:
             raise PlanError(f"--kappa: expected a number from 0 to {MAX_KAPPA:g}, found {self.kappa:g}")
         if self.common_noise != "auto" and not 0 <= self.common_noise <= MAX_KAPPA:
-            raise PlanError(f"--common-noise: expected auto, or a number from 0 to {MAX_KAPPA:g}, found {self.common_noise:g}")
+            raise PlanError(
+                f"--common-noise: expected auto, or a number from 0 to {MAX_KAPPA:g}, found {self.common_noise:g}"
+            )
         if self.alphas is not None and len(self.alphas) != self.copies:
             raise PlanError(
                 f"--alphas: expected {self.copies} values for --copies {self.copies}, found {len(self.alphas)}"

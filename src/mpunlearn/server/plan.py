@@ -92,9 +92,10 @@ def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
     """
     if value.get("format") == 3:
         return value
-    value = {**value, "perturbation": {**value.get("perturbation", {}), "common_noise": 0.0}}
-    if value.get("format") == 2:
-        return {**value, "format": 3}
+    if isinstance(settings := value.get("perturbation"), dict):
+        value = {**value, "perturbation": {**settings, "common_noise": 0.0}}
+    if "format" in value:
+        return {**value, "format": 3} if value["format"] == 2 else value
     names = ("host", "port", "listen", "superlink", "clients", "federation")
     service = {name: value.pop(name) for name in names if name in value}
     return {**value, "service": service or None, "format": 3}

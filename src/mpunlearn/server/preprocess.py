@@ -3,10 +3,11 @@
     θ_k = T_k(θ + c + ε_k),    ε_k = σ Σ_d A_kd z_d        (arXiv 2602.23798, Algorithm 1, which has no c)
 
 T_k is the secret reparameterization of copy k (see `reparameterization`), ε_k its noise (see `noise`), A the
-coefficients of the copy design (see `design`), and c the offset that all copies share (see `offset`). A first pass over θ measures σ and computes digests; a second pass
-streams θ through the noise and the reparameterizations (see `publisher`). All copies become visible atomically. The
-second pass also measures how much of the noise survives the cast to the storage dtype: the share of published entries
-that equal those of θ, and the residual entropy per entry on the grid of θ.
+coefficients of the copy design (see `design`), and c the offset that all copies share (see `offset`). A first pass over
+θ measures σ and computes digests; a second pass streams θ through the noise and the reparameterizations (see
+`publisher`). All copies become visible atomically. The second pass also measures how much of the noise survives the
+cast to the storage dtype: the share of published entries that equal those of θ, and the residual entropy per entry on
+the grid of θ.
 """
 
 import dataclasses
@@ -176,7 +177,9 @@ def _offset(
             )
         asked, had = perturbation, first.perturbation
         if (asked.common_noise, asked.common_noise_shape) != (had.common_noise, had.common_noise_shape):
-            raise StateError(f"{server.path}: round 1 had --common-noise {had.common_noise}; use the same in every round")
+            raise StateError(
+                f"{server.path}: round 1 had --common-noise {had.common_noise}; use the same in every round"
+            )
         return pinned
     if perturbation.common_noise == 0:
         return OffsetRecord(stand_in=part) if part else None

@@ -1,8 +1,8 @@
 """Computes the tensors of the published copies, slice by slice.
 
-The steps are: add the secret offset that all copies share, add noise, apply the rotations, cast to the storage dtype, apply the signed permutations. The cast
-happens only once, because signed permutations involve no rounding. The result is deterministic, so the server need not
-store what it has published; it can recompute any part of it.
+The steps are: add the secret offset that all copies share, add noise, apply the rotations, cast to the storage dtype,
+apply the signed permutations. The cast happens only once, because signed permutations involve no rounding. The result
+is deterministic, so the server need not store what it has published; it can recompute any part of it.
 """
 
 from dataclasses import dataclass

@@ -92,7 +92,9 @@ def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
     Format 1 had no fields `format` and `inputs`, and formats 1 and 2 knew no common noise.
     """
     if value.get("format") == 2:
-        return {**value, "perturbation": {**value["perturbation"], "common_noise": 0.0}, "format": 3}
+        settings = value.get("perturbation")
+        with_level = {"perturbation": {**settings, "common_noise": 0.0}} if isinstance(settings, dict) else {}
+        return {**value, **with_level, "format": 3}
     if "format" in value:
         return value
     settings, leakage = value.pop("settings"), value.pop("honesty", {})
