@@ -38,6 +38,12 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float64, **changes: A
     return model
 
 
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path_factory, monkeypatch) -> None:
+    """A data folder for each test, so that no lineage outlives it."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+
+
 @pytest.fixture
 def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Saves a tiny model, with the toy's tokenizer, to a directory of that name."""

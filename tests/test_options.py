@@ -17,6 +17,7 @@ from mpunlearn.server.perturbation import Perturbation
 REQUIRED = {
     "preprocess": ["m", "--state", "s", "--out", "o"],
     "postprocess": ["u", "v", "--state", "s", "--out", "o"],
+    "calibrate": ["m", "--calibration-text", "t"],
     "describe": ["m"],
     "server start": ["m", "--run", "r"],
     "server resume": ["r"],
@@ -26,6 +27,7 @@ REQUIRED = {
     "client key": [],
     "client join": ["i"],
     "client work": ["--spool", "s", "--policy", "p", "--forget", "f"],
+    "forget": ["m", "--forget", "f", "--out", "o"],
     "run": ["m", "--forget", "f", "--out", "o"],
     "evaluate": ["m"],
     "demo": [],

@@ -21,8 +21,10 @@ __all__ = [
     "Perturbation",
     "Resources",
     "Training",
+    "calibrate",
     "describe",
     "evaluate",
+    "forget",
     "postprocess",
     "preprocess",
     "run",
@@ -30,7 +32,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mpunlearn.calibration import calibrate
     from mpunlearn.client.client import Client
+    from mpunlearn.client.forget import forget
     from mpunlearn.client.resources import Resources
     from mpunlearn.client.unlearn import unlearn
     from mpunlearn.errors import DisclosureWarning, MPUError
@@ -51,8 +55,10 @@ else:
         "Perturbation": "server.perturbation",
         "Resources": "client.resources",
         "Training": "protocol.plan",
+        "calibrate": "calibration",
         "describe": "server.describe",
         "evaluate": "evaluation.evaluate",
+        "forget": "client.forget",
         "postprocess": "server.postprocess",
         "preprocess": "server.preprocess",
         "run": "local",

@@ -53,6 +53,7 @@ AGAIN = "repeat the same command to resume"
 VERBS = {
     "preprocess": Verb("server.preprocess", SERVER, "publish the perturbed copies of the next round"),
     "postprocess": Verb("server.postprocess", SERVER, "aggregate the updates of all copies into a new checkpoint"),
+    "calibrate": Verb("calibration", SERVER, "find the common noise that a model can bear"),
     "describe": Verb("server.describe", SERVER, "list what the secret reparameterization of a model would change"),
     "server start": Verb(
         "server.network.serve",
@@ -69,6 +70,7 @@ VERBS = {
     "client key": Verb("client.network.join", CLIENT, "generate the client's keys (once)"),
     "client join": Verb("client.network.join", CLIENT, "connect to a run and process its jobs", AGAIN),
     "client work": Verb("client.network.join", CLIENT, "process jobs that another program fetches", AGAIN),
+    "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),

@@ -133,6 +133,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpunlearn"
 
 
+def data_folder() -> Path:
+    """The folder for files that must be kept."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "mpunlearn"
+
+
 def as_path(value: Any, option: str) -> Path:
     """Converts the value of an option to a path.
 

@@ -58,6 +58,8 @@ def run(
     retain: str | Path | None = None,
     decoys: str | Path | None = None,
     base: str | Path | None = None,
+    stand_in: str | Path | None = None,
+    lineage: str | Path | None = None,
     rounds: int = 5,
     eta: float = 1.0,
     keep_exchange: bool = False,
@@ -82,6 +84,10 @@ def run(
             and hides which of the data that set consists of.
         base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
             task vector (the model's weights minus the base's).
+        stand_in: A checkpoint of the same shapes to make the copies of, instead of the model. The updates are applied
+            to the model.
+        lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
+            (default: in the user's data folder, found by the model's digest).
         rounds: Number of rounds R.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
@@ -108,6 +114,8 @@ def run(
     plan = RunPlan(
         checkpoint=str(source.resolve()),
         base=str(as_path(base, "--base").resolve()) if base is not None else None,
+        stand_in=str(as_path(stand_in, "--stand-in").resolve()) if stand_in is not None else None,
+        lineage=str(as_path(lineage, "--lineage").resolve()) if lineage is not None else None,
         rounds=rounds,
         eta=eta,
         device=device,

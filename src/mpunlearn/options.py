@@ -11,10 +11,11 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from mpunlearn.errors import SchemaError
 from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES
@@ -207,6 +208,8 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
     if bool in members:
         return hint, {"negative": ()} if option.group == GENERAL else {}
+    if len(members) > 1 and get_origin(members[1]) is Literal:
+        return hint, {"metavar": f"NUMBER|{'|'.join(get_args(members[1]))}", "negative": ()}
     metavars = {int: "INTEGER", float: "NUMBER", str: option.name.replace("_", "-").upper()}
     return hint, {"metavar": metavars.get(members[0]), "negative": ()}
 
@@ -269,7 +272,8 @@ def _from_yaml(option: Option, value: Any, path: Path) -> Any:
         value = value.split(",")
     try:
         if float in members and isinstance(value, str):
-            value = float(value)  # YAML 1.1 reads 1e-5 as a string
+            with suppress(ValueError):
+                value = float(value)  # YAML 1.1 reads 1e-5 as a string
         if isinstance(value, list):
             value = [float(item) for item in value]
         return typed(option.hint, value, option.flag)

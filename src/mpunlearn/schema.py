@@ -9,8 +9,8 @@ A dataclass with a field `format` is versioned: `read` rejects files of a newer 
 converts the JSON of older formats to the current one. A field that was added later only needs a default. If that
 default is not how older versions behaved, `older(value, default)` says what an absent field stands for.
 
-Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, optional
-types, and nested dataclasses.
+Supported types: str, int, float, bool, Any, Literal, list, tuple[T, ...], dict and Mapping with string keys, unions,
+optional types, and nested dataclasses.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,7 +124,12 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         options = [option for option in arguments if option is not types.NoneType]
         if value is None and len(options) < len(arguments):
             return None
-        return typed(options[0], value, where)
+        if len(options) == 1:
+            return typed(options[0], value, where)
+        for option in options:
+            with suppress(SchemaError):
+                return typed(option, value, where)
+        raise SchemaError(f"{where}: expected {' or '.join(map(_described, options))}, found {value!r:.60}")
     if origin is list and isinstance(value, list):
         return [typed(arguments[0], item, where) for item in value]
     if origin is tuple and isinstance(value, list | tuple):
@@ -151,4 +157,11 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         return number
     if hint in (str, bool) and type(value) is hint:
         return value
-    raise SchemaError(f"{where}: expected {_NAMES.get(hint, hint)}, found {value!r:.60}")
+    raise SchemaError(f"{where}: expected {_described(hint)}, found {value!r:.60}")
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    return str(_NAMES.get(hint, hint))

@@ -105,7 +105,7 @@ def test_plans_of_format_1_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ({"format": 3}, "upgrade mpunlearn"),
+        ({"format": 4}, "upgrade mpunlearn"),
         ({"format": 2}, "missing field 'checkpoint'"),
         ({"format": 2, "checkpoint": "m", "round": 3}, "unknown field 'round'"),
         ({"format": 2, "checkpoint": "m", "rounds": "3"}, "RunPlan.rounds: expected an integer, found '3'"),

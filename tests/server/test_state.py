@@ -108,7 +108,7 @@ def test_records_of_format_1_are_read(tmp_path: Path) -> None:
         (lambda state: (state / "state.json").write_text('{"run": "x", "format": 2}'), "upgrade mpunlearn"),
         (lambda state: (state / "round-001.json").write_text("{"), "cannot be read as JSON"),
         (lambda state: (state / "round-001.json").rename(state / "round-002.json"), None),
-        (lambda state: (state / "round-001.json").write_text('{"format": 3}'), "upgrade mpunlearn"),
+        (lambda state: (state / "round-001.json").write_text('{"format": 4}'), "upgrade mpunlearn"),
         (lambda state: (state / "round-001.json").write_text('{"format": 2, "round": 1}'), "missing field"),
         (lambda state: (state / "secret.key").unlink(), "secret.key"),
         (lambda state: state.chmod(0o755), "chmod 700"),

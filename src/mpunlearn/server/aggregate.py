@@ -83,12 +83,15 @@ class Aggregation:
         self._trained = self._check_tensors(architecture)
         """Original names of the tensors that the updates change."""
 
-    def write(self, out: Path, specs: Specs) -> None:
+    def write(self, out: Path, specs: Specs) -> dict[str, list[str]]:
         """Writes θ + η Δ̄ into a new directory.
 
         Args:
             out: the new directory.
             specs: dtype and shape of every tensor of the result.
+
+        Returns:
+            SHA-256 of each slice of each tensor of the result.
 
         Raises:
             StateError: θ has changed since the round was published.
@@ -100,20 +103,26 @@ class Aggregation:
             write_json(folder / "config.json", derived_config(self._source.config, specs))
             with TensorWriter(folder, specs) as writer:
 
-                def work(item: tuple[int, RowSlice], workspace: Workspace) -> tuple[float, list[float]]:
+                def work(item: tuple[int, RowSlice], workspace: Workspace) -> tuple[float, list[float], str]:
                     number, rows = item
                     value, square, squares = self._slice(number, rows, workspace)
                     dtype = specs[rows.name][0]
                     cast = workspace.empty(tuple(value.shape), dtype, value.device)
-                    writer.write_rows(rows.name, rows.start, checked_cast(value, rows.name, cast))
-                    return square, squares
+                    checked_cast(value, rows.name, cast)
+                    writer.write_rows(rows.name, rows.start, cast)
+                    return square, squares, tensor_digest(cast)
 
                 slices = _numbered(row_slices(self._source, self._roles))
                 what = f"round {self._record.round}: aggregating {len(self._updates)} updates"
                 results = in_parallel(slices, work, what, lambda item: len(item[1]))
-            of_model = sum(square for square, _ in results)
+            of_model = sum(square for square, *_ in results)
             for copy, update in enumerate(self._updates):
-                check_norm(update.tensors.path, sum(squares[copy] for _, squares in results), of_model, NORM_TOLERANCE)
+                norm = sum(squares[copy] for _, squares, _ in results)
+                check_norm(update.tensors.path, norm, of_model, NORM_TOLERANCE)
+        digests: dict[str, list[str]] = {}
+        for (_, rows), (*_, digest) in zip(slices, results, strict=True):
+            digests.setdefault(rows.name, []).append(digest)
+        return digests
 
     def _slice(self, number: int, rows: RowSlice, workspace: Workspace) -> tuple[torch.Tensor, float, list[float]]:
         """Returns θ + η Δ̄ for a slice, in the compute dtype, and the slice's squared norms of θ and of each update."""

@@ -12,6 +12,7 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter, copy_companions
 from mpunlearn.errors import DisclosureWarning
 from mpunlearn.files import write_json
 from mpunlearn.protocol.exchange import Card, derived_config
+from mpunlearn.server.offset import Offset
 from mpunlearn.server.publisher import Publisher
 from mpunlearn.server.state import RoundingLeakage, RoundRecord, ServerState
 from mpunlearn.server.stream import RowSlice, in_parallel, read, row_slices
@@ -28,6 +29,7 @@ def write_copies(
     record: RoundRecord,
     folder: Path,
     device: torch.device,
+    offset: Offset,
 ) -> dict[str, RoundingLeakage]:
     """Streams the copies of a round into FOLDER/copy-1 … copy-m.
 
@@ -36,7 +38,7 @@ def write_copies(
     Returns:
         For each tensor, how much of the noise survived rounding; empty without noise.
     """
-    publisher = Publisher(state.secret, record, architecture, device)
+    publisher = Publisher(state.secret, record, architecture, device, offset)
     roles = architecture.tensor_roles(source)
     copies = publisher.design.copies
     specs = {name: (publisher.dtype(name), source.tensors[name].shape) for name in roles}

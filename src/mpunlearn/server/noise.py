@@ -38,6 +38,12 @@ class Measurement:
 
     rms: dict[str, float]
     """RMS of v per block, in units of the weights."""
+    weights: dict[str, float]
+    """RMS of θ per block; the same as `rms` without a base."""
+    squares: dict[str, float]
+    """Squared norm of each tensor of θ."""
+    counts: dict[str, int]
+    """Number of entries of each tensor."""
     digests: dict[str, list[str]]
     """SHA-256 of each slice of each tensor of θ."""
     base: str | None
@@ -54,14 +60,15 @@ def measure(checkpoint: Checkpoint, base: Checkpoint | None, roles: Mapping[str,
         for name in roles:
             _check_base(base, checkpoint, name)
 
-    def work(rows: RowSlice, workspace: Workspace) -> tuple[float, int, str, str]:
+    def work(rows: RowSlice, workspace: Workspace) -> tuple[float, float, int, str, str]:
         stored = read(checkpoint, rows.name, rows, workspace)
         other = read(base, rows.name, rows, workspace) if base is not None else None
-        square = 0.0
+        square = weights = 0.0
         # Fixed chunks, each summed in one thread, so that the result does not depend on the number of threads.
         for start, stop in chunks(stored.numel(), 1, 1):
             with workspace.frame():
                 value = workspace.copy(stored.view(-1)[start:stop], compute_dtype(stored.dtype))
+                weights += float(torch.dot(value, value))
                 if other is not None:
                     value.sub_(workspace.copy(other.view(-1)[start:stop], value.dtype))
                 square += float(torch.dot(value, value))
@@ -69,23 +76,28 @@ def measure(checkpoint: Checkpoint, base: Checkpoint | None, roles: Mapping[str,
             raise CheckpointError(
                 f"{checkpoint.path}: {rows.name} holds NaN or infinite weights; nothing was published"
             )
-        return square, stored.numel(), tensor_digest(stored), "" if other is None else tensor_digest(other)
+        return square, weights, stored.numel(), tensor_digest(stored), "" if other is None else tensor_digest(other)
 
     slices = row_slices(checkpoint, roles)
     results = in_parallel(slices, work, "measuring the model", len)
+    blocks: dict[str, list[float]] = {}
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     digests: dict[str, list[str]] = {}
-    for rows, (square, count, digest, _) in zip(slices, results, strict=True):
-        block = block_of(rows.name, rows.role)
-        squares[block] = squares.get(block, 0.0) + square
-        counts[block] = counts.get(block, 0) + count
+    for rows, (square, weights, count, digest, _) in zip(slices, results, strict=True):
+        sums = blocks.setdefault(block_of(rows.name, rows.role), [0.0, 0.0, 0])
+        blocks[block_of(rows.name, rows.role)] = [sums[0] + square, sums[1] + weights, sums[2] + count]
+        squares[rows.name] = squares.get(rows.name, 0.0) + weights
+        counts[rows.name] = counts.get(rows.name, 0) + count
         digests.setdefault(rows.name, []).append(digest)
-    rms = {block: math.sqrt(squares[block] / counts[block]) for block in squares}
-    if base is None:
-        return Measurement(rms, digests, None)
-    joined = bytearray("".join(digest for *_, digest in results).encode())
-    return Measurement(rms, digests, tensor_digest(torch.frombuffer(joined, dtype=torch.uint8)))
+    rms, rms_of_weights = (
+        {block: math.sqrt(sums[part] / sums[2]) for block, sums in blocks.items()} for part in (0, 1)
+    )
+    joined = None
+    if base is not None:
+        text = bytearray("".join(digest for *_, digest in results).encode())
+        joined = tensor_digest(torch.frombuffer(text, dtype=torch.uint8))
+    return Measurement(rms, rms_of_weights, squares, counts, digests, joined)
 
 
 def _check_base(base: Checkpoint, checkpoint: Checkpoint, name: str) -> None:

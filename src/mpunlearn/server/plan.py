@@ -32,7 +32,7 @@ class Service:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of a run. Format 2.
+    """The plan of a run. Format 3.
 
     Raises:
         PlanError: a value is out of range.
@@ -42,6 +42,10 @@ class RunPlan:
     """Absolute path of the server's model θ."""
     base: str | None = None
     """Absolute path of the public checkpoint that θ was fine-tuned from."""
+    stand_in: str | None = None
+    """Absolute path of the checkpoint that the copies are made of instead of θ."""
+    lineage: str | None = None
+    """Absolute path of the lineage; None: found by the model's digest."""
     rounds: int = 5
     """Number of rounds R."""
     eta: float = 1.0
@@ -52,7 +56,7 @@ class RunPlan:
     training: Training = field(default_factory=Training)
     service: Service | None = None
     """None: both parties run in one process."""
-    format: int = 2
+    format: int = 3
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -98,17 +102,22 @@ def _read_pinned(kind: type[Any], path: Path) -> Any:
 def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
     """Converts a plan's JSON to the current format.
 
-    Format 1 had no field `format`, and the fields of `Service` were at the top level.
+    Format 1 had no field `format`, and the fields of `Service` were at the top level. Formats 1 and 2 knew no common
+    noise.
     """
-    if "format" in value:
+    if value.get("format") == 3:
         return value
+    if isinstance(settings := value.get("perturbation"), dict):
+        value = {**value, "perturbation": {**settings, "common_noise": 0.0}}
+    if "format" in value:
+        return {**value, "format": 3} if value["format"] == 2 else value
     names = ("host", "port", "listen", "superlink", "clients", "federation")
     service = {name: value.pop(name) for name in names if name in value}
-    return {**value, "service": service or None, "format": 2}
+    return {**value, "service": service or None, "format": 3}
 
 
 def check_models(plan: RunPlan) -> None:
-    """Checks that the model, and the base if there is one, are supported.
+    """Checks that the model, and the base and the stand-in if there are any, are supported.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
@@ -117,6 +126,8 @@ def check_models(plan: RunPlan) -> None:
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint
 
-    for path in (plan.checkpoint, *([plan.base] if plan.base is not None else [])):
+    for path in (plan.checkpoint, plan.base, plan.stand_in):
+        if path is None:
+            continue
         model = Checkpoint(path)
         Architecture.of(model).tensor_roles(model)

@@ -61,6 +61,7 @@ def postprocess(
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
     from mpunlearn.server.aggregate import Aggregation, match
+    from mpunlearn.server.lineage import Lineage, model_digest, open_offset
     from mpunlearn.server.publisher import Publisher
     from mpunlearn.server.state import ServerState, locked
     from mpunlearn.server.stream import arithmetic_device
@@ -79,9 +80,12 @@ def postprocess(
         roles = architecture.tensor_roles(source)
         if set(roles) != set(record.dtypes):
             raise StateError(f"{source.path}: not the model that round {record.round} was published from")
-        publisher = Publisher(server.secret, record, architecture, arithmetic)
+        offset = open_offset(record.offset)
+        publisher = Publisher(server.secret, record, architecture, arithmetic, offset)
         received = match(updates, server.run, record)
         specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in roles}
-        Aggregation(source, record, architecture, publisher, received, eta).write(out, specs)
+        digests = Aggregation(source, record, architecture, publisher, received, eta).write(out, specs)
+        if record.offset is not None and record.offset.lineage is not None:
+            Lineage(Path(record.offset.lineage)).adopt(model_digest(digests))
         server.close()
     return out

@@ -1,8 +1,8 @@
 """Computes the tensors of the published copies, slice by slice.
 
-The steps are: add noise, apply the rotations, cast to the storage dtype, apply the signed permutations. The cast
-happens only once, because signed permutations involve no rounding. The result is deterministic, so the server need not
-store what it has published; it can recompute any part of it.
+The steps are: add the secret offset that all copies share, add noise, apply the rotations, cast to the storage dtype,
+apply the signed permutations. The cast happens only once, because signed permutations involve no rounding. The result
+is deterministic, so the server need not store what it has published; it can recompute any part of it.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import FLOAT_DTYPES
 from mpunlearn.errors import UnsupportedModelError
 from mpunlearn.server.noise import block_of, draw, floored, noisy, rounded_entropy, spacing
+from mpunlearn.server.offset import Offset
 from mpunlearn.server.reparameterization import Reparameterization
 from mpunlearn.server.secret import Secret
 from mpunlearn.server.state import RoundRecord
@@ -35,20 +36,26 @@ class PublishedRows:
 
 
 class Publisher:
-    """Computes T_k(θ + ε_k) for the copies k of one round, with noise ε_k and reparameterization T_k.
+    """Computes T_k(θ + c + ε_k) for the copies k of one round: offset c, noise ε_k, reparameterization T_k.
 
     Args:
         secret: the run's secret.
         record: the record of the round.
         architecture: the model's architecture.
         device: device of the computation (default: CPU).
+        offset: the offset c (default: none).
     """
 
     def __init__(
-        self, secret: Secret, record: RoundRecord, architecture: Architecture, device: torch.device | None = None
+        self,
+        secret: Secret,
+        record: RoundRecord,
+        architecture: Architecture,
+        device: torch.device | None = None,
+        offset: Offset | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self._secret, self._record = secret, record
+        self._secret, self._record, self._offset = secret, record, offset or Offset(None)
         self.perturbation = record.perturbation
         self.design = self.perturbation.design(record.alphas)
         strength = self.perturbation.reparameterization
@@ -71,7 +78,7 @@ class Publisher:
     def publish(
         self, rows: RowSlice, stored: torch.Tensor, workspace: Workspace, copies: list[int] | None = None
     ) -> PublishedRows:
-        """Computes T_k(θ + ε_k) for one slice.
+        """Computes T_k(θ + c + ε_k) for one slice.
 
         Args:
             rows: the slice.
@@ -96,6 +103,7 @@ class Publisher:
             with workspace.frame():
                 original = on_device(stored[start:stop], device, workspace)
                 value = workspace.copy(original, compute_dtype(stored.dtype))
+                self._offset.add(value, rows, start, workspace)
                 draws = draw(streams, (rows.start + start) * row_entries, value, workspace)
                 level = self._level(sigma, value, stored.dtype, dtype)
                 for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):

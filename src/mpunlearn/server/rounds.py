@@ -52,6 +52,8 @@ class Rounds:
                 state=self.state,
                 out=out,
                 base=self.plan.base,
+                stand_in=self.plan.stand_in,
+                lineage=self.plan.lineage,
                 device=self.plan.device,
                 perturbation=self.plan.perturbation,
             )

@@ -28,6 +28,7 @@ from typing import Any
 from mpunlearn.errors import FileError, SchemaError, StateError
 from mpunlearn.files import new_directory
 from mpunlearn.schema import read, write
+from mpunlearn.server.offset import OffsetRecord
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.secret import Secret
 
@@ -44,7 +45,7 @@ class RoundingLeakage:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """The record of one round. Format 2."""
+    """The record of one round. Format 3."""
 
     round: int
     """Starts at 1."""
@@ -63,29 +64,44 @@ class RoundRecord:
     """The secret scales α_k or x_k of the copies; empty if the design has none."""
     sigma: dict[str, float]
     """Noise level per block, in units of the weights."""
+    offset: OffsetRecord | None = None
+    """The secret offset of the copies, the same in all rounds of a run; None if they are made of θ itself."""
     rounding: dict[str, RoundingLeakage] = dataclasses.field(default_factory=dict)
     """For each tensor, how much of the noise survived rounding."""
     closed: bool = False
     """Whether the round's updates have been aggregated."""
-    format: int = 2
+    format: int = 3
 
 
 def inputs_digest(
-    number: int, digests: dict[str, list[str]], base: str | None, dtypes: dict[str, str], settings: dict[str, Any]
+    number: int,
+    digests: dict[str, list[str]],
+    base: str | None,
+    dtypes: dict[str, str],
+    settings: dict[str, Any],
+    offset: OffsetRecord | None = None,
 ) -> str:
     """SHA-256 (hex) over everything that a round's noise hides."""
-    hidden = [number, digests, base, dtypes, settings]
+    hidden = [number, digests, base, dtypes, settings, *([dataclasses.asdict(offset)] if offset else [])]
     return hashlib.sha256(json.dumps(hidden, sort_keys=True).encode()).hexdigest()
 
 
 def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
-    """Converts a round's record to the current format. Format 1 had no fields `format` and `inputs`."""
+    """Converts a round's record to the current format.
+
+    Format 1 had no fields `format` and `inputs`, and formats 1 and 2 knew no common noise.
+    """
+    if value.get("format") == 2:
+        settings = value.get("perturbation")
+        with_level = {"perturbation": {**settings, "common_noise": 0.0}} if isinstance(settings, dict) else {}
+        return {**value, **with_level, "format": 3}
     if "format" in value:
         return value
     settings, leakage = value.pop("settings"), value.pop("honesty", {})
     inputs = inputs_digest(value["round"], value["digests"], value["base"], value["dtypes"], settings)
     rounding = {name: {"equal": equal, "entropy": entropy} for name, (equal, entropy) in leakage.items()}
-    return {**value, "perturbation": settings, "inputs": inputs, "rounding": rounding, "format": 2}
+    perturbation = {**settings, "common_noise": 0.0}
+    return {**value, "perturbation": perturbation, "inputs": inputs, "rounding": rounding, "format": 3}
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class ServerState:
                 "digests": "a different checkpoint",
                 "base": "a different base",
                 "perturbation": "different options",
+                "offset": "a different stand-in or lineage",
             }
             changed = [what for key, what in names.items() if getattr(pinned, key) != getattr(record, key)]
             if changed:

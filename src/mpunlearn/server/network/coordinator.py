@@ -67,6 +67,11 @@ class Coordinator:
                 f"--assign one: expected as many --clients as --copies, found {self._federation.clients} clients and "
                 f"{self._copies} copies"
             )
+        if self._federation.assign == "one" and plan.perturbation.denoising == "extrapolate":
+            raise PlanError(
+                "--denoising extrapolate: with --assign one, two replicas that collude recover the model from copies whose "
+                "noise is the same; choose harmonic"
+            )
         self.folder = RunFolder(path)
         self.folder.make()
         self.identity = Identity.at(self.folder.identity)

@@ -36,6 +36,8 @@ def start(
     insecure: bool = False,
     superlink: str | None = None,
     base: str | Path | None = None,
+    stand_in: str | Path | None = None,
+    lineage: str | Path | None = None,
     rounds: int = 5,
     eta: float = 1.0,
     device: str = "cpu",
@@ -58,6 +60,10 @@ def start(
             TLS.
         base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
             task vector (the model's weights minus the base's).
+        stand_in: A checkpoint of the same shapes to make the copies of, instead of the model. The updates are applied
+            to the model.
+        lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
+            (default: in the user's data folder, found by the model's digest).
         rounds: Number of rounds R.
         eta: Server step size η.
         device: Device of the server's computations, cpu or cuda.
@@ -82,6 +88,8 @@ def start(
     plan = RunPlan(
         checkpoint=str(as_path(checkpoint, "checkpoint").resolve()),
         base=str(as_path(base, "--base").resolve()) if base is not None else None,
+        stand_in=str(as_path(stand_in, "--stand-in").resolve()) if stand_in is not None else None,
+        lineage=str(as_path(lineage, "--lineage").resolve()) if lineage is not None else None,
         rounds=rounds,
         eta=eta,
         device=device,
