@@ -175,3 +175,26 @@ def test_general_options_are_not_given_to_the_function() -> None:
     assert names == {option.name for option in options_of(VERBS["demo"].function("demo")) if option.group == GENERAL}
     for verb in VERBS:
         assert not names & set(given(verb))
+
+
+def test_a_preset_gives_way_to_single_options(tmp_path: Path, capsys) -> None:
+    lean = given("run", "--preset", "lean")
+    assert (lean["rounds"], lean["training"].epochs) == (1, 10)
+    assert lean["perturbation"] == Perturbation(copies=1, kappa=0.0, common_noise="auto")
+    (tmp_path / "run.yaml").write_text("preset: hardened\nkappa: 0.2\nrounds: 3\n")
+    mixed = given("run", "--config", str(tmp_path / "run.yaml"), "--rounds", "4")
+    assert (mixed["rounds"], mixed["perturbation"].kappa, mixed["perturbation"].common_noise) == (4, 0.2, "auto")
+    assert given("preprocess", "--preset=hardened")["perturbation"].common_noise == "auto"
+    assert parse("mpunlearn run", VERBS["run"].function("run"), ["--preset", "lean", "--print-config"]) is None
+    printed = capsys.readouterr().out
+    assert "common_noise: auto\n" in printed
+    assert "preset" not in printed
+    with pytest.raises(ParseError, match="hardened"):
+        given("run", "--preset", "soft")
+
+
+def test_every_preset_names_options(capsys) -> None:
+    from mpunlearn.presets import PRESETS
+
+    names = {option.name for option in options_of(VERBS["run"].function("run"))}
+    assert all(set(values) <= names for values in PRESETS.values())

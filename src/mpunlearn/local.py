@@ -176,11 +176,12 @@ def _check_out(out: Path, plan: "RunPlan") -> None:
     """Checks that the output directory holds nothing but a run.
 
     Raises:
-        PlanError: it is a file, or it contains the model or other files.
+        PlanError: it is a file, or it contains the model, the lineage or other files.
     """
-    for model in (plan.checkpoint, *([plan.base] if plan.base is not None else [])):
-        if out.resolve() in (Path(model), *Path(model).parents):
-            raise PlanError(f"--out {out}: contains the model {model}; choose a separate directory for the run")
+    inputs = {"model": plan.checkpoint, "base": plan.base, "stand-in": plan.stand_in, "lineage": plan.lineage}
+    for what, path in inputs.items():
+        if path is not None and out.resolve() in (Path(path), *Path(path).parents):
+            raise PlanError(f"--out {out}: contains the {what} {path}; choose a separate directory for the run")
     if out.exists() and not out.is_dir():
         raise PlanError(f"--out {out}: is a file; expected a directory for the run")
     started = (out / "server" / "plan.json").exists()

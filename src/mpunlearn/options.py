@@ -2,7 +2,8 @@
 
 A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass, with the
 attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. Any option can
-also be set in a file with `--config FILE.yaml`; the command line takes precedence.
+also be set in a file with `--config FILE.yaml`, and several at once with `--preset` (see `presets`). The command line takes
+precedence over the file, and the file over the preset.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from mpunlearn.errors import SchemaError
+from mpunlearn.presets import PRESETS
 from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES
 from mpunlearn.protocol.plan import Training
 from mpunlearn.schema import typed
@@ -100,6 +102,8 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
         options.append(Option(name, parameter.annotation, default, texts.get(name, ""), MAIN, positional))
     if any(option.name == "objective" for option in options):
         options += [_hyper_parameter(name) for name in HYPERPARAMETERS]
+    if any(option.name == "common_noise" for option in options):
+        options.append(Option("preset", Literal[*PRESETS] | None, None, _preset_text(), GROUPS["Perturbation"]))
     options += _fields(General, GENERAL)
     return sorted(options, key=lambda option: (ORDER.index(option.group), option.default is not REQUIRED))
 
@@ -115,6 +119,13 @@ def _fields(kind: type[Any], group: str) -> list[Option]:
         hint = inspect.get_annotations(kind, eval_str=True)[field.name]
         options.append(Option(field.name, hint, field.default, texts[field.name], field_group))
     return options
+
+
+def _preset_text() -> str:
+    presets = (
+        f"{name} ({', '.join(f'{key} {value}' for key, value in values.items())})" for name, values in PRESETS.items()
+    )
+    return f"Named values of several options, each of which can still be given: {', '.join(presets)}.".replace("_", "-")
 
 
 def _hyper_parameter(name: str) -> Option:
@@ -226,19 +237,32 @@ def _numbers(kind: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """Reads the options in the --config file.
+    """Reads the options in the --config file, and those of the --preset for the rest.
 
     Raises:
         ParseError: the file cannot be read, or has an unknown option or an invalid value.
     """
-    path = None
+    path, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
+    values = {} if path is None else _read_config(Path(path), options)
+    preset = preset or values.pop("preset", None)
+    if preset in PRESETS and "preset" in options:  # cyclopts reports any other name
+        values = {**{key: value for key, value in PRESETS[preset].items() if key in options}, **values}
+    return values
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of an option on the command line, before anything else is parsed."""
+    found = None
     for number, argument in enumerate(arguments):
-        if argument == "--config" and number + 1 < len(arguments):
-            path = Path(arguments[number + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.partition("=")[2])
-    if path is None:
-        return {}
+        if argument == flag and number + 1 < len(arguments):
+            found = arguments[number + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _read_config(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
+    """Reads the options in a YAML file; errors as for `_configured`."""
     import yaml
 
     try:
@@ -285,10 +309,10 @@ def _print_config(given: Mapping[str, Any]) -> None:
     """Prints the options as YAML, without those that have no value."""
     import yaml
 
-    general = {field.name for field in dataclasses.fields(General)}
+    left_out = {*(field.name for field in dataclasses.fields(General)), "preset"}  # a preset is resolved by now
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name in general:
+        if value is None or name in left_out:
             continue
         if isinstance(value, Path):
             value = str(value)
