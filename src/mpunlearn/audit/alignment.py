@@ -16,12 +16,13 @@ Each weight counts with 1/RMS². The estimate of one space sharpens those of the
 Matching by assignment follows Git Re-Basin (arXiv 2209.04836); rotations are orthogonal Procrustes problems (Schönemann
 1966). If two copies carry noise that is zero-sum, it is anti-correlated, and the correlations of the residual stream are
 E[C] = T P with the permutation P and T = G - xI, where G is the Gram matrix of the reference. The unknown x is found by
-trial.
+trial: the right one makes T⁻¹C look most like a signed permutation.
 
 Not covered: scalings, which `architecture.spaces` excludes, and noise so strong that matching fails (at about 50 to 100 %
 of the weights).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,9 +37,11 @@ from mpunlearn.server.role_maps import HeadOrder, RoleMaps
 
 PASSES = 3
 """How often all spaces are estimated."""
-DEBIASING = (0.0, *np.geomspace(2e-3, 1.6, 24))
+DEBIASING = (0.0, *np.geomspace(4e-3, 1.6, 12))
 """Trial values of x, relative to the number of rows with an entry in the residual stream."""
-CLEAR = 0.9
+DAMPING = (1e-4, 1e-2, 1e-1, 1.0)
+"""Trial values of the damping of T⁻¹, relative to the median of T's squared eigenvalues."""
+CLEAR = 0.8
 """A matching this close to a pure signed permutation (1) needs no further trials."""
 Pieces = dict[tuple[str, int, int | None, int | None], Piece]
 
@@ -161,20 +164,23 @@ def _residual(
         cross += (x.T @ y).double()
         rows += len(x)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    turned, tau = vectors.T @ cross, cross.square().mean()
-    best, quality = torch.arange(size), -1.0
-    matched = torch.eye(size, dtype=torch.float64)
-    for share in DEBIASING:
+    turned, quality = vectors.T @ cross, -1.0
+    index, matched = torch.arange(size), torch.eye(size, dtype=torch.float64)
+    for share, damping in itertools.product(DEBIASING, DAMPING):
         t = eigenvalues - share * rows
-        p = (vectors * (t / (t.square() + tau))) @ turned
-        score = (p.abs() if signs else p).T
-        index = _assign(score)
-        found = float(score.gather(1, index[:, None]).sum() / (p.norm() * size**0.5))
+        p = (vectors * (t / (t.square() + damping * t.square().median()))) @ turned
+        candidate = _assign(p.abs().T)
+        found = float(p.abs().gather(0, candidate[None]).sum() / (p.norm() * size**0.5))
         if found > quality:
-            best, quality, matched = index, found, p
+            index, matched, quality = candidate, p, found
         if quality > CLEAR:
             break
-    return AxisMap(best, _signs(matched[best, torch.arange(size)]) if signs else None)
+    if not signs:
+        return AxisMap(index)
+    # The sign of the whole is that of the directions with the largest eigenvalues, where the noise is the least.
+    sign = _signs(matched[index, torch.arange(size)])
+    whole = float(((gram @ cross)[index, torch.arange(size)] * sign).sum())
+    return AxisMap(index, sign if whole >= 0 else -sign)
 
 
 def _align_layer(architecture: Architecture, layer: int, pieces: list[Piece], copy: Pieces, parts: Parts) -> None:
