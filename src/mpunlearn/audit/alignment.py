@@ -24,7 +24,7 @@ of the weights).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ def align(reference: Model, copy: Model, start: Alignment | None = None, passes:
         parts = Parts(_residual(architecture, layers, theirs, alignment))
         for layer, pieces in layers.items():
             if layer is not None:
-                _align_layer(architecture, layer, pieces, theirs, parts)
+                _align_layer(architecture, layer, pieces, theirs, parts, alignment)
         alignment = Alignment(architecture, parts)
     return alignment or Alignment(architecture)
 
@@ -183,92 +183,119 @@ def _residual(
     return AxisMap(index, sign if whole >= 0 else -sign)
 
 
-def _align_layer(architecture: Architecture, layer: int, pieces: list[Piece], copy: Pieces, parts: Parts) -> None:
-    """Estimates all spaces of one layer, given the residual stream."""
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Corresponding rows of the reference and the copy: all weights of a layer along the axes with some role."""
+
+    ours: torch.Tensor
+    """Shape (n, F), float64."""
+    theirs: torch.Tensor
+    excess: float
+    """How much smaller the product of corresponding rows is expected to be than the square of ours, due to noise."""
+
+    @classmethod
+    def of(cls, pairs: list[tuple[torch.Tensor, torch.Tensor]], noise: float) -> "_Rows":
+        """Joins the rows of several weights, given as pairs of shape (n, F_i); each counts with 1/RMS²."""
+        scales = [rms(ours) for ours, _ in pairs]
+        kept = [(ours / scale, theirs / scale) for (ours, theirs), scale in zip(pairs, scales, strict=True) if scale]
+        excess = sum(ours.shape[1] * noise / scale**2 for (ours, _), scale in zip(pairs, scales, strict=True) if scale)
+        return cls(torch.cat([ours for ours, _ in kept], 1), torch.cat([theirs for _, theirs in kept], 1), excess)
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """The expected product of each row of ours with the row of theirs that corresponds to it, shape (n,)."""
+        return self.ours.square().sum(1) - self.excess
+
+
+def _align_layer(
+    architecture: Architecture,
+    layer: int,
+    pieces: list[Piece],
+    copy: Pieces,
+    parts: Parts,
+    known: Alignment | None,
+) -> None:
+    """Estimates all spaces of one layer, given the residual stream and perhaps an earlier estimate."""
     so_far, found = Alignment(architecture, parts), {role for piece in pieces for role in piece.roles}
+    noise = _noise(pieces, copy, known, so_far)
 
-    def rows(*roles: str, expert: int | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """All weights along the axes with these roles, of the reference and of the copy, each of shape (n, F)."""
-        ours, theirs = [], []
+    def rows(role: str, expert: int | None = None) -> _Rows:
+        pairs = []
         for piece in pieces:
-            for axis, role in enumerate(piece.roles):
-                if role in roles and piece.expert == expert and (scale := rms(piece.value)):
-                    value = so_far.counterpart(copy, piece, keep=roles)
-                    ours.append(piece.rows(axis) / scale)
-                    theirs.append(value.double().movedim(axis, 0).flatten(1 if value.dim() > 1 else 0) / scale)
-                    if value.dim() == 1:
-                        theirs[-1] = theirs[-1][:, None]
-        return (torch.cat(ours, 1), torch.cat(theirs, 1)) if ours else None
+            if role in piece.roles and piece.expert == expert:
+                theirs = so_far.counterpart(copy, piece, keep=(role,))
+                pairs.append(tuple(_first(value, piece.roles.index(role)) for value in (piece.value, theirs)))
+        return _Rows.of(pairs, noise)
 
-    if "experts" in found and (router := rows("experts")) is not None:
-        parts.experts[layer] = AxisMap(_assign(router[1] @ router[0].T))
+    if "experts" in found:
+        router = rows("experts")
+        parts.experts[layer] = AxisMap(_assign(router.theirs @ router.ours.T))
         so_far = Alignment(architecture, parts)
-    for expert in sorted({piece.expert for piece in pieces if {"gate", "ffn"} & set(piece.roles)}, key=str):
-        plain, signed = rows("gate", expert=expert), rows("ffn", expert=expert)
-        parts.hidden[layer, expert] = _hidden(plain, signed)
-    names = ("query", "key", "value", "attended")
-    found_rows = [rows(name) for name in names]
-    if all(pair is not None for pair in found_rows):
-        ours, theirs = (dict(zip(names, (pair[i] for pair in found_rows if pair), strict=True)) for i in (0, 1))
-        only_signs = architecture.family.query_key == "signs"
-        within, value, order = _attention(architecture.heads, only_signs, ours, theirs)
-        parts.query_key[layer], parts.value[layer], parts.heads[layer] = within, value, order
+    for expert in sorted({piece.expert for piece in pieces if "gate" in piece.roles}, key=str):
+        signed = rows("ffn", expert) if "ffn" in found else None
+        parts.hidden[layer, expert] = _hidden(rows("gate", expert), signed)
+    by_role = {role: rows(role) for role in ("query", "key", "value", "attended")}
+    within, value, order = _attention(architecture.heads, architecture.family.query_key == "signs", by_role)
+    parts.query_key[layer], parts.value[layer], parts.heads[layer] = within, value, order
 
 
-def _hidden(
-    plain: tuple[torch.Tensor, torch.Tensor] | None, signed: tuple[torch.Tensor, torch.Tensor] | None
-) -> AxisMap:
-    """The signed permutation of hidden channels, from weights that follow only the permutation and from the others.
+def _noise(pieces: list[Piece], copy: Pieces, known: Alignment | None, so_far: Alignment) -> float:
+    """The mean of Y₀² - Y₀Y₁ over the entries of a layer, whose noise has one level; Y₁ is aligned to Y₀.
+
+    Without an earlier estimate, only the norm weights are aligned. Their entries are few and large, so that half of the
+    mean of (Y₀ - Y₁)² is the better estimate, for noise of the same level in both.
+    """
+    total = count = 0.0
+    for piece in pieces:
+        if known is not None or piece.roles == ("norm",):
+            theirs = (known or so_far).counterpart(copy, piece, keep=())
+            ours, apart = piece.value.double(), piece.value.double() - theirs.double()
+            total += float((ours * apart).sum() if known is not None else apart.square().sum() / 2)
+            count += ours.numel()
+    return max(0.0, total / max(1.0, count))
+
+
+def _hidden(plain: _Rows, signed: _Rows | None) -> AxisMap:
+    """The signed permutation of hidden channels.
 
     Args:
-        plain: rows of the reference and of the copy that ignore the signs (`gate`).
-        signed: rows that follow them (`ffn`).
+        plain: rows that follow only the permutation (`gate`).
+        signed: rows that follow the signs, too (`ffn`).
     """
-    unsigned = plain[1] @ plain[0].T if plain is not None else torch.zeros(())
-    overlap = signed[1] @ signed[0].T if signed is not None else torch.zeros(())
-    candidates = []
-    for sign in (1.0, -1.0):  # strong zero-sum noise turns the correlation around
-        score = sign * unsigned + overlap.abs()
-        index = _assign(score)
-        total = float(score.gather(1, index[:, None]).sum())
-        candidates.append((total, index))
-        if total > 0.5 * float(score.abs().amax(1).sum()):
-            break
-    index = max(candidates, key=lambda candidate: candidate[0])[1]
+    score = (plain.theirs @ plain.ours.T) * _signs(plain.squares)
     if signed is None:
-        return AxisMap(index)
+        return AxisMap(_assign(score))
+    overlap = (signed.theirs @ signed.ours.T) * _signs(signed.squares)
+    index = _assign(score + overlap.abs())
     return AxisMap(index, _signs(overlap.gather(1, index[:, None]).flatten()))
 
 
-def _attention(
-    heads: Heads, only_signs: bool, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
-) -> tuple[AxisMap, AxisMap, HeadOrder]:
+def _attention(heads: Heads, only_signs: bool, rows: dict[str, _Rows]) -> tuple[AxisMap, AxisMap, HeadOrder]:
     """The maps of queries and keys, the maps of values, and the order of heads in one layer.
 
     Args:
         heads: number and sizes of the heads.
         only_signs: whether queries and keys allow only sign flips.
-        ours: rows of the reference for each role, shape (heads or groups x dim, F).
-        theirs: the same for the copy.
+        rows: by role (query, key, value, attended); n is the number of heads or groups times `heads.dim`.
     """
-    ours, theirs = ({role: rows.unflatten(0, (-1, heads.dim)) for role, rows in side.items()} for side in (ours, theirs))
-    of_keys = _Overlap.of(ours["key"], theirs["key"], heads.rotary)
-    values = torch.einsum("gaf,hbf->ghab", ours["value"], theirs["value"])
-    groups = _assign((of_keys.strength(only_signs) + torch.linalg.matrix_norm(values, ord="nuc")).T)
+    keys, queries = _Overlap.of(rows["key"], heads), _Overlap.of(rows["query"], heads)
+    values, outputs = (_Overlap.of(rows[role], replace(heads, rotary=0)) for role in ("value", "attended"))
+    groups = _assign((keys.strength(only_signs) + values.strength(only_signs=False)).T)
     order = torch.zeros(heads.count, dtype=torch.int64)
     within, of_value = [torch.empty(0)] * heads.groups, [torch.empty(0)] * heads.groups
     for there, here in enumerate(groups.tolist()):
-        mine = slice(here * heads.per_group, (here + 1) * heads.per_group)
-        its = slice(there * heads.per_group, (there + 1) * heads.per_group)
-        keys, value = of_keys.pair(here, there), values[here, there]
-        queries = _Overlap.of(ours["query"][mine], theirs["query"][its], heads.rotary)
-        outputs = torch.einsum("gaf,hbf->ghab", ours["attended"][mine], theirs["attended"][its])
-        by_output = (outputs * _rotation(value).T).sum(dim=(2, 3)).abs()
-        matched = _assign((queries.under(keys.map(only_signs), heads.rotary) + by_output).T)
-        order[its] = here * heads.per_group + matched
-        for position, head in enumerate(matched.tolist()):
-            keys, value = keys + queries.pair(head, position), value + outputs[head, position]
-        within[here], of_value[here] = keys.map(only_signs), _rotation(value)
+        ours, theirs = (range(i * heads.per_group, (i + 1) * heads.per_group) for i in (here, there))
+        key, value = keys.pair(here, there), values.pair(here, there)
+        pairs = [[(queries.pair(a, b), outputs.pair(a, b)) for a in ours] for b in theirs]
+        score = [
+            [float(query.under(key.map(only_signs)) + output.under(value.map(False)).abs()) for query, output in row]
+            for row in pairs
+        ]
+        matched = _assign(torch.tensor(score, dtype=torch.float64))
+        order[list(theirs)] = ours.start + matched
+        for row, head in zip(pairs, matched.tolist(), strict=True):
+            key, value = key + row[head][0], value + row[head][1]
+        within[here], of_value[here] = key.map(only_signs), value.map(False)
     blocks = torch.stack(within)
     query_key = AxisMap(sign=blocks.diagonal(dim1=1, dim2=2).flatten()) if only_signs else AxisMap(blocks=blocks)
     return query_key, AxisMap(blocks=torch.stack(of_value)), HeadOrder(groups, order)
@@ -276,27 +303,47 @@ def _attention(
 
 @dataclass(frozen=True, eq=False)
 class _Overlap:
-    """Inner products between the queries or keys of two models, for every pair of heads or for one of them."""
+    """Inner products between the rows of two models' heads, for every pair of heads or for one of them.
+
+    The rows of a RoPE plane are the real and imaginary part of complex numbers z.
+    """
 
     planes: torch.Tensor
-    """Σ z z̃* for each RoPE plane, whose two rows are the real and imaginary part of z; shape (…, planes), complex."""
+    """Σ z₀ z₁* for each plane, shape (…, planes), complex."""
     rest: torch.Tensor
-    """Inner products of the rows that RoPE leaves alone, shape (…, rest, rest), float64."""
+    """Products of the rows that RoPE leaves alone, shape (…, rest, rest), float64."""
+    planes_gram: torch.Tensor
+    """Σ |z₀|² less the noise: what `planes` would be if the maps were the identity. One per head of ours."""
+    rest_gram: torch.Tensor
+    """The same for `rest`."""
 
     @classmethod
-    def of(cls, ours: torch.Tensor, theirs: torch.Tensor, rotary: int) -> "_Overlap":
-        """For every pair of heads; `ours` and `theirs` have the shape (heads, dim, F)."""
-        half = rotary // 2
-        z, other = (torch.complex(rows[:, :half], rows[:, half:rotary]) for rows in (ours, theirs))
-        planes = torch.einsum("gpf,hpf->ghp", z, other.conj())
-        return cls(planes, torch.einsum("gaf,hbf->ghab", ours[:, rotary:], theirs[:, rotary:]))
+    def of(cls, rows: _Rows, heads: Heads) -> "_Overlap":
+        """For every pair of heads."""
+        ours, theirs = (side.unflatten(0, (-1, heads.dim)) for side in (rows.ours, rows.theirs))
+        half, rotary = heads.rotary // 2, heads.rotary
+        z, other = (torch.complex(side[:, :half], side[:, half:rotary]) for side in (ours, theirs))
+        left, beside = ours[:, rotary:], theirs[:, rotary:]
+        return cls(
+            torch.einsum("gpf,hpf->ghp", z, other.conj()),
+            torch.einsum("gaf,hbf->ghab", left, beside),
+            z.abs().square().sum(-1) - 2 * rows.excess,
+            left @ left.mT - rows.excess * torch.eye(heads.dim - rotary, dtype=torch.float64),
+        )
 
     def pair(self, ours: int, theirs: int) -> "_Overlap":
         """For one pair of heads."""
-        return _Overlap(self.planes[ours, theirs], self.rest[ours, theirs])
+        return _Overlap(
+            self.planes[ours, theirs], self.rest[ours, theirs], self.planes_gram[ours], self.rest_gram[ours]
+        )
 
     def __add__(self, other: "_Overlap") -> "_Overlap":
-        return _Overlap(self.planes + other.planes, self.rest + other.rest)
+        return _Overlap(
+            self.planes + other.planes,
+            self.rest + other.rest,
+            self.planes_gram + other.planes_gram,
+            self.rest_gram + other.rest_gram,
+        )
 
     def strength(self, only_signs: bool) -> torch.Tensor:
         """The overlap under the best map, shape (heads, heads)."""
@@ -305,24 +352,29 @@ class _Overlap:
         return self.planes.abs().sum(-1) + torch.linalg.matrix_norm(self.rest, ord="nuc")
 
     def map(self, only_signs: bool) -> torch.Tensor:
-        """The best map from our rows to theirs, for one pair of heads, shape (dim, dim)."""
+        """The best map from our rows to theirs, for one pair of heads, shape (dim, dim).
+
+        Where the noise is stronger than the rows, zero-sum noise turns the products around; the Gram matrix tells where.
+        """
+        planes = self.planes * _signs(self.planes_gram)
         if only_signs:
-            planes = _signs(self.planes.real)
-            return torch.diag(torch.cat((planes, planes, _signs(self.rest.diagonal()))))
-        return torch.block_diag(plane_rotations(-self.planes.angle()[None])[0], _rotation(self.rest))
+            turned = _signs(planes.real)
+            return torch.diag(torch.cat((turned, turned, _signs(self.rest.diagonal() * self.rest_gram.diagonal()))))
+        eigenvalues, vectors = torch.linalg.eigh(self.rest_gram)
+        u, _, wt = torch.linalg.svd((vectors * _signs(eigenvalues)) @ (vectors.T @ self.rest))
+        return torch.block_diag(plane_rotations(-planes.angle()[None])[0], wt.T @ u.T)
 
-    def under(self, block: torch.Tensor, rotary: int) -> torch.Tensor:
-        """The overlap under a given map of shape (dim, dim), for every pair of heads."""
-        half = rotary // 2
-        cosine, sine = block.diagonal()[:half], block[half:rotary, :half].diagonal()
-        planes = (self.planes * torch.complex(cosine, sine)).real.sum(-1)
-        return planes + (self.rest * block[rotary:, rotary:].T).sum(dim=(2, 3))
+    def under(self, block: torch.Tensor) -> torch.Tensor:
+        """The overlap under a given map of shape (dim, dim), for one pair of heads."""
+        half = len(self.planes)
+        rotation = torch.complex(block.diagonal()[:half], block[half : 2 * half, :half].diagonal())
+        planes = (self.planes * rotation).real * _signs(self.planes_gram)
+        return planes.sum() + (self.rest * block[2 * half :, 2 * half :].T).sum()
 
 
-def _rotation(overlap: torch.Tensor) -> torch.Tensor:
-    """The orthogonal matrix R that maximizes tr(R M), where M = X Yᵀ for rows X and Y ≈ R X."""
-    u, _, wt = torch.linalg.svd(overlap)
-    return wt.mT @ u.mT
+def _first(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """A tensor with this axis first and all others flattened, shape (n, F), float64."""
+    return value.double().movedim(axis, 0).reshape(value.shape[axis], -1)
 
 
 def _assign(score: torch.Tensor) -> torch.Tensor:

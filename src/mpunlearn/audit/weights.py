@@ -35,10 +35,6 @@ class Piece:
     expert: int | None
     value: torch.Tensor
 
-    def rows(self, axis: int) -> torch.Tensor:
-        """The values with this axis first and all others flattened, shape (n, F), float64."""
-        return self.value.movedim(axis, 0).flatten(1).double() if self.value.dim() > 1 else self.value.double()[:, None]
-
 
 @dataclass(frozen=True, eq=False)
 class Model:
