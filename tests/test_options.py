@@ -18,6 +18,7 @@ REQUIRED = {
     "preprocess": ["m", "--state", "s", "--out", "o"],
     "postprocess": ["u", "v", "--state", "s", "--out", "o"],
     "describe": ["m"],
+    "audit": ["--model", "m", "--copies", "c", "d"],
     "server start": ["m", "--run", "r"],
     "server resume": ["r"],
     "server status": ["r"],

@@ -54,6 +54,7 @@ VERBS = {
     "preprocess": Verb("server.preprocess", SERVER, "publish the perturbed copies of the next round"),
     "postprocess": Verb("server.postprocess", SERVER, "aggregate the updates of all copies into a new checkpoint"),
     "describe": Verb("server.describe", SERVER, "list what the secret reparameterization of a model would change"),
+    "audit": Verb("audit.audit", SERVER, "attack the copies of a round and measure what they disclose of the model"),
     "server start": Verb(
         "server.network.serve",
         SERVER,

@@ -202,7 +202,7 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
     if Path in members:
         return (Path | None if option.default is None else Path), {"metavar": "PATH", "negative": ()}
     if get_origin(hint) is Sequence:
-        return list[Path], {"metavar": "PATH ...", "negative": ()}
+        return list[Path], {"metavar": "PATH ...", "negative": (), "consume_multiple": not option.positional}
     if any(get_origin(member) is tuple for member in members):
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
     if bool in members:

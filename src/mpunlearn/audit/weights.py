@@ -7,6 +7,7 @@ Weights are held in memory, in float32 (float64 if the checkpoint has it): 4 byt
 models that do not fit.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +76,19 @@ class Model:
 
 
 def check_alike(models: Mapping[str, Model]) -> None:
-    """Checks that all models have the same tensors and shapes.
+    """Checks that all models have the same tensors and shapes, and finite weights.
 
     Args:
         models: name of each model, for error messages → the model; at least one.
 
     Raises:
-        PlanError: two of them differ.
+        PlanError: two of them differ, or a weight is infinite or NaN.
     """
     (first, expected), *others = models.items()
+    for name, model in models.items():
+        for key, value in model.weights.items():
+            if not bool(torch.isfinite(value).all()):
+                raise PlanError(f"{name}: {key} has infinite or NaN entries, expected finite ones; give intact models")
     for name, model in others:
         shapes = {key: tuple(value.shape) for key, value in model.weights.items()}
         for key, value in expected.weights.items():
@@ -103,7 +108,7 @@ def rms(value: torch.Tensor) -> float:
 
 def norm(tensors: Iterable[torch.Tensor]) -> float:
     """The Euclidean norm over all entries of some tensors, accumulated in float64."""
-    return sum(float(value.double().square().sum()) for value in tensors) ** 0.5
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors))
 
 
 def _computable(value: torch.Tensor) -> torch.Tensor:
@@ -115,11 +120,13 @@ def _split(architecture: Architecture, role: TensorRole, value: torch.Tensor) ->
     heads = architecture.heads
     for axis, roles in enumerate(role.axes):
         if roles == ("qkv",):
-            parts = value.unflatten(axis, (heads.count, 3, heads.dim)).unbind(axis + 1)
-            values, names = [part.flatten(axis, axis + 1) for part in parts], ("query", "key", "value")
+            rest = value.shape[axis + 1 :]
+            by_head = value.reshape(*value.shape[:axis], heads.count, 3, heads.dim, *rest)
+            values = [by_head.select(axis + 1, part).flatten(axis, axis + 1) for part in range(3)]
+            names: tuple[str, ...] = ("query", "key", "value")
         elif len(roles) > 1:
             sizes = [architecture.size((part,), role.expert is not None) for part in roles]
-            values, names = list(value.split(sizes, axis)), roles
+            values, names = list(torch.split(value, sizes, axis)), roles
         else:
             continue
         before, after = [a[0] for a in role.axes[:axis]], [a[0] for a in role.axes[axis + 1 :]]

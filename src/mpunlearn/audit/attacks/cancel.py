@@ -3,7 +3,10 @@
 Source: zero-sum noise cancels in the server's average of the updates (arXiv 2602.23798), and just so in an average of
 the copies, once they are aligned to one another. The weights of that average follow from the copies alone.
 Threat model: one client, or several that pool what they have, holds two or more copies of one round and knows how MPU
-works. It knows neither θ, nor the noise scales, nor which scale belongs to which copy.
+works. It knows neither θ, nor the maps, nor the noise scales of the harmonic design, nor which scale belongs to which copy.
+
+Not covered: some copies of a round whose others are held by somebody else (harmonic weights take all m for granted),
+copies of several rounds, and noise common to all copies, which no combination of them cancels.
 """
 
 import math
@@ -58,9 +61,7 @@ def _combined(
     """Combines the copies, and twice aligns them again to the combination and combines them anew."""
     for _ in range(REALIGNMENTS):
         combination = combine(copies, alignments, choose(statistics_of(copies, alignments)))
-        alignments = [
-            align(combination, copy, known, passes=1) for copy, known in zip(copies, alignments, strict=True)
-        ]
+        alignments = [align(combination, copy, known, passes=1) for copy, known in zip(copies, alignments, strict=True)]
     return combine(copies, alignments, choose(statistics_of(copies, alignments)))
 
 
@@ -137,7 +138,7 @@ def known_scales(statistics: Statistics, scales: Sequence[float]) -> np.ndarray:
     for order in sorted(set(permutations(scales))):
         x = np.array(order)
         expected = (x[:, None] - x) ** 2
-        misfit = float(np.abs(expected * (apart.sum() / expected.sum()) - apart).max() / apart.max())
+        misfit = float(np.abs(expected * (apart.sum() / expected.sum()) - apart).max() / (apart.max() or 1.0))
         weights = extrapolated(list(order)).weights
         ranked.append((round(misfit, 2), float(weights @ products @ weights), weights))
     return min(ranked, key=lambda candidate: candidate[:2])[2]
