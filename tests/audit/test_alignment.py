@@ -41,7 +41,7 @@ def test_planted_maps_are_recovered(variant: str, strength: str) -> None:
     assert distance(theta, align(theta, copy).aligned(copy)) < 1e-10
 
 
-@pytest.mark.parametrize("kappa", [0.01, 0.1])
+@pytest.mark.parametrize("kappa", [0.01, 0.1, 0.4])
 @pytest.mark.parametrize("seed", range(3))
 def test_between_two_noisy_copies_only_their_noise_remains(kappa: float, seed: int) -> None:
     theta, noisy, copy = models("llama", kappa=kappa, seed=seed)

@@ -54,13 +54,14 @@ def test_extrapolation_scales_are_public(save_tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kappa", [KAPPA, 0.1])
-def test_the_attack_stops_at_noise_that_all_copies_share(save_tiny, tmp_path: Path, kappa: float) -> None:
+@pytest.mark.parametrize("level", [0.1, 0.3])
+def test_the_attack_stops_at_noise_that_all_copies_share(save_tiny, tmp_path: Path, kappa: float, level: float) -> None:
     model = save_tiny()
-    stand_in = shifted(model, tmp_path / "shifted", 0.1)
-    found = audit(model=model, copies=published(stand_in, tmp_path, kappa=kappa), floor=0.1)
-    assert found.attacks[HARMONIC].error == pytest.approx(0.1, rel=0.05)
+    stand_in = shifted(model, tmp_path / "shifted", level)
+    found = audit(model=model, copies=published(stand_in, tmp_path, kappa=kappa), floor=level)
+    assert found.attacks[HARMONIC].error == pytest.approx(level, rel=0.05)
     assert found.holds
-    assert "floor of 0.1 holds" in found.text()
+    assert f"floor of {level} holds" in found.text()
 
 
 def test_a_single_copy_and_copies_without_noise(save_tiny, tmp_path: Path) -> None:
@@ -107,4 +108,5 @@ def test_a_floor_holds_up_to_a_tolerance() -> None:
         return Audit("m", 1, {ONE: Score(error, 0.0, 0.0)}, floor=0.1).holds
 
     assert holds(0.096)
-    assert not holds(0.094)
+    assert holds(0.094) is False
+    assert holds(1.4) is None

@@ -192,7 +192,7 @@ def _align_layer(
 ) -> None:
     """Estimates all spaces of one layer, given the residual stream and perhaps an earlier estimate."""
     so_far, found = Alignment(architecture, parts), {role for piece in pieces for role in piece.roles}
-    noise = _noise(pieces, copy, known, so_far)
+    noise = _noise(pieces, copy, known)
 
     def rows(role: str, expert: int | None = None) -> Rows:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -214,17 +214,16 @@ def _align_layer(
     parts.query_key[layer], parts.value[layer], parts.heads[layer] = within, value, order
 
 
-def _noise(pieces: list[Piece], copy: Pieces, known: Alignment | None, so_far: Alignment) -> float:
-    """The mean of Y₀² - Y₀Y₁ over the entries of a layer, whose noise has one level; Y₁ is aligned to Y₀.
+def _noise(pieces: list[Piece], copy: Pieces, known: Alignment | None) -> float:
+    """The mean of Y₀² - Y₀Y₁ over the entries of a layer, with Y₁ aligned to Y₀; 0 without an earlier estimate.
 
-    Without an earlier estimate, only the norm weights are aligned. Their entries are few and large, so that half of the
-    mean of (Y₀ - Y₁)² is the better estimate, for noise of the same level in both.
+    It is positive for zero-sum noise, which has one level in a layer, and about 0 if only Y₁ has noise.
     """
+    if known is None:
+        return 0.0
     total = count = 0.0
     for piece in pieces:
-        if known is not None or piece.roles == ("norm",):
-            theirs = (known or so_far).counterpart(copy, piece, keep=())
-            ours, apart = piece.value.double(), piece.value.double() - theirs.double()
-            total += float((ours * apart).sum() if known is not None else apart.square().sum() / 2)
-            count += ours.numel()
+        ours = piece.value.double()
+        total += float((ours * (ours - known.counterpart(copy, piece, keep=()).double())).sum())
+        count += ours.numel()
     return max(0.0, total / max(1.0, count))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ONE = "one copy, aligned"
 TOLERANCE = 0.05
 """How far below an announced floor an error may be, relative to the floor."""
+CONCLUSIVE = 0.5
+"""From this error on, alignment may have failed, so that the error says nothing about better attacks."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,9 @@ class Audit:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every attack left at least the floor, up to `TOLERANCE`; None without a floor."""
-        if self.floor is None:
-            return None
-        return self.attacks[self.strongest].error >= (1 - TOLERANCE) * self.floor
+        """Whether every attack left at least the floor, up to `TOLERANCE`; None without a floor, or if none can tell."""
+        error = self.attacks[self.strongest].error
+        return None if self.floor is None or error >= CONCLUSIVE else error >= (1 - TOLERANCE) * self.floor
 
     def text(self) -> str:
         """A table of the attacks, and the conclusion."""
@@ -62,7 +63,9 @@ class Audit:
             aligned(("attack", "parameter error", "equal in bfloat16", "equal in float32"), rows),
             f"The strongest attack leaves a parameter error of {self.attacks[self.strongest].error:.2g} of the weights' norm.",
         ]
-        if self.floor is not None:
+        if self.attacks[self.strongest].error >= CONCLUSIVE:
+            lines.append("The copies could probably not be aligned: this says nothing about better attacks.")
+        elif self.floor is not None:
             lines.append(f"The announced floor of {self.floor:.2g} {'holds' if self.holds else 'does not hold'}.")
         return "\n".join(lines)
 
