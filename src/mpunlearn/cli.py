@@ -55,6 +55,7 @@ VERBS = {
     "postprocess": Verb("server.postprocess", SERVER, "aggregate the updates of all copies into a new checkpoint"),
     "calibrate": Verb("calibration", SERVER, "find the common noise that a model can bear"),
     "describe": Verb("server.describe", SERVER, "list what the secret reparameterization of a model would change"),
+    "audit": Verb("audit.audit", SERVER, "attack the copies of a round and measure what they disclose of the model"),
     "server start": Verb(
         "server.network.serve",
         SERVER,

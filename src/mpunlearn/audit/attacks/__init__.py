@@ -1,0 +1,1 @@
+"""Attacks on θ, one module each. The arguments of an attack are what its attacker has."""

@@ -1,0 +1,48 @@
+"""How close an attack's estimate comes to a model.
+
+The idea: an estimate may be in coordinates of its own, so it is first aligned to the model (`alignment`). That is fair
+to the attacker, who loses nothing by not knowing the coordinates: models that differ by such a map are the same
+function. The scorer knows θ, the attacker does not.
+
+Not covered: how close the two are as functions (logits, answers).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from mpunlearn.audit.alignment import align
+from mpunlearn.audit.weights import Model, norm
+
+
+@dataclass(frozen=True)
+class Score:
+    """The distance between an estimate and a model."""
+
+    error: float
+    """‖estimate - θ‖ / ‖θ‖ over all weights, after alignment to θ."""
+    equal_bfloat16: float
+    """Share of weights that equal those of θ if both are rounded to bfloat16."""
+    equal_float32: float
+    """Share of weights that equal those of θ if both are rounded to float32."""
+
+    def to_json(self) -> dict[str, float]:
+        """The score as JSON."""
+        return dataclasses.asdict(self)
+
+
+def score(theta: Model, estimate: Model) -> Score:
+    """Aligns an estimate to a model and compares them, weight by weight.
+
+    Args:
+        theta: the server's model.
+        estimate: a model of the same architecture, in any coordinates.
+    """
+    aligned = align(theta, estimate)
+    squares = bfloat16 = float32 = entries = 0.0
+    for name, value in theta.weights.items():
+        found = aligned.tensor(estimate, name)
+        squares += float((found - value.double()).square().sum())
+        bfloat16 += int((found.bfloat16() == value.bfloat16()).sum())
+        float32 += int((found.float() == value.float()).sum())
+        entries += value.numel()
+    return Score(squares**0.5 / norm(theta.weights.values()), bfloat16 / entries, float32 / entries)

@@ -1,0 +1,112 @@
+"""The audit finds θ in all copies of a round, stops at noise that they share, and leaves a single copy its noise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpunlearn import Perturbation, preprocess
+from mpunlearn.audit.audit import ONE, Audit, audit
+from mpunlearn.cli import main
+from mpunlearn.errors import PlanError
+
+HARMONIC = "all copies, harmonic weights"
+KAPPA = 0.01
+
+
+def published(model: Path, out: Path, **changes) -> tuple[str | Path, ...]:
+    """The copies of a round of three, with scales that are pinned so that one copy carries exactly κ."""
+    options = {"copies": 3, "kappa": KAPPA, "alphas": (1.0, 1.4, 1.9), **changes}
+    return tuple(
+        preprocess(model, state=out / "state", out=out / "copies", perturbation=Perturbation(**options)).copies
+    )
+
+
+def shifted(model: Path, out: Path, level: float) -> Path:
+    """The checkpoint θ + c, with ‖c‖ = level ‖θ‖ in every tensor."""
+    out.mkdir()
+    for file in model.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    random = torch.Generator().manual_seed(1)
+    weights = load_file(model / "model.safetensors")
+    for name, value in weights.items():
+        c = torch.randn(value.shape, generator=random)
+        weights[name] = value + level * c * (value.norm() / c.norm())
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_all_copies_of_a_round_disclose_the_model_and_one_does_not(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny()
+    found = audit(model=model, copies=published(model, tmp_path))
+    assert found.attacks[HARMONIC].error < 1e-3
+    assert found.attacks[HARMONIC].equal_bfloat16 > 0.9
+    assert found.attacks[ONE].error == pytest.approx(KAPPA, rel=0.05)
+    assert found.attacks[ONE].equal_bfloat16 < 0.3
+
+
+def test_extrapolation_scales_are_public(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny()
+    copies = published(model, tmp_path, denoising="extrapolate", alphas=None)
+    assert audit(model=model, copies=copies).attacks["all copies, known scales"].error < 1e-5
+
+
+@pytest.mark.parametrize("kappa", [KAPPA, 0.1])
+@pytest.mark.parametrize("level", [0.1, 0.3])
+def test_the_attack_stops_at_noise_that_all_copies_share(save_tiny, tmp_path: Path, kappa: float, level: float) -> None:
+    model = save_tiny()
+    stand_in = shifted(model, tmp_path / "shifted", level)
+    found = audit(model=model, copies=published(stand_in, tmp_path, kappa=kappa), floor=level)
+    assert found.attacks[HARMONIC].error == pytest.approx(level, rel=0.05)
+    assert found.holds
+    assert f"floor of {level} holds" in found.text()
+
+
+def test_a_single_copy_and_copies_without_noise(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny()
+    copies = published(model, tmp_path, kappa=0.0, alphas=None)
+    assert set(audit(model=model, copies=copies[:1]).attacks) == {ONE}
+    for found in audit(model=model, copies=copies).attacks.values():
+        assert found.error < 1e-6
+
+
+def test_the_command_says_whether_the_floor_holds(save_tiny, tmp_path: Path, capsys) -> None:
+    model = save_tiny()
+    copies = [str(path) for path in published(model, tmp_path)]
+    arguments = ["audit", "--model", str(model), "--copies", *copies, "--floor", "0.01", "--quiet"]
+    assert main(arguments) == 0
+    assert "announced floor of 0.01 does not hold" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["copies"], found["holds"]) == (3, False)
+    assert found["attacks"][found["strongest"]]["error"] < 1e-3
+
+
+def test_models_that_do_not_belong_together_are_refused(save_tiny, tmp_path: Path) -> None:
+    model, other = save_tiny(), save_tiny("other", intermediate_size=48)
+    with pytest.raises(PlanError, match=r"other: lacks .* an audit compares models of one architecture"):
+        audit(model=model, copies=[other])
+    with pytest.raises(PlanError, match="given twice"):
+        audit(model=model, copies=[model, model])
+    with pytest.raises(PlanError, match="at least one copy"):
+        audit(model=model, copies=[])
+    with pytest.raises(PlanError, match="--floor"):
+        audit(model=model, copies=[model], floor=-1.0)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=r"model\.norm\.weight has infinite or NaN entries"):
+        audit(model=model, copies=[other])
+
+
+def test_a_floor_holds_up_to_a_tolerance() -> None:
+    from mpunlearn.audit.score import Score
+
+    def holds(error: float) -> bool | None:
+        return Audit("m", 1, {ONE: Score(error, 0.0, 0.0)}, floor=0.1).holds
+
+    assert holds(0.096)
+    assert holds(0.094) is False
+    assert holds(1.4) is None
