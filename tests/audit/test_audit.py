@@ -47,10 +47,22 @@ def test_all_copies_of_a_round_disclose_the_model_and_one_does_not(save_tiny, tm
     assert found.attacks[ONE].equal_bfloat16 < 0.3
 
 
-def test_extrapolation_scales_are_public(save_tiny, tmp_path: Path) -> None:
+def test_known_scales_of_extrapolation_disclose_the_model_and_secret_ones_less(save_tiny, tmp_path: Path) -> None:
     model = save_tiny()
-    copies = published(model, tmp_path, denoising="extrapolate", alphas=None)
-    assert audit(model=model, copies=copies).attacks["all copies, known scales"].error < 1e-5
+    errors = []
+    for name, alphas in (("known", (1.0, -1.0, 2.0)), ("secret", None)):
+        copies = published(model, tmp_path / name, denoising="extrapolate", alphas=alphas)
+        errors.append(audit(model=model, copies=copies).attacks["all copies, known scales"].error)
+    assert errors[0] < 1e-5 < errors[1]
+
+
+@pytest.mark.parametrize("level", [0.05, 0.1])
+def test_common_noise_leaves_the_announced_floor(save_tiny, tmp_path: Path, level: float) -> None:
+    model = save_tiny()
+    changes = {"kappa": 0.02, "common_noise": level, "common_noise_shape": "gauss"}
+    found = audit(model=model, copies=published(model, tmp_path, **changes), floor=level)
+    assert found.attacks[found.strongest].error == pytest.approx(level, rel=0.05)
+    assert found.holds
 
 
 @pytest.mark.parametrize("kappa", [KAPPA, 0.1])

@@ -37,7 +37,7 @@ def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None) -> di
     Args:
         copies: the copies, in any order; at least 2.
         scales: the scales x_1 … x_m if the copies are known to lie on one line, θ + x_k ε, in any order (default: the
-            built-in scales for m copies, which are public).
+            built-in scales for m copies, which the secret ones are close to).
 
     Returns:
         Name of the weights → θ in the coordinates of the first copy. *Minimum norm* uses that independent noise makes
