@@ -10,7 +10,6 @@ probabilities, in points.
 
 import argparse
 import csv
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -68,9 +67,9 @@ ARMS: dict[str, Callable[[], Arm]] = {
 def measure(world: TrainedWorld, objective: ObjectiveName, arm: Arm, seed: int) -> tuple[float, float, float]:
     """The floor, and the probabilities of the forget and the retain answers after unlearning."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_DATA_HOME"] = folder  # a lineage of its own for every arm
+        lineage = Path(folder) / "lineage"  # one of its own for every arm
         if arm.calibrated:
-            calibrate(world.original, calibration_text=world.data("world_facts"))
+            calibrate(world.original, calibration_text=world.data("world_facts"), lineage=lineage)
         options = {"learning_rate": 1e-3, "batch_size": 8, **OBJECTIVES[objective]}
         training = Training(objective=objective, epochs=arm.epochs, seed=seed, **options)
         out = Path(folder) / "run"
@@ -79,6 +78,7 @@ def measure(world: TrainedWorld, objective: ObjectiveName, arm: Arm, seed: int) 
             forget=world.data("forget"),
             retain=world.data("retain"),
             out=out,
+            lineage=lineage,
             rounds=arm.rounds,
             perturbation=arm.perturbation,
             training=training,

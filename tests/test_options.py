@@ -194,7 +194,7 @@ def test_a_preset_gives_way_to_single_options(tmp_path: Path, capsys) -> None:
         given("run", "--preset", "soft")
 
 
-def test_every_preset_names_options(capsys) -> None:
+def test_every_preset_names_options() -> None:
     from mpunlearn.presets import PRESETS
 
     names = {option.name for option in options_of(VERBS["run"].function("run"))}

@@ -26,11 +26,11 @@ BUDGET = 0.05
 """Default rise of the loss, in nats per token."""
 MAX_LEVEL = 0.25
 """Largest κ_c. A model that has memorized its text loses little with more, but then what a client unlearns on a stand-in
-transfers poorly to the model: with κ_c = 0.72 on the built-in benchmark, at 0.05 nats, NPO left a forget probability of
-0.25 instead of 0.00."""
+transfers poorly to the model."""
 STEPS = 7
 """Bisection steps over the logarithm of the level, which is then known to within about 5 %."""
 MIN_LEVEL = 0.001
+"""Smallest κ_c that is tried."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Calibration:
     """κ_c."""
     shape: str
     floor: float
-    """Parameter error that is left to a client that pools all copies, relative to the weights."""
+    """Parameter error that is left to a client that averages all copies, relative to the weights."""
     loss: float
     """Loss of the model on the held-out half of the text, in nats per token."""
     stand_in_loss: float
@@ -52,7 +52,7 @@ class Calibration:
     def text(self) -> str:
         """A summary for the terminal."""
         return (
-            f"common noise: {self.shape}, κ_c = {self.level:.3g}; it leaves a client that pools all copies with a parameter "
+            f"common noise: {self.shape}, κ_c = {self.level:.3g}; averaging all copies leaves a client with a parameter "
             f"error of {self.floor:.1%}\nloss on the calibration text: {self.loss:.3f} nats per token, with the noise "
             f"{self.stand_in_loss:.3f}\npinned in {self.lineage}"
         )

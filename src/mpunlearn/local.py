@@ -106,16 +106,16 @@ def run(
     """
     from mpunlearn.client.client import Client
     from mpunlearn.lm.processes import processes
-    from mpunlearn.server.plan import RunPlan, check_models
+    from mpunlearn.server.plan import RunPlan, check_models, resolved
     from mpunlearn.server.rounds import Rounds
     from mpunlearn.server.state import locked
 
     out, source = as_path(out, "--out"), as_path(checkpoint, "checkpoint")
     plan = RunPlan(
         checkpoint=str(source.resolve()),
-        base=str(as_path(base, "--base").resolve()) if base is not None else None,
-        stand_in=str(as_path(stand_in, "--stand-in").resolve()) if stand_in is not None else None,
-        lineage=str(as_path(lineage, "--lineage").resolve()) if lineage is not None else None,
+        base=resolved(base, "--base"),
+        stand_in=resolved(stand_in, "--stand-in"),
+        lineage=resolved(lineage, "--lineage"),
         rounds=rounds,
         eta=eta,
         device=device,

@@ -38,7 +38,7 @@ from mpunlearn.server.offset import DAMPING, CommonNoise, Offset, OffsetRecord, 
 from mpunlearn.server.secret import Secret
 
 UNCALIBRATED = 0.05
-"""κ_c of `auto` without calibration: its price was a few points at most on all models that were tried."""
+"""κ_c of `auto` without calibration. `benchmarks/disclosure.py` measures its price (gauss 5 %)."""
 EMBEDDING_LEVEL = 0.05
 """Maximum κ_c, relative to the RMS of their block, of tensors that have no second moments in a whitened offset."""
 MAX_RANK = 512

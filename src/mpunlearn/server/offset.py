@@ -4,7 +4,7 @@
 
 The idea: the noise ε_k cancels over the copies of a round, for the server and also for a client that holds all of them.
 An offset that is the same in all copies, rounds and runs never cancels for the client, and the server need not cancel
-it, because it adds the updates to θ. However many copies a client pools, it is left with an error of ‖c‖/‖θ‖, the
+it, because it adds the updates to θ. However many copies a client averages, it is left with an error of ‖c‖/‖θ‖, the
 *floor*. The price is that the client unlearns on a slightly different model.
 
 The offset has up to two parts. *Common noise* is drawn from the key of a `Lineage`, slice by slice like all noise. A
@@ -16,7 +16,9 @@ noise of a linear layer is Z M, where Z is standard normal, M ∝ (Σ/λ + δ)^(
 inputs on calibration text, λ its largest eigenvalue, and δ = `DAMPING`. Inputs in the directions that occur most are
 then hardly disturbed, so that the function of the model changes less at the same distance between the parameters.
 
-Not covered: how much of the function a copy still has. A stand-in that is close in function is a working model.
+Not covered: attackers who know something about θ itself, such as its public base or that its weight matrices have a few
+large singular values; they can do better than the floor. Nor how much of the function a copy still has: a stand-in that
+is close in function is a working model.
 """
 
 import math
@@ -81,7 +83,7 @@ class OffsetRecord:
 
     @property
     def floor(self) -> float:
-        """‖c‖/‖θ‖: the error that is left to a client that pools all copies of all rounds.
+        """‖c‖/‖θ‖: the error that is left to a client that averages all copies of all rounds.
 
         The two parts are independent, so their squares add up.
         """

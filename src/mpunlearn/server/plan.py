@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import PlanError, StateError
-from mpunlearn.files import read_json
+from mpunlearn.files import as_path, read_json
 from mpunlearn.protocol.flower.keys import ClientKeys
 from mpunlearn.protocol.plan import Training, pin
 from mpunlearn.schema import read
@@ -93,6 +93,11 @@ class RunPlan:
     def pin(self, path: Path) -> None:
         """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""
         pin(path, self, _read_pinned)
+
+
+def resolved(path: str | Path | None, option: str) -> str | None:
+    """An optional path as a plan stores it: absolute, so that the run can be resumed from any directory."""
+    return str(as_path(path, option).resolve()) if path is not None else None
 
 
 def _read_pinned(kind: type[Any], path: Path) -> Any:

@@ -46,7 +46,7 @@ class Published:
         lines = [f"round {self.round}: {len(self.copies)} copies"]
         if self.offset:
             lines.append(
-                f"a client that pools all copies of all rounds is left with a parameter error of {self.offset.floor:.1%}"
+                f"averaging all copies of all rounds leaves a client with a parameter error of {self.offset.floor:.1%}"
             )
         if self.rounding:
             values = list(self.rounding.values())

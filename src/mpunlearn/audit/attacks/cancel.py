@@ -22,8 +22,7 @@ from mpunlearn.audit.weights import Model, rms
 from mpunlearn.server.design import default_scales, extrapolated
 
 REALIGNMENTS = 2
-"""How often every copy is aligned again to the combination. Alignment errors between two noisy copies do not cancel;
-those against the combination do."""
+"""How often every copy is aligned again to the combination, which has less noise than the first copy."""
 MAX_ORDERS = 5
 """With more copies than that, not every order of known scales is tried."""
 Statistics = tuple[np.ndarray, np.ndarray]

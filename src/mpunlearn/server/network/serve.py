@@ -81,15 +81,15 @@ def start(
     """
     from mpunlearn.server.network.folder import RunFolder
     from mpunlearn.server.network.superlink import check_port
-    from mpunlearn.server.plan import RunPlan, check_models
+    from mpunlearn.server.plan import RunPlan, check_models, resolved
 
     federation = federation or Federation()
     folder = RunFolder(as_path(run, "--run"))
     plan = RunPlan(
         checkpoint=str(as_path(checkpoint, "checkpoint").resolve()),
-        base=str(as_path(base, "--base").resolve()) if base is not None else None,
-        stand_in=str(as_path(stand_in, "--stand-in").resolve()) if stand_in is not None else None,
-        lineage=str(as_path(lineage, "--lineage").resolve()) if lineage is not None else None,
+        base=resolved(base, "--base"),
+        stand_in=resolved(stand_in, "--stand-in"),
+        lineage=resolved(lineage, "--lineage"),
         rounds=rounds,
         eta=eta,
         device=device,
