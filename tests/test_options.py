@@ -19,7 +19,7 @@ REQUIRED = {
     "postprocess": ["u", "v", "--state", "s", "--out", "o"],
     "calibrate": ["m", "--calibration-text", "t"],
     "describe": ["m"],
-    "audit": ["--model", "m", "--copies", "c", "d"],
+    "audit": [],
     "server start": ["m", "--run", "r"],
     "server resume": ["r"],
     "server status": ["r"],

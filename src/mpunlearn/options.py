@@ -312,7 +312,7 @@ def _print_config(given: Mapping[str, Any]) -> None:
     left_out = {*(field.name for field in dataclasses.fields(General)), "preset"}  # a preset is resolved by now
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name in left_out:
+        if value is None or value == () or name in left_out:
             continue
         if isinstance(value, Path):
             value = str(value)

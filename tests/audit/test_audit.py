@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpunlearn import Perturbation, preprocess
-from mpunlearn.audit.audit import ONE, Audit, audit
+from mpunlearn.audit.audit import audit
+from mpunlearn.audit.report import ONE, Audit
 from mpunlearn.cli import main
 from mpunlearn.errors import PlanError
 

@@ -1,8 +1,6 @@
-"""How well the noise hides the server's parameters from a client that holds some copies of a round.
+"""How far one copy is from the server's model, once the server has undone its reparameterization.
 
-Both measures assume that the client has already undone the reparameterizations: the distance between one copy and the
-server's model, and the noise that remains after the best linear unbiased combination of several copies
-(`CopyDesign.floor`). Not covered: attacks that recover the reparameterizations.
+Not covered: attacks that recover the reparameterizations (`audit`).
 """
 
 import math
@@ -11,7 +9,6 @@ from pathlib import Path
 
 from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.publisher import Publisher
 from mpunlearn.server.state import ServerState
 
@@ -47,12 +44,3 @@ def copy_distance(model: str | Path, copy: str | Path, state: str | Path) -> Cop
         difference += float((original - aligned).square().sum())
         norm += float(original.square().sum())
     return CopyDistance(equal / count, math.sqrt(difference / norm))
-
-
-def noise_floor(perturbation: Perturbation) -> list[float]:
-    """The noise that remains, relative to the weights, when an attacker combines the first 1, 2, … m copies of a round.
-
-    Computed for α = 1, the smallest possible noise scale.
-    """
-    design = perturbation.design(perturbation.scales(None))
-    return [math.sqrt(design.floor(list(range(held)))) * perturbation.kappa for held in range(1, design.copies + 1)]

@@ -151,7 +151,8 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
 
 def _client_view(world: "TrainedWorld", run_folder: Path) -> ClientView:
     """How far a published copy is from the server's model, and how much noise a client that pools copies is left with."""
-    from mpunlearn.audit.parameters import copy_distance, noise_floor
+    from mpunlearn.audit.floor import noise_floor
+    from mpunlearn.audit.parameters import copy_distance
     from mpunlearn.demo.table import measure_in
 
     copy = run_folder / "exchange" / "round-1" / "copies" / "copy-1"

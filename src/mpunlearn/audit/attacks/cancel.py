@@ -5,8 +5,7 @@ the copies, once they are aligned to one another. The weights of that average fo
 Threat model: one client, or several that pool what they have, holds two or more copies of one round and knows how MPU
 works. It knows neither θ, nor the maps, nor the noise scales of the harmonic design, nor which scale belongs to which copy.
 
-Not covered: some copies of a round whose others are held by somebody else (harmonic weights take all m for granted),
-copies of several rounds, and noise common to all copies, which no combination of them cancels.
+Not covered: copies of several rounds (`rounds`), and noise common to all copies, which no combination of them cancels.
 """
 
 import math
@@ -22,7 +21,8 @@ from mpunlearn.audit.weights import Model, rms
 from mpunlearn.server.design import default_scales, extrapolated
 
 REALIGNMENTS = 2
-"""How often every copy is aligned again to the combination, which has less noise than the first copy."""
+"""How often every copy is aligned again to the combination. Alignment errors between two noisy copies do not cancel;
+those against the combination do."""
 MAX_ORDERS = 5
 """With more copies than that, not every order of known scales is tried."""
 Statistics = tuple[np.ndarray, np.ndarray]
@@ -30,13 +30,14 @@ Statistics = tuple[np.ndarray, np.ndarray]
 square of the tensor; and the number of entries, shape (T,). Float64."""
 
 
-def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None) -> dict[str, Model]:
+def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None, *, whole: bool = True) -> dict[str, Model]:
     """Estimates θ from m copies of one round.
 
     Args:
         copies: the copies, in any order; at least 2.
         scales: the scales x_1 … x_m if the copies are known to lie on one line, θ + x_k ε, in any order (default: the
             built-in scales for m copies, which the secret ones are close to).
+        whole: whether these are all copies of the round. Of a part of them, only *minimum norm* is of use.
 
     Returns:
         Name of the weights → θ in the coordinates of the first copy. *Minimum norm* uses that independent noise makes
@@ -45,10 +46,10 @@ def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None) -> di
     """
     count = len(copies)
     weights: dict[str, Callable[[Statistics], np.ndarray]] = {"minimum norm": minimum_norm}
-    if count >= 3:
+    if count >= 3 and whole:
         weights["harmonic weights"] = harmonic_weights
     known = scales if scales is not None else default_scales(count) if count in (2, 3, 4) else None
-    if known is not None and count <= MAX_ORDERS:
+    if known is not None and count <= MAX_ORDERS and (whole or scales is not None):
         weights["known scales"] = lambda statistics: known_scales(statistics, known)
     first = [Alignment(copies[0].architecture), *(align(copies[0], copy) for copy in copies[1:])]
     return {name: _combined(copies, first, choose) for name, choose in weights.items()}
