@@ -158,7 +158,7 @@ def one(source: Source, objective: ObjectiveName, seed: int, arm: Arm, free: str
 
 def unlearned(subject: Subject, arm: Arm, training: Training, folder: Path) -> Path:
     """Unlearns with the configuration of an arm; returns the final model."""
-    perturbation = Perturbation(**arm.perturbation)
+    perturbation = Perturbation(**{"common_noise": 0, **arm.perturbation})
     base = subject.base if arm.base else None
     if not arm.own_batches:
         return run(

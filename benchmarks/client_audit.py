@@ -34,7 +34,7 @@ from mpunlearn.errors import DisclosureWarning, NothingUnlearnedWarning
 from mpunlearn.lm.records import Record
 from mpunlearn.tables import markdown
 
-PERTURBATION = Perturbation(copies=3, kappa=0.05)
+PERTURBATION = Perturbation(copies=3, kappa=0.05, common_noise=0)
 TRAINING = Training(objective="npo", epochs=2, learning_rate=1e-3, batch_size=8, gamma=0.1)
 WIDE = Recipe(hidden=512, heads=8, groups=4, ffn=1024)
 AUTHOR = 10

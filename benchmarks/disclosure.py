@@ -54,7 +54,7 @@ def preset(name: str) -> Arm:
 
 
 ARMS: dict[str, Callable[[], Arm]] = {
-    "noise-free": lambda: Arm(Perturbation(copies=1, kappa=0.0)),
+    "noise-free": lambda: Arm(Perturbation(copies=1, kappa=0.0, common_noise=0)),
     "paper, κ 5 %": lambda: Arm(noisy(0.0)),
     "gauss 5 %": lambda: Arm(noisy(0.05)),
     "gauss 10 %": lambda: Arm(noisy(0.1)),

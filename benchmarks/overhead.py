@@ -122,7 +122,11 @@ def main() -> None:
 
         def mpu_round(folder: Path) -> None:
             published = preprocess(
-                root / "model", state=folder / "s", out=folder / "c", perturbation=Perturbation(copies=copies)
+                root / "model",
+                state=folder / "s",
+                out=folder / "c",
+                lineage=root / "lineage",
+                perturbation=Perturbation(copies=copies),
             )
             client = Client(forget=forget, retain=retain, training=training)
             updates = [client.unlearn(copy, folder / "u" / copy.name) for copy in published.copies]

@@ -141,7 +141,9 @@ def step(what: str, arguments: list[str]) -> None:
             arguments[0],
             state=arguments[1],
             out=arguments[2],
-            perturbation=Perturbation(copies=int(arguments[3]), kappa=KAPPA, reparameterization="paper"),
+            perturbation=Perturbation(
+                copies=int(arguments[3]), kappa=KAPPA, common_noise=0, reparameterization="paper"
+            ),
         ),
         "postprocess": lambda: postprocess(arguments[2:], state=arguments[0], out=arguments[1]),
         "dense": lambda: dense(Path(arguments[0]), int(arguments[1])),

@@ -29,12 +29,14 @@ def results(seeds: int) -> list[DemoResult]:
 
 
 def table(demos: list[DemoResult]) -> str:
-    """One row per model: mean ± standard deviation of each score over seeds, and the mean of the seconds."""
+    """One row per model: mean ± standard deviation of each score over seeds, and the means of the last two columns."""
     rows = []
     for lines in zip(*(result.models for result in demos), strict=True):
         seconds = [line.seconds for line in lines if line.seconds is not None]
+        left = [line.left for line in lines if line.left is not None]
         cells = [spread(values) for values in zip(*map(numbers, lines), strict=True)]
-        rows.append([lines[0].model, *cells, f"{statistics.mean(seconds):.1f}" if seconds else ""])
+        cells += [f"{statistics.mean(left):.2g}" if left else "", f"{statistics.mean(seconds):.1f}" if seconds else ""]
+        rows.append([lines[0].model, *cells])
     return markdown(HEADER, rows)
 
 

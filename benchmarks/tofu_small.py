@@ -31,9 +31,9 @@ QUESTIONS_PER_AUTHOR = 20
 RECIPE = Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=20, learning_rate=3e-3)
 HYPER_PARAMETERS = "--objective npo --learning-rate 1e-3 --batch-size 8 --gamma 0.1"
 ARMS = {
-    "noise-free unlearning": "--copies 1 --kappa 0 --reparameterization none",
-    "single noisy copy": "--copies 1 --kappa 0.1",
-    "MPU, 3 copies": "--copies 3 --kappa 0.1",
+    "noise-free unlearning": "--copies 1 --kappa 0 --common-noise 0 --reparameterization none",
+    "single noisy copy": "--copies 1 --kappa 0.1 --common-noise 0",
+    "MPU, 3 copies": "--copies 3 --kappa 0.1 --common-noise 0",
 }
 
 
@@ -69,7 +69,7 @@ def tofu_small(
     sets = {"forget": questions(forget), "retain": questions(retain)}
 
     def measured(name: str, checkpoint: Path, seconds: float | None = None) -> Line:
-        return measure(name, checkpoint, sets, seconds, max_new_tokens=120)
+        return measure(name, checkpoint, sets, None, seconds, max_new_tokens=120)
 
     torch.manual_seed(0)
     models.save(models.new_llama(tokenizer, recipe), tokenizer, out / "untrained")

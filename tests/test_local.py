@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.perturbations import without_offset
 
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.client.client import Client
@@ -17,7 +18,6 @@ from mpunlearn.client.unlearn import unlearn
 from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError, StateError
 from mpunlearn.local import run
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.state import ServerState, locked
 
 QUICK = Training(objective="npo", epochs=1, batch_size=3, learning_rate=1e-3, max_length=64)
@@ -27,7 +27,7 @@ def test_one_noise_free_round_is_plain_unlearning(save_tiny, tmp_path: Path, exa
     from mpunlearn.checkpoint import TensorDirectory
 
     path, (forget, retain) = save_tiny(), examples
-    still = Perturbation(copies=1, kappa=0.0, reparameterization="none")
+    still = without_offset(copies=1, kappa=0.0, reparameterization="none")
     final = run(path, forget=forget, retain=retain, out=tmp_path / "r", rounds=1, perturbation=still, training=QUICK)
     update = TensorDirectory(
         unlearn(path, forget=forget, retain=retain, out=tmp_path / "u", training=QUICK), stem="update"
@@ -43,7 +43,7 @@ def test_both_sides_are_apart_on_disk_and_little_is_left(save_tiny, tmp_path: Pa
     path, (forget, retain) = save_tiny(dtype=torch.bfloat16), examples
     out = tmp_path / "r"
     options = {"forget": forget, "retain": retain, "out": out, "rounds": 3, "training": QUICK}
-    final = run(path, perturbation=Perturbation(copies=2), **options)
+    final = run(path, perturbation=without_offset(copies=2), **options)
     assert sorted(p.name for p in out.iterdir()) == ["client", "exchange", "final", "server"]
     assert list((out / "exchange").iterdir()) == []
     assert sorted(p.name for p in (out / "server").iterdir()) == ["plan.json", "state"]
@@ -61,16 +61,16 @@ def test_both_sides_are_apart_on_disk_and_little_is_left(save_tiny, tmp_path: Pa
             assert key not in content, file
             assert not any(question in content for question in questions), file
     digest = checkpoint_digest(final)
-    assert checkpoint_digest(run(path, perturbation=Perturbation(copies=2), **options)) == digest
+    assert checkpoint_digest(run(path, perturbation=without_offset(copies=2), **options)) == digest
     with locked(out / "server"), pytest.raises(StateError, match="another process"):
-        run(path, perturbation=Perturbation(copies=2), **options)
+        run(path, perturbation=without_offset(copies=2), **options)
     with pytest.raises(PlanError, match="--copies 2, not 3"):
-        run(path, perturbation=Perturbation(copies=3), **options)
+        run(path, perturbation=without_offset(copies=3), **options)
     with pytest.raises(PlanError, match="--rounds 3, not 4"):
-        run(path, perturbation=Perturbation(copies=2), **{**options, "rounds": 4})
+        run(path, perturbation=without_offset(copies=2), **{**options, "rounds": 4})
     forget.write_text(forget.read_text() + forget.read_text())
     with pytest.raises(PlanError, match="--forget with SHA-256 .*, not with SHA-256"):
-        run(path, perturbation=Perturbation(copies=2), **options)
+        run(path, perturbation=without_offset(copies=2), **options)
     assert checkpoint_digest(final) == digest
 
 
@@ -157,7 +157,7 @@ def in_process(path: Path, forget: Path, retain: Path, out: Path, fault: str | N
         ServerState.close = die_at_the(ServerState.close)
     elif fault == "rename":
         Path.rename = die_at_the(Path.rename)
-    run(path, forget=forget, retain=retain, out=out, rounds=3, perturbation=Perturbation(kappa=0.05), training=QUICK)
+    run(path, forget=forget, retain=retain, out=out, rounds=3, perturbation=without_offset(kappa=0.05), training=QUICK)
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,15 @@ def test_a_preset_gives_way_to_single_options(tmp_path: Path, capsys) -> None:
         given("run", "--preset", "soft")
 
 
+@pytest.mark.parametrize("verb", ["run", "server start"])
+def test_the_default_is_hardened_and_a_compartment_needs_its_stand_in(verb: str) -> None:
+    assert given(verb) == given(verb, "--preset", "hardened")
+    with pytest.raises(ParseError, match="--preset compartment: needs --stand-in: A checkpoint"):
+        given(verb, "--preset", "compartment")
+    compartment = given(verb, "--preset=compartment", "--stand-in=s")
+    assert compartment == {**given(verb), "stand_in": Path("s")}
+
+
 def test_every_preset_names_options() -> None:
     from mpunlearn.presets import PRESETS
 

@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from mpunlearn.errors import SchemaError
-from mpunlearn.presets import PRESETS
+from mpunlearn.presets import NEEDED, PRESETS
 from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES
 from mpunlearn.protocol.plan import Training
 from mpunlearn.schema import typed
@@ -240,12 +240,15 @@ def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str
     """Reads the options in the --config file, and those of the --preset for the rest.
 
     Raises:
-        ParseError: the file cannot be read, or has an unknown option or an invalid value.
+        ParseError: the file cannot be read, or has an unknown option or an invalid value; the preset needs another option.
     """
     path, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
     values = {} if path is None else _read_config(Path(path), options)
     preset = preset or values.pop("preset", None)
     if preset in PRESETS and "preset" in options:  # cyclopts reports any other name
+        for name in NEEDED.get(preset, ()):
+            if name not in values and _value_of(options[name].flag, arguments) is None:
+                raise ParseError(f"--preset {preset}: needs {options[name].flag}: {options[name].help}")
         values = {**{key: value for key, value in PRESETS[preset].items() if key in options}, **values}
     return values
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.perturbations import without_offset
 
-from mpunlearn import Perturbation, preprocess
+from mpunlearn import preprocess
 from mpunlearn.audit.audit import audit
 from mpunlearn.audit.report import ONE, Audit
 from mpunlearn.cli import main
@@ -21,7 +22,7 @@ def published(model: Path, out: Path, **changes) -> tuple[str | Path, ...]:
     """The copies of a round of three, with scales that are pinned so that one copy carries exactly κ."""
     options = {"copies": 3, "kappa": KAPPA, "alphas": (1.0, 1.4, 1.9), **changes}
     return tuple(
-        preprocess(model, state=out / "state", out=out / "copies", perturbation=Perturbation(**options)).copies
+        preprocess(model, state=out / "state", out=out / "copies", perturbation=without_offset(**options)).copies
     )
 
 

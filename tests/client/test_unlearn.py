@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.client.training import QUICK, distance, read_all, update_of, with_options
+from tests.perturbations import without_offset
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.client import client as client_module
@@ -23,7 +24,6 @@ from mpunlearn.lm.model import load, nll
 from mpunlearn.lm.records import read_records
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 
@@ -34,7 +34,7 @@ def test_copies_without_noise_give_equal_updates_once_inverted(save_tiny, tmp_pa
     finals = []
     for copies, strength in ((1, "none"), (3, "full")):
         name = f"{copies}"
-        perturbation = Perturbation(copies=copies, kappa=0.0, reparameterization=strength)
+        perturbation = without_offset(copies=copies, kappa=0.0, reparameterization=strength)
         place = {"state": tmp_path / f"s{name}", "out": tmp_path / f"c{name}"}
         published = preprocess(path, **place, perturbation=perturbation).copies
         training = Training(**{**QUICK.__dict__, "train": r"mlp\."})
@@ -81,7 +81,7 @@ def test_families_that_transformers_holds_otherwise_are_updated_under_their_name
     sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
     sizes |= {"num_key_value_heads": 4} if model_type == "gpt_neox" else {}
     path = save_tiny(model_type=model_type, **sizes)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(kappa=0.01)).copies
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(kappa=0.01)).copies
     updates = [
         unlearn(copy, forget=examples[0], retain=examples[1], out=tmp_path / "u" / copy.name, training=QUICK)
         for copy in copies
@@ -114,7 +114,7 @@ def test_with_tensor_adam_no_change_of_basis_makes_a_difference(
             unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / f"p{optimizer}", training=training)
         )
         state, out = tmp_path / f"s{optimizer}", tmp_path / f"c{optimizer}"
-        copies = preprocess(path, state=state, out=out, perturbation=Perturbation(kappa=0.0)).copies
+        copies = preprocess(path, state=state, out=out, perturbation=without_offset(kappa=0.0)).copies
         client = Client(forget=examples[0], retain=examples[1], training=training)
         updates = [client.unlearn(copy, tmp_path / f"u{optimizer}" / copy.name) for copy in copies]
         final = Checkpoint(postprocess(updates, state=state, out=tmp_path / f"o{optimizer}"))

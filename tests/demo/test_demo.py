@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from mpunlearn.audit.report import ONE
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.demo import models
-from mpunlearn.demo.local import demo
+from mpunlearn.demo.local import demo, learned
 from mpunlearn.demo.world import SPLITS, Recipe, generate_rows
 from mpunlearn.lm.records import read_records
 
@@ -59,23 +60,30 @@ def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     result = demo(out=out)
     assert json.loads((out / "result.json").read_text()) == result.to_json()
     assert sorted(path.name for path in out.iterdir()) == ["client", "exchange", "final", "result.json", "server"]
-    original, retrained, noise_free, single, mpu = result.models
+    original, retrained, noise_free, paper, lean, hardened = result.models
     # The original knows everything; the retrained model everything but the forget set.
     assert min(original.forget.probability, original.retain.probability) > 0.95
     assert retrained.forget.probability < 0.1
     assert retrained.retain.probability > 0.95
     # Unlearning brings forget close to retrained and keeps retain close to original, MPU as well as without noise.
-    for line in (noise_free, single, mpu):
+    for line in (noise_free, paper, lean, hardened):
         assert line.forget.probability < 0.1
         assert line.forget.rouge_l < 0.5
         assert line.retain.probability > 0.88
-    assert abs(mpu.forget.probability - noise_free.forget.probability) < 0.06
-    assert mpu.retain.probability - noise_free.retain.probability > -0.05
-    assert result.client.equal_weights < 0.01
-    assert result.client.noise_left[0] == pytest.approx(0.1)
-    assert result.client.noise_left[-1] == 0
-    assert "| MPU, 3 copies |" in result.text()
-    assert result.client.text() in result.text()
+        assert abs(line.forget.probability - noise_free.forget.probability) < 0.06
+        assert line.retain.probability - noise_free.retain.probability > -0.05
+    # Whoever holds all copies has the model, unless there is common noise: then the announced floor remains.
+    assert original.left is retrained.left is None
+    assert noise_free.left < 1e-6
+    assert paper.left < 1e-3
+    assert result.audit.holds
+    assert result.audit.trusted
+    assert result.audit.floor > 0.05
+    assert lean.left == pytest.approx(result.audit.floor, rel=0.05)
+    assert hardened.left == result.audit.attacks[result.audit.strongest].error
+    assert result.audit.behaviors[ONE].probability > 0.9
+    assert "| MPU, hardened |" in result.text()
+    assert learned(result.audit) in result.text()
     world = models.trained_world(0)
     assert set(Checkpoint(out / "final").tensors) == set(Checkpoint(world.original).tensors)
     assert len(read_records(world.data("forget"))) == 40

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tests.conftest import tiny_model
+from tests.perturbations import without_offset
 
-from mpunlearn import Perturbation, Training
+from mpunlearn import Training
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.worker import Worker
 from mpunlearn.demo import models
@@ -81,7 +82,7 @@ class Net:
         return RunPlan(
             checkpoint=str(self.model),
             rounds=self.rounds,
-            perturbation=Perturbation(**{"copies": self.copies, "kappa": 0.02, **self.perturbation}),
+            perturbation=without_offset(**{"copies": self.copies, "kappa": 0.02, **self.perturbation}),
             training=self.training,
             service=Service("127.0.0.1", 9100, "127.0.0.1", None, clients, self.federation),
         )

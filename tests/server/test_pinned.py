@@ -89,7 +89,7 @@ state.mkdir(mode=0o700)
 (state / "secret.key").write_bytes(bytes(range(32)))
 (state / "secret.key").chmod(0o600)
 (state / "state.json").write_text(json.dumps({"format": 1, "run": "0" * 32}))
-perturbation = Perturbation(**settings)
+perturbation = Perturbation(common_noise=0, **settings)
 copies = preprocess(folder / "model", state=state, out=folder / "copies", perturbation=perturbation).copies
 updates = []
 for copy in copies:

@@ -85,6 +85,18 @@ def test_a_run_of_a_version_that_trained_token_local_weights_goes_on_with_them(t
         plan().pin(file)
 
 
+def test_a_run_of_a_version_without_common_noise_goes_on_without(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    plan().pin(file)
+    content = json.loads(file.read_text())
+    assert content["perturbation"].pop("common_noise") == "auto"
+    file.write_text(json.dumps({**content, "format": 2}))
+    assert RunPlan.read(file).perturbation.common_noise == 0
+    plan().continuing(file).pin(file)
+    with pytest.raises(PlanError, match="--common-noise 0.0, not auto"):
+        plan().pin(file)
+
+
 def test_a_run_of_this_version_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert plan().continuing(file) == plan()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.perturbations import without_offset
 
 from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.errors import PlanError, StateError, UpdateError
@@ -16,7 +17,6 @@ from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.server.design import CopyDesign, extrapolated, harmonic
 from mpunlearn.server.noise import noisy
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.state import ServerState
@@ -70,7 +70,7 @@ def test_extrapolation_is_exact_on_higher_orders_where_averaging_is_not() -> Non
 def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, denoising: str) -> None:
     """Through the files: in published coordinates the client descends a quadratic that no orthogonal map changes."""
     path = save_tiny(dtype=torch.float64, model_type="qwen2")
-    perturbation = Perturbation(copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
+    perturbation = without_offset(copies=3, kappa=0.3, reparameterization=strength, denoising=denoising)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
     for copy in copies:
         tensors = load_file(copy / "model.safetensors")
@@ -85,7 +85,8 @@ def test_end_to_end_on_a_quadratic(save_tiny, tmp_path: Path, strength: str, den
 def published(save_tiny, tmp_path: Path):
     """A published round and a valid update for each of its three copies."""
     path = save_tiny()
-    copies = preprocess(path, state=tmp_path / "state", out=tmp_path / "copies").copies
+    plain = without_offset()
+    copies = preprocess(path, state=tmp_path / "state", out=tmp_path / "copies", perturbation=plain).copies
     updates = [write_update(copy, tmp_path / "updates" / copy.name) for copy in copies]
     return path, copies, updates
 
@@ -122,7 +123,7 @@ def write_factors(copy: Path, out: Path, names: list[str], rank: int = 2, produc
 def test_factors_give_what_their_product_gives(save_tiny, tmp_path: Path, strength: str, model_type: str) -> None:
     sizes = {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2} if "moe" in model_type else {}
     path = save_tiny(model_type=model_type, num_key_value_heads=4, **sizes)
-    perturbation = Perturbation(kappa=0.02, reparameterization=strength)
+    perturbation = without_offset(kappa=0.02, reparameterization=strength)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies
     names = [name for name, info in Checkpoint(copies[0]).tensors.items() if len(info.shape) == 2]
     finals = []
@@ -187,7 +188,7 @@ def test_updates_and_trained_checkpoints_give_the_same_model(published, tmp_path
 
 def test_small_updates_survive_between_rounds_in_float32(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.bfloat16)
-    perturbation = Perturbation(copies=1, kappa=0.0, reparameterization="none")
+    perturbation = without_offset(copies=1, kappa=0.0, reparameterization="none")
     current = path
     for number in (1, 2):
         [copy] = preprocess(
@@ -296,7 +297,7 @@ def test_what_is_not_an_update_is_refused_and_nothing_changes(published, tmp_pat
 def test_an_update_of_the_round_before_is_refused(published, tmp_path: Path) -> None:
     path, _, updates = published
     postprocess(updates, state=tmp_path / "state", out=tmp_path / "out")
-    preprocess(path, state=tmp_path / "state", out=tmp_path / "copies-2")
+    preprocess(path, state=tmp_path / "state", out=tmp_path / "copies-2", perturbation=without_offset())
     with pytest.raises(UpdateError, match="round 1.*expected.*round 2"):
         postprocess(updates, state=tmp_path / "state", out=tmp_path / "out-2")
 

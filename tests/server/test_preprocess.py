@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tests.perturbations import without_offset
 
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import CheckpointError, MPUError, PlanError, StateError, UnsupportedModelError
@@ -38,7 +39,7 @@ def dense_matrix(axis_map: AxisMap, size: int) -> torch.Tensor:
 def test_streaming_equals_the_formulas_in_memory(save_tiny, tmp_path: Path, strength: str, scope: str) -> None:
     path = save_tiny(dtype=torch.float64, model_type="qwen2", max_shard_size="40KB")
     base = save_tiny("base", dtype=torch.float64, model_type="qwen2", initializer_range=0.5)
-    perturbation = Perturbation(copies=3, kappa=0.1, reparameterization=strength, noise_scope=scope)
+    perturbation = without_offset(copies=3, kappa=0.1, reparameterization=strength, noise_scope=scope)
     copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", base=base, perturbation=perturbation).copies
     state = ServerState(tmp_path / "s")
     record = state.rounds[0]
@@ -85,7 +86,7 @@ def noise_of(path: Path, copies: list[Path], name: str = KEY) -> torch.Tensor:
 
 def test_noise_sums_to_zero_and_has_the_stated_covariance(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.float64, hidden_size=128, intermediate_size=512)
-    perturbation = Perturbation(copies=4, kappa=0.2, reparameterization="none", alphas=(1.0, 1.0, 1.5, 2.0))
+    perturbation = without_offset(copies=4, kappa=0.2, reparameterization="none", alphas=(1.0, 1.0, 1.5, 2.0))
     noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies)
     sigma = ServerState(tmp_path / "s").rounds[0].sigma["layer 1"]
     alpha = torch.tensor(perturbation.alphas, dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_noise_sums_to_zero_and_has_the_stated_covariance(save_tiny, tmp_path: P
 
 def test_one_copy_carries_noise_that_nothing_cancels(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.float64, hidden_size=128, intermediate_size=512)
-    perturbation = Perturbation(copies=1, kappa=0.1, reparameterization="none")
+    perturbation = without_offset(copies=1, kappa=0.1, reparameterization="none")
     noise = noise_of(path, preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=perturbation).copies)
     sigma = ServerState(tmp_path / "s").rounds[0].sigma["layer 1"]
     assert stats.kstest((noise[0] / sigma).numpy(), "norm").pvalue > 1e-4
@@ -107,7 +108,7 @@ def test_one_copy_carries_noise_that_nothing_cancels(save_tiny, tmp_path: Path) 
 
 def test_runs_rounds_and_tensors_are_independent(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.float64, hidden_size=128, intermediate_size=512)
-    perturbation = Perturbation(copies=2, kappa=0.1, reparameterization="none")
+    perturbation = without_offset(copies=2, kappa=0.1, reparameterization="none")
     noises = []
     for run in ("a", "b"):
         copies = preprocess(path, state=tmp_path / run, out=tmp_path / f"{run}-1", perturbation=perturbation).copies
@@ -188,7 +189,7 @@ def test_copies_load_with_transformers_and_generate(
 
     path = save_tiny(model_type=model_type, dtype=dtype, tie_word_embeddings=tied)
     [copy] = preprocess(
-        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1, kappa=0)
+        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(copies=1, kappa=0)
     ).copies
     original, published = (AutoModelForCausalLM.from_pretrained(p) for p in (path, copy))
     assert published.dtype == dtype
@@ -210,7 +211,7 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(save_tiny, tmp_path: Path) 
     path = save_tiny(tie_word_embeddings=True)
     tensors = load_file(path / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
+    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(copies=1)).copies
     assert "lm_head.weight" not in Checkpoint(copy).tensors
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="differ"):
@@ -223,14 +224,14 @@ def test_constants_of_old_checkpoints_are_not_published(save_tiny, tmp_path: Pat
     path = save_tiny()
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file({**load_file(path / "model.safetensors"), **extra}, path / "model.safetensors")
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
+    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(copies=1)).copies
     assert not set(extra) & set(Checkpoint(copy).tensors)
 
 
 def test_publish_dtype(save_tiny, tmp_path: Path) -> None:
     path = save_tiny(dtype=torch.bfloat16)
     copies = preprocess(
-        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float32")
+        path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(publish_dtype="float32")
     ).copies
     assert {info.dtype for info in Checkpoint(copies[0]).tensors.values()} == {torch.float32}
     assert Checkpoint(copies[0]).config["dtype"] == "float32"
@@ -329,4 +330,4 @@ def test_a_base_of_another_shape_is_refused(save_tiny, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_impossible_perturbations(options) -> None:
     with pytest.raises(PlanError, match="--"):
-        Perturbation(**options)
+        without_offset(**options)

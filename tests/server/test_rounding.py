@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.perturbations import without_offset
 
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import DisclosureWarning, UnsupportedModelError
 from mpunlearn.server.noise import rounded_entropy, spacing
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.state import ServerState
@@ -71,7 +71,7 @@ def recovered(path: Path, copy: Path) -> float:
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_without_a_floor_rounding_brings_the_original_back_and_is_warned_of(tuned, tmp_path: Path, dtype) -> None:
     path, base = tuned
-    perturbation = Perturbation(kappa=0.01, reparameterization="none", publish_dtype=dtype)
+    perturbation = without_offset(kappa=0.01, reparameterization="none", publish_dtype=dtype)
     with pytest.warns(DisclosureWarning, match="rounding undoes the noise"):
         published = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", base=base, perturbation=perturbation)
     shares = [recovered(path, copy) for copy in published.copies]
@@ -86,7 +86,7 @@ def test_without_a_floor_rounding_brings_the_original_back_and_is_warned_of(tune
 
 def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still_cancels(tuned, tmp_path: Path) -> None:
     path, base = tuned
-    perturbation = Perturbation(kappa=0.01, noise_floor="grid", alphas=(1.0, 1.5, 2.0))
+    perturbation = without_offset(kappa=0.01, noise_floor="grid", alphas=(1.0, 1.5, 2.0))
     options = {"state": tmp_path / "s", "out": tmp_path / "c", "base": base}
     published = preprocess(path, **options, perturbation=perturbation)
     for name, value in published.rounding.items():
@@ -97,7 +97,7 @@ def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still
         state=tmp_path / "t",
         out=tmp_path / "d",
         base=base,
-        perturbation=Perturbation(kappa=0.01, noise_floor="grid", reparameterization="none", publish_dtype="float32"),
+        perturbation=without_offset(kappa=0.01, noise_floor="grid", reparameterization="none", publish_dtype="float32"),
     )
     assert max(recovered(path, copy) for copy in control.copies) < 0.5
     original = Checkpoint(path).read(KEY).float()
@@ -118,10 +118,10 @@ def test_values_that_leave_the_range_of_float16_are_refused(save_tiny, tmp_path:
     tensors[KEY][0, 0] = 1e6
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="exceeds the range"):
-        preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(publish_dtype="float16"))
+        preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(publish_dtype="float16"))
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "c").exists()
-    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(copies=1)).copies
+    [copy] = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(copies=1)).copies
     with pytest.raises(UnsupportedModelError, match="exceeds the range"):
         postprocess([copy], state=tmp_path / "s", out=tmp_path / "o", dtype="float16")
     assert not (tmp_path / "o").exists()

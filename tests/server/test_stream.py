@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.perturbations import without_offset
 
 from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.checkpoint import Checkpoint, checkpoint_digest
 from mpunlearn.errors import PlanError
 from mpunlearn.server import stream
-from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 from mpunlearn.server.workspace import Workspace
@@ -90,7 +90,7 @@ def test_every_family_goes_through_both_passes_and_generates(save_tiny, tmp_path
     sizes |= {"head_dim": 8} if model_type.startswith(("gemma", "qwen3")) else {}
     sizes |= {"num_key_value_heads": 4} if model_type == "gpt_neox" else {}
     path = save_tiny(model_type=model_type, **sizes)
-    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=Perturbation(kappa=0.1)).copies
+    copies = preprocess(path, state=tmp_path / "s", out=tmp_path / "c", perturbation=without_offset(kappa=0.1)).copies
     original = AutoModelForCausalLM.from_pretrained(path)
     tokens = torch.tensor([[5, 6, 7, 8]])
     for copy in copies:

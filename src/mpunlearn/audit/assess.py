@@ -9,7 +9,7 @@ Not covered: which copies an attacker would choose. Where one has to be chosen, 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +46,12 @@ class Texts:
 
     known: Path
     """Text that the server's model knows."""
-    public: Path | None
+    public: Path | None = None
     """Text that the attacker has; None for no repair."""
-    epochs: int
-    learning_rate: float
-    max_length: int
-    data: Data
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    max_length: int = 512
+    data: Data = field(default_factory=Data)
 
 
 class _Results:
@@ -84,19 +84,21 @@ class _Results:
         return min(self.scores, key=lambda name: self.scores[name].error)
 
 
-def assess(subject: Subject, floor: float | None, texts: Texts | None) -> Audit:
+def assess(subject: Subject, texts: Texts | None = None, floor: float | None = None) -> Audit:
     """Attacks the copies of a subject and compares the results with its model.
 
     Args:
         subject: the model and its copies.
-        floor: the announced floor, if there is one.
         texts: what functions are compared on; None to compare weights only.
+        floor: the announced floor (default: that of the run's common noise, if its state is known).
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         PlanError: the checkpoints are not of one architecture.
         StateError: the lineage of the run's common noise is missing or damaged.
     """
+    if floor is None and subject.record is not None and subject.record.offset is not None:
+        floor = subject.record.offset.floor
     theta = Model.read(subject.model)
     public = Model.read(subject.base) if subject.base is not None else None
     by_round, named = [], {str(subject.model): theta}
@@ -127,6 +129,7 @@ def _combine(by_round: list[list[Model]], results: _Results) -> None:
     for copy in by_round[0]:
         results.add(ONE, copy)
     best: list[Model] = []
+    known = None
     for index, copies in enumerate(progress(by_round, "attacking rounds")):
         if index == 0 and 2 < len(copies) <= MAX_COPIES:
             for count in range(2, len(copies)):
@@ -135,8 +138,10 @@ def _combine(by_round: list[list[Model]], results: _Results) -> None:
                         results.add(f"{count} of {len(copies)} copies", estimate)
         if len(copies) > 1:
             held = "all copies" if index == 0 else "all copies of a later round"
-            found = [(results.add(f"{held}, {name}", model), model) for name, model in cancel(copies).items()]
-            best.append(min(found, key=lambda pair: pair[0].error)[1])
+            found = cancel(copies, only=known)  # what is best in one round is best in all
+            errors = {name: results.add(f"{held}, {name}", model).error for name, model in found.items()}
+            known = min(errors, key=errors.__getitem__)
+            best.append(found[known])
     if len(by_round) > 1:
         results.add(f"one copy of each of {len(by_round)} rounds", rounds([copies[0] for copies in by_round]))
     if len(best) > 1:

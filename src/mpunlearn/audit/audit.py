@@ -94,9 +94,6 @@ def audit(
     if public_text is not None and text is None:
         raise PlanError("--public-text: what a repaired copy can do is measured on --text; give that, too")
     subject = _subject(run, model, copies, base)
-    record = subject.record
-    if floor is None and record is not None and record.offset is not None:
-        floor = record.offset.floor
 
     from mpunlearn.audit.assess import Texts, assess
 
@@ -104,7 +101,7 @@ def audit(
     if text is not None:
         known = as_path(public_text, "--public-text") if public_text is not None else None
         texts = Texts(as_path(text, "--text"), known, repair_epochs, repair_rate, max_length, data or Data())
-    result = assess(subject, floor, texts)
+    result = assess(subject, texts, floor)
     _write(target, result)
     values = result.values()
     if unmeasured := [str(limit) for limit in requirements if limit.name not in values]:

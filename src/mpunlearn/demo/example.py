@@ -8,8 +8,6 @@ from mpunlearn.files import as_path, new_directory
 RUN_YAML = """\
 # Options of `mpunlearn run` and `mpunlearn server start` that work well for this example.
 rounds: 5
-copies: 3
-kappa: 0.05
 objective: npo
 epochs: 2
 learning_rate: 1.0e-3

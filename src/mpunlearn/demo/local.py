@@ -1,65 +1,41 @@
-"""The demo: a small model unlearns four fictitious authors, to measure the cost and what the client sees.
+"""The demo: a small model unlearns four fictitious authors. It measures what that costs, and what the client could learn.
 
-Five models are compared on the built-in benchmark: the original, one retrained without the four authors, noise-free
-unlearning, unlearning on a single noisy copy, and MPU (Multiple Perturbed Copies Unlearning), which unlearns on several
-noisy copies so that the noise cancels when the server combines the updates. All unlearning goes through `run` with the
-same training budget and hyperparameters. The noise is relative to the parameters and ten times the default, so that its
-effect is visible.
+Six models are compared on the built-in benchmark: the original, one retrained without the four authors, noise-free
+unlearning, and MPU (Multiple Perturbed Copies Unlearning) with the presets `paper`, `hardened` and `lean`. All unlearning
+goes through `run` with the same number of epochs and the same hyperparameters. The published copies of every run are then
+attacked (`audit`), to measure how close a client that pools all of them comes to the server's model.
 """
 
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import FileError
 from mpunlearn.files import as_path, new_directory
+from mpunlearn.presets import PRESETS
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.perturbation import Perturbation
 
 if TYPE_CHECKING:
+    from mpunlearn.audit.report import Audit
     from mpunlearn.demo.models import TrainedWorld
     from mpunlearn.demo.table import Line
 
-KAPPA = 0.1
-ROUNDS = 5
-TRAINING = Training(objective="npo", epochs=2, learning_rate=1e-3, batch_size=8, gamma=0.1)
-MPU = "MPU, 3 copies"
-ARMS = {
-    "noise-free unlearning": Perturbation(copies=1, kappa=0.0, reparameterization="none"),
-    "single noisy copy": Perturbation(copies=1, kappa=KAPPA),
-    MPU: Perturbation(copies=3, kappa=KAPPA),
+TRAINING = Training(objective="npo", learning_rate=1e-3, batch_size=8, gamma=0.1)
+NOISE_FREE = {
+    "copies": 1, "kappa": 0.0, "common_noise": 0.0, "reparameterization": "none", "rounds": 5, "epochs": 2,
+}  # fmt: skip
+KEPT = "hardened"
+"""The run whose files are kept."""
+ARMS: dict[str, Mapping[str, Any]] = {
+    "noise-free unlearning": NOISE_FREE,
+    **{f"MPU, {name}": {"rounds": 5, "epochs": 2, **PRESETS[name]} for name in ("paper", "lean", KEPT)},
 }
-
-
-@dataclass(frozen=True)
-class ClientView:
-    """What the client of the MPU run saw of the server's model."""
-
-    equal_weights: float
-    """Fraction of a copy's weights that equal the server's after its reparameterization is undone."""
-    relative_distance: float
-    """Distance of such a copy from the server's model, relative to the model's norm."""
-    retain_probability: float
-    """Probability of the retain answers under a copy."""
-    noise_left: list[float]
-    """The remaining noise, relative to the weights, for a client that pools 1, 2, … m copies of a round."""
-
-    def text(self) -> str:
-        """A summary for the terminal."""
-        pooled = ", ".join(f"k = {copies}: {floor:.1%}" for copies, floor in enumerate(self.noise_left, start=1))
-        return (
-            f"The client saw {len(self.noise_left)} copies per round. Even with its reparameterization undone, a copy's "
-            f"weights are {self.relative_distance:.0%} away from the server's, and {self.equal_weights:.1%} of them are "
-            f"equal. Used as a model, a copy gives the retain answers a probability of {self.retain_probability:.3f}: the "
-            "parameters are hidden, but not what the model can do.\n"
-            f"Remaining noise, relative to the weights, for a client that pools k copies of a round: {pooled}. For a "
-            f"client that pools one copy from each of the {ROUNDS} rounds, between which the model changes little: "
-            f"{self.noise_left[0] / ROUNDS**0.5:.1%}. A client that holds all copies of a round can cancel the noise."
-        )
 
 
 @dataclass(frozen=True)
@@ -67,33 +43,46 @@ class DemoResult:
     """What the demo measured."""
 
     seed: int
-    kappa: float
-    rounds: int
     training: dict[str, Any]
     models: "list[Line]"
-    client: ClientView
+    audit: "Audit"
+    """What a client that pools all copies of the hardened run learns of the server's model."""
     seconds: dict[str, float]
     out: str
 
     def text(self) -> str:
-        """The table, and what the client saw."""
+        """The table, and what the client could learn."""
         from mpunlearn.demo.table import table
 
-        end = f"Took {self.seconds['all']:.0f} s. Both sides of the MPU run and these numbers are in {self.out}"
-        return f"{table(self.models)}\n{self.client.text()}\n{end}"
+        end = f"Took {self.seconds['all']:.0f} s. Both sides of the hardened run and these numbers are in {self.out}"
+        return f"{table(self.models)}\n{learned(self.audit)}\n{end}"
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
-        return asdict(self)
+        return {**asdict(replace(self, audit=None)), "audit": self.audit.to_json()}  # type: ignore[arg-type]
+
+
+def learned(audit: "Audit") -> str:
+    """The three figures of an audit in words: parameter error, equal weights, and function."""
+    from mpunlearn.audit.report import ONE
+
+    best, one = audit.attacks[audit.strongest], audit.behaviors[ONE]
+    floor = "" if audit.floor is None else f" (announced: {audit.floor:.1%})"
+    return (
+        f"A client that pools all {audit.held} copies of the hardened run is left with a parameter error of {best.error:.1%}"
+        f"{floor} of the weights' norm, and {best.equal_bfloat16:.1%} of the weights equal the server's in bfloat16. Used as "
+        f"a model, a copy gives the retain answers a probability of {one.probability:.3f}: the parameters are hidden, but "
+        "not what the model can do."
+    )
 
 
 def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
-    """Unlearns four fictitious authors in three ways, and compares the results with retraining.
+    """Unlearns four fictitious authors in four ways, and measures the cost and what the client could learn.
 
     The first call trains the models of the built-in benchmark and caches them.
 
     Args:
-        out: A new directory for result.json and both sides of the MPU run: OUT/server, OUT/client, OUT/exchange,
+        out: A new directory for result.json and both sides of the hardened run: OUT/server, OUT/client, OUT/exchange,
             OUT/final.
         seed: Seed for the fictitious data, the models and the order of batches. The server's secrets never depend on a
             seed.
@@ -104,9 +93,10 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
     Raises:
         FileError: `out` exists or cannot be written.
     """
+    from mpunlearn.audit.assess import Texts, assess
+    from mpunlearn.audit.subject import of_run
     from mpunlearn.demo.models import trained_world
     from mpunlearn.demo.table import measure_in
-    from mpunlearn.local import run
 
     target = as_path(out, "--out")
     if target.exists():
@@ -114,48 +104,50 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
     begin = time.monotonic()
     with new_directory(target) as folder:
         world = trained_world(seed)
+        lineage = calibrated(world)
         prepared = time.monotonic() - begin
-        training = replace(TRAINING, seed=seed)
         lines = [measure_in(world, "original", world.original), measure_in(world, "retrained", world.retrained)]
-        for name, perturbation in progress(ARMS.items(), "unlearning in three ways"):
+        for name, options in progress(ARMS.items(), "unlearning in four ways"):
+            shutil.rmtree(folder / "run", ignore_errors=True)
             started = time.monotonic()
-            final = run(
-                world.original,
-                forget=world.data("forget"),
-                retain=world.data("retain"),
-                out=folder / "run",
-                rounds=ROUNDS,
-                keep_exchange=True,
-                perturbation=perturbation,
-                training=training,
-            )
-            lines.append(measure_in(world, name, final, time.monotonic() - started))
-            if name != MPU:
-                shutil.rmtree(folder / "run")
+            final = _unlearn(world, folder / "run", lineage, options, seed)
+            seconds = time.monotonic() - started
+            texts = Texts(world.data("retain")) if name.endswith(KEPT) else None
+            found = assess(of_run(folder / "run"), texts)
+            lines.append(measure_in(world, name, final, found.attacks[found.strongest].error, seconds))
         for part in (folder / "run").iterdir():
             part.rename(folder / part.name)
         (folder / "run").rmdir()
-        result = DemoResult(
-            seed=seed,
-            kappa=KAPPA,
-            rounds=ROUNDS,
-            training=training.to_json(),
-            models=lines,
-            client=_client_view(world, folder),
-            seconds={"preparing the benchmark": prepared, "all": time.monotonic() - begin},
-            out=str(target),
-        )
+        times = {"preparing the benchmark": prepared, "all": time.monotonic() - begin}
+        result = DemoResult(seed, replace(TRAINING, seed=seed).to_json(), lines, found, times, str(target))
         (folder / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _client_view(world: "TrainedWorld", run_folder: Path) -> ClientView:
-    """How far a published copy is from the server's model, and how much noise a client that pools copies is left with."""
-    from mpunlearn.audit.floor import noise_floor
-    from mpunlearn.audit.parameters import copy_distance
-    from mpunlearn.demo.table import measure_in
+def calibrated(world: "TrainedWorld") -> Path:
+    """The lineage of a world's model, calibrated on its facts about the world. It is kept with the world."""
+    from mpunlearn.calibration import calibrate
+    from mpunlearn.server.lineage import Lineage
 
-    copy = run_folder / "exchange" / "round-1" / "copies" / "copy-1"
-    distance = copy_distance(world.original, copy, run_folder / "server" / "state")
-    retain = measure_in(world, "a published copy", copy).retain
-    return ClientView(distance.equal, distance.relative, retain.probability, noise_floor(ARMS[MPU]))
+    lineage = world.path / "lineage"
+    if not lineage.exists() or Lineage(lineage).record.common is None:
+        calibrate(world.original, calibration_text=world.data("world_facts"), lineage=lineage)
+    return lineage
+
+
+def _unlearn(world: "TrainedWorld", out: Path, lineage: Path, options: Mapping[str, Any], seed: int) -> Path:
+    """Runs all rounds with the options of a preset; returns the unlearned checkpoint."""
+    from mpunlearn.local import run
+
+    settings = {name: value for name, value in options.items() if name not in ("rounds", "epochs")}
+    return run(
+        world.original,
+        forget=world.data("forget"),
+        retain=world.data("retain"),
+        out=out,
+        lineage=lineage,
+        rounds=options["rounds"],
+        keep_exchange=True,
+        perturbation=Perturbation(**settings),
+        training=replace(TRAINING, epochs=options["epochs"], seed=seed),
+    )

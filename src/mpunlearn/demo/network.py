@@ -90,7 +90,7 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
                     program.wait(20)
     seconds, final = time.monotonic() - started, folder / "server" / "final"
     lines = [measure_in(world, "original", world.original), measure_in(world, "retrained", world.retrained)]
-    lines.append(measure_in(world, "MPU over a network, 3 copies", final, seconds))
+    lines.append(measure_in(world, "MPU over a network, hardened", final, seconds=seconds))
     times = {"unlearning": seconds, "all": time.monotonic() - begin}
     return NetworkDemoResult(lines, times, str(final), str(folder))
 

@@ -13,7 +13,9 @@ from mpunlearn.tables import markdown
 
 MAX_NEW_TOKENS = 48
 """Longer than any answer in the built-in benchmark."""
-HEADER = ("model", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L", "seconds")
+HEADER = (
+    "model", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L", "parameter error left", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,28 @@ class Line:
     model: str
     forget: Answers
     retain: Answers
+    left: float | None
+    """The parameter error that is left to a client that pools all copies, relative to the weights; None without copies."""
     seconds: float | None
     """How long unlearning took; None for a model that did not unlearn."""
 
 
-def measure_in(world: TrainedWorld, name: str, checkpoint: Path, seconds: float | None = None) -> Line:
+def measure_in(
+    world: TrainedWorld, name: str, checkpoint: Path, left: float | None = None, seconds: float | None = None
+) -> Line:
     """Evaluates a model on the forget and the retain set of a world."""
     sets = read_sets(str(world.path / "data"), "", None, Data())
     selected = {split: sets[split] for split in ("forget", "retain")}
-    return measure(name, checkpoint, selected, seconds, max_new_tokens=MAX_NEW_TOKENS)
+    return measure(name, checkpoint, selected, left, seconds, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def measure(
-    name: str, checkpoint: Path, sets: Mapping[str, Questions], seconds: float | None, max_new_tokens: int
+    name: str,
+    checkpoint: Path,
+    sets: Mapping[str, Questions],
+    left: float | None,
+    seconds: float | None,
+    max_new_tokens: int,
 ) -> Line:
     """Evaluates a model on a forget and a retain set."""
     model, tokenizer = load(checkpoint)
@@ -51,7 +62,7 @@ def measure(
     forget, retain = (
         Answers(scores[f"{split}_Q_A_Prob"], scores[f"{split}_Q_A_ROUGE"]) for split in ("forget", "retain")
     )
-    return Line(name, forget, retain, seconds)
+    return Line(name, forget, retain, left, seconds)
 
 
 def table(lines: list[Line]) -> str:
@@ -59,6 +70,7 @@ def table(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         numbers = (line.forget.probability, line.forget.rouge_l, line.retain.probability, line.retain.rouge_l)
+        left = "" if line.left is None else f"{line.left:.2g}"
         seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
-        rows.append([line.model, *(f"{number:.3f}" for number in numbers), seconds])
+        rows.append([line.model, *(f"{number:.3f}" for number in numbers), left, seconds])
     return markdown(HEADER, rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mpunlearn.errors import PlanError
-from mpunlearn.schema import check_options
+from mpunlearn.schema import check_options, older
 from mpunlearn.server import design as designs
 from mpunlearn.server.design import CopyDesign
 
@@ -27,7 +27,7 @@ class Perturbation:
 
     copies: int = 3
     """Number m of published copies. With a single copy, nothing cancels the noise."""
-    kappa: float = 0.01
+    kappa: float = 0.05
     """Level of the noise that cancels. The noise in a block (a transformer layer, or a tensor outside the layers) has a
     standard deviation of kappa times the RMS of the block's task vector (if --base is given) or of its weights. 0 turns
     the noise off."""
@@ -39,7 +39,7 @@ class Perturbation:
     all orders up to copies - 1."""
     alphas: tuple[float, ...] | None = None
     """Secret noise scales of the copies, such as 1,1.5,2 (default: drawn anew in every round)."""
-    common_noise: float | Literal["auto"] = 0.0
+    common_noise: float | Literal["auto"] = older(absent=0.0, default="auto")
     """Level κ_c of the secret offset that all copies share and that never cancels for a client: its standard deviation
     relative to the RMS of the weights. With auto, the level that `mpunlearn calibrate` found for this model, or 5 %
     without calibration. With 0 there is no offset, and whoever holds all copies of a round can recover the model."""

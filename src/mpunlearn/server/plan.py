@@ -79,16 +79,20 @@ class RunPlan:
     def continuing(self, path: Path) -> "RunPlan":
         """This plan, or how the run that `path` describes goes on with it.
 
-        Version 0.1.0 always trained the token-local weights. A run that it began goes on with them, because the updates
-        of a round must change the same tensors.
+        Version 0.1.0 always trained the token-local weights and knew no common noise. A run that it began goes on like
+        that, because the updates of a round must change the same tensors, and its copies must share one offset.
 
         Raises:
             FileError: the file cannot be read.
         """
-        training = read_json(path).get("training") if path.is_file() else None
-        if not isinstance(training, dict) or "token_local" in training:
-            return self
-        return replace(self, training=replace(self.training, token_local=True))
+        content = read_json(path) if path.is_file() else {}
+        training, perturbation = content.get("training"), content.get("perturbation")
+        plan = self
+        if isinstance(training, dict) and "token_local" not in training:
+            plan = replace(plan, training=replace(plan.training, token_local=True))
+        if isinstance(perturbation, dict) and "common_noise" not in perturbation:
+            plan = replace(plan, perturbation=replace(plan.perturbation, common_noise=0.0))
+        return plan
 
     def pin(self, path: Path) -> None:
         """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""
@@ -112,8 +116,6 @@ def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
     """
     if value.get("format") == 3:
         return value
-    if isinstance(settings := value.get("perturbation"), dict):
-        value = {**value, "perturbation": {**settings, "common_noise": 0.0}}
     if "format" in value:
         return {**value, "format": 3} if value["format"] == 2 else value
     names = ("host", "port", "listen", "superlink", "clients", "federation")

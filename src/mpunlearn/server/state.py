@@ -91,17 +91,12 @@ def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
 
     Format 1 had no fields `format` and `inputs`, and formats 1 and 2 knew no common noise.
     """
-    if value.get("format") == 2:
-        settings = value.get("perturbation")
-        with_level = {"perturbation": {**settings, "common_noise": 0.0}} if isinstance(settings, dict) else {}
-        return {**value, **with_level, "format": 3}
     if "format" in value:
-        return value
+        return {**value, "format": 3} if value["format"] == 2 else value
     settings, leakage = value.pop("settings"), value.pop("honesty", {})
     inputs = inputs_digest(value["round"], value["digests"], value["base"], value["dtypes"], settings)
     rounding = {name: {"equal": equal, "entropy": entropy} for name, (equal, entropy) in leakage.items()}
-    perturbation = {**settings, "common_noise": 0.0}
-    return {**value, "perturbation": perturbation, "inputs": inputs, "rounding": rounding, "format": 3}
+    return {**value, "perturbation": settings, "inputs": inputs, "rounding": rounding, "format": 3}
 
 
 @dataclass(frozen=True)

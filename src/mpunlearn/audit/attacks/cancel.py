@@ -30,7 +30,9 @@ Statistics = tuple[np.ndarray, np.ndarray]
 square of the tensor; and the number of entries, shape (T,). Float64."""
 
 
-def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None, *, whole: bool = True) -> dict[str, Model]:
+def cancel(
+    copies: Sequence[Model], scales: Sequence[float] | None = None, *, whole: bool = True, only: str | None = None
+) -> dict[str, Model]:
     """Estimates θ from m copies of one round.
 
     Args:
@@ -38,6 +40,7 @@ def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None, *, wh
         scales: the scales x_1 … x_m if the copies are known to lie on one line, θ + x_k ε, in any order (default: the
             built-in scales for m copies, which the secret ones are close to).
         whole: whether these are all copies of the round. Of a part of them, only *minimum norm* is of use.
+        only: the name of the only weights to try (default: all).
 
     Returns:
         Name of the weights → θ in the coordinates of the first copy. *Minimum norm* uses that independent noise makes
@@ -52,7 +55,7 @@ def cancel(copies: Sequence[Model], scales: Sequence[float] | None = None, *, wh
     if known is not None and count <= MAX_ORDERS and (whole or scales is not None):
         weights["known scales"] = lambda statistics: known_scales(statistics, known)
     first = [Alignment(copies[0].architecture), *(align(copies[0], copy) for copy in copies[1:])]
-    return {name: _combined(copies, first, choose) for name, choose in weights.items()}
+    return {name: _combined(copies, first, choose) for name, choose in weights.items() if only in (None, name)}
 
 
 def _combined(
