@@ -20,6 +20,7 @@ REQUIRED = {
     "calibrate": ["m", "--calibration-text", "t"],
     "describe": ["m"],
     "audit": [],
+    "extract": ["m", "n", "--forget", "f", "--reference", "t"],
     "server start": ["m", "--run", "r"],
     "server resume": ["r"],
     "server status": ["r"],

@@ -56,6 +56,7 @@ VERBS = {
     "calibrate": Verb("calibration", SERVER, "find the common noise that a model can bear"),
     "describe": Verb("server.describe", SERVER, "list what the secret reparameterization of a model would change"),
     "audit": Verb("audit.audit", SERVER, "attack the copies of a round and measure what they disclose of the model"),
+    "extract": Verb("audit.extract", SERVER, "measure what a model before and after unlearning tells about the texts"),
     "server start": Verb(
         "server.network.serve",
         SERVER,
