@@ -18,5 +18,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lean": {"copies": 1, "kappa": 0.0, "common_noise": "auto", "rounds": 1, "epochs": 10},
     "compartment": HARDENED,
 }  # fmt: skip
+ADVICE = (
+    "where one party holds all copies, --preset lean leaves it with the same parameter error, for a third of its work"
+)
 NEEDED = {"compartment": ("stand_in",)}
 """Preset → options that have to be given with it."""

@@ -46,8 +46,11 @@ def test_presets_and_options_of_other_commands_are_read(tmp_path: Path) -> None:
     hardened = floors(tmp_path, preset="hardened", objective="npo", **{"learning-rate": 1e-4})
     assert (hardened.perturbation.copies, hardened.perturbation.kappa, hardened.common) == (3, 0.05, None)
     assert "common noise is auto" in hardened.text()
+    assert "--preset lean" in hardened.text()
     assert floors(tmp_path, preset="hardened", kappa=0.2).perturbation.kappa == 0.2
-    assert "Whoever holds all copies of a round has the model" in floors(tmp_path, preset="paper").text()
+    paper = floors(tmp_path, preset="paper").text()
+    assert "Whoever holds all copies of a round has the model" in paper
+    assert "--preset lean" not in paper
 
 
 def test_a_configuration_that_the_command_line_printed_is_a_plan(tmp_path: Path, capsys) -> None:

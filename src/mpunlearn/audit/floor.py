@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import FileError, PlanError
-from mpunlearn.presets import PRESETS
+from mpunlearn.presets import ADVICE, PRESETS
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.tables import aligned
 
@@ -78,6 +78,8 @@ class Floors:
             lines.append(f"common noise leaves {self.common:.2%} of the weights on top, whatever is held")
         elif self.common == 0 and self.one_round[-1] == 0:
             lines.append("Whoever holds all copies of a round has the model: --common-noise is 0.")
+        if self.common != 0 and len(self.one_round) > 1:
+            lines.append(ADVICE)
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mpunlearn.errors import NetworkError, PlanError, StateError
 from mpunlearn.files import as_path
+from mpunlearn.presets import ADVICE
 from mpunlearn.progress import say
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.federation import Federation
@@ -101,6 +102,8 @@ def start(
     _check_folder(folder.path, folder.plan)
     if superlink is None and not folder.plan.exists():
         check_port(listen or host, port)  # not when resuming: a previous server of this run may still hold it
+    if plan.perturbation.copies > 1 and plan.perturbation.common_noise != 0 and federation.assign == "all":
+        say(ADVICE)
     plan.continuing(folder.plan).pin(folder.plan)
     return resume(folder.path)
 
