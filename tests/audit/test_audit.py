@@ -26,12 +26,12 @@ def published(model: Path, out: Path, **changes) -> tuple[str | Path, ...]:
     )
 
 
-def shifted(model: Path, out: Path, level: float) -> Path:
+def shifted(model: Path, out: Path, level: float, seed: int = 1) -> Path:
     """The checkpoint θ + c, with ‖c‖ = level ‖θ‖ in every tensor."""
     out.mkdir()
     for file in model.iterdir():
         (out / file.name).write_bytes(file.read_bytes())
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     weights = load_file(model / "model.safetensors")
     for name, value in weights.items():
         c = torch.randn(value.shape, generator=random)
@@ -98,6 +98,39 @@ def test_the_command_says_whether_the_floor_holds(save_tiny, tmp_path: Path, cap
     assert found["attacks"][found["strongest"]]["error"] < 1e-3
 
 
+def test_a_matrix_without_noise_is_found(save_tiny, tmp_path: Path, capsys) -> None:
+    model = save_tiny()
+    for scope, expected in (("layers", 3), ("all", 0)):
+        copy = published(model, tmp_path / scope, copies=1, alphas=None, kappa=0.2, noise_scope=scope)[0]
+        arguments = ["audit", "--model", str(model), "--copies", str(copy), "--quiet"]
+        assert main([*arguments, "--require", "tensor-equal-bfloat16<0.3"]) == expected
+        assert ("weight, 100.0% equal in bfloat16" in capsys.readouterr().out) is (expected == 3)
+
+
+def test_an_offset_that_is_drawn_anew_is_found(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny()
+    for name, anew, expected in (("same", False, 0), ("anew", True, 3)):
+        copies = []
+        for number in range(4):
+            offset = shifted(model, tmp_path / f"{name}-{number}", 0.1, seed=number if anew else 0)
+            options = {"copies": 1, "alphas": None, "kappa": 0.01}
+            copies.append(str(published(offset, tmp_path / f"run-{name}-{number}", **options)[0]))
+            config = json.loads((Path(copies[-1]) / "config.json").read_text())
+            del config["mpunlearn"]  # as if they were one round
+            (Path(copies[-1]) / "config.json").write_text(json.dumps(config))
+        arguments = [
+            "audit",
+            "--model",
+            str(model),
+            "--copies",
+            *copies,
+            "--require",
+            "parameter-error>0.09",
+            "--quiet",
+        ]
+        assert main(arguments) == expected
+
+
 def test_models_that_do_not_belong_together_are_refused(save_tiny, tmp_path: Path) -> None:
     model, other = save_tiny(), save_tiny("other", intermediate_size=48)
     with pytest.raises(PlanError, match=r"other: lacks .* an audit compares models of one architecture"):
@@ -119,7 +152,7 @@ def test_a_floor_holds_up_to_a_tolerance() -> None:
     from mpunlearn.audit.score import Score
 
     def holds(error: float) -> bool | None:
-        return Audit("m", 1, {ONE: Score(error, 0.0, 0.0)}, floor=0.1).holds
+        return Audit("m", 1, {ONE: Score(error, 0.0, 0.0, "w", 0.0)}, floor=0.1).holds
 
     assert holds(0.096)
     assert holds(0.094) is False

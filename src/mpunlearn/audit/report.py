@@ -23,7 +23,8 @@ TOLERANCE = 0.05
 CONCLUSIVE = 0.5
 """From this error on, alignment may have failed, so that the error says nothing about better attacks."""
 LIMITS = (
-    "parameter-error", "task-error", "equal-bfloat16", "equal-float32", "logit-error", "kl", "agreement", "probability",
+    "parameter-error", "task-error", "equal-bfloat16", "equal-float32", "tensor-equal-bfloat16", "logit-error", "kl",
+    "agreement", "probability",
 )  # fmt: skip
 """What `--require` can limit."""
 
@@ -69,6 +70,7 @@ class Audit:
             "parameter-error": min(score.error for score in scores),
             "equal-bfloat16": max(score.equal_bfloat16 for score in scores),
             "equal-float32": max(score.equal_float32 for score in scores),
+            "tensor-equal-bfloat16": max(score.exposed_bfloat16 for score in scores),
         }
         if task := [score.task_error for score in scores if score.task_error is not None]:
             found["task-error"] = min(task)
@@ -88,6 +90,8 @@ class Audit:
             lines += ["", self._behavior_table(), ""]
         error = self.attacks[self.strongest].error
         lines.append(f"The strongest attack leaves a parameter error of {error:.2g} of the weights' norm.")
+        worst = max(self.attacks.values(), key=lambda score: score.exposed_bfloat16)
+        lines.append(f"Most exposed matrix: {worst.exposed}, {worst.exposed_bfloat16:.1%} equal in bfloat16.")
         if error >= CONCLUSIVE:
             lines.append("The copies could probably not be aligned: this says nothing about better attacks.")
         elif self.floor is not None:

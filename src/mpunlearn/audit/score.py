@@ -24,10 +24,14 @@ class Score:
     """Share of weights that equal those of θ if both are rounded to bfloat16."""
     equal_float32: float
     """Share of weights that equal those of θ if both are rounded to float32."""
+    exposed: str
+    """The matrix with the largest share of weights that equal those of θ in bfloat16."""
+    exposed_bfloat16: float
+    """That share."""
     task_error: float | None = None
     """‖estimate - θ‖ / ‖θ - θ_base‖, if there is a public base that differs from θ."""
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, str | float | None]:
         """The score as JSON."""
         return dataclasses.asdict(self)
 
@@ -44,10 +48,14 @@ def score(theta: Model, estimate: Model, base: Model | None = None, *, in_place:
     """
     aligned = Alignment(theta.architecture) if in_place else align(theta, estimate)
     squares = bfloat16 = float32 = entries = 0.0
+    exposed, share = "", -1.0
     for name, value in theta.weights.items():
         found = aligned.tensor(estimate, name)
         squares += float((found - value.double()).square().sum())
-        bfloat16 += int((found.bfloat16() == value.bfloat16()).sum())
+        equal = int((found.bfloat16() == value.bfloat16()).sum())
+        if value.dim() == 2 and equal / value.numel() > share:
+            exposed, share = name, equal / value.numel()
+        bfloat16 += equal
         float32 += int((found.float() == value.float()).sum())
         entries += value.numel()
     task = 0.0
@@ -57,5 +65,7 @@ def score(theta: Model, estimate: Model, base: Model | None = None, *, in_place:
         squares**0.5 / norm(theta.weights.values()),
         bfloat16 / entries,
         float32 / entries,
+        exposed,
+        share,
         squares**0.5 / task if task else None,
     )
