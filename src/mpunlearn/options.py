@@ -123,7 +123,8 @@ def _fields(kind: type[Any], group: str) -> list[Option]:
 
 def _preset_text() -> str:
     presets = (
-        f"{name} ({', '.join(f'{key} {value}' for key, value in values.items())})" for name, values in PRESETS.items()
+        f"{name} ({', '.join([*(f'{key} {value}' for key, value in values.items()), *NEEDED.get(name, ())])})"
+        for name, values in PRESETS.items()
     )
     return f"Named values of several options, each of which can still be given: {', '.join(presets)}.".replace("_", "-")
 
