@@ -13,10 +13,10 @@ from mpunlearn.demo.models import TrainedWorld, trained_world
 from mpunlearn.errors import PlanError, StateError
 from mpunlearn.lm.examples import encode
 from mpunlearn.lm.model import load, nll
-from mpunlearn.lm.moments import input_moments
+from mpunlearn.lm.moments import embedding_moment, input_moments
 from mpunlearn.lm.records import Record, read_records
 from mpunlearn.lm.sources import Data
-from mpunlearn.server.lineage import Lineage
+from mpunlearn.server.lineage import VECTOR_LEVEL, Lineage
 
 TEXTS = [
     Record(None, text) for text in ("The quick brown fox jumps.", "A much longer text about nothing at all, really.")
@@ -53,6 +53,45 @@ def test_moments_are_those_of_a_loop_over_single_texts(save_tiny) -> None:
     for name in names:
         rows = torch.cat(seen[name])
         torch.testing.assert_close(moments[inputs[name]], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_moment_is_that_of_a_loop_over_single_texts(save_tiny) -> None:
+    model, tokenizer = load(save_tiny(model_type="qwen2"))
+    examples = encode(TEXTS, tokenizer, 64)
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.tensor([example.input_ids]) for example in examples]
+    with torch.no_grad():  # tokens are drawn for the whole batch at once
+        logits = [model(input_ids=ids).logits[0, :-1] for ids in batch]
+    drawn = (
+        torch.multinomial(torch.cat(logits).softmax(-1), 1, generator=generator)
+        .flatten()
+        .split([len(rows) for rows in logits])
+    )
+    expected, count = torch.zeros(model.config.hidden_size, model.config.hidden_size), 0
+    for ids, labels in zip(batch, drawn, strict=True):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        predicted = model(inputs_embeds=embedded).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, embedded)
+        expected += gradient[0].T @ gradient[0]
+        count += len(labels)
+    found = embedding_moment(model, tokenizer, examples)
+    torch.testing.assert_close(found, expected / count, rtol=1e-3, atol=1e-6)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_shaped(save_tiny, text: Path, tied: bool) -> None:
+    model = save_tiny(tie_word_embeddings=tied)
+    found = calibrate(model, calibration_text=text, function_budget=5.0)
+    lineage = Lineage(Path(found.lineage))
+    assert lineage.record.inputs.keys() >= {"model.embed_tokens.weight"}
+    assert ("lm_head.weight" in lineage.record.inputs) is not tied
+    assert lineage.record.common is not None
+    sigma = lineage.record.common.sigma
+    weight = Checkpoint(model).read("model.embed_tokens.weight")
+    assert sigma["model.embed_tokens.weight"] == pytest.approx(found.level * float(weight.square().mean().sqrt()))
+    assert sigma["model.norm.weight"] <= VECTOR_LEVEL * 1.0001
 
 
 PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]

@@ -2,7 +2,7 @@
 
 The idea: what common noise costs in unlearning depends on how much of the model's function it destroys, which differs
 between models by an order of magnitude. The loss of the stand-in θ + c on some text predicts it well. `calibrate`
-measures the second moments of the inputs of linear layers, which shape the noise, on one half of the text. It then finds
+measures the second moments that shape the noise on one half of the text (see `lm.moments`). It then finds
 the largest level κ_c at which the loss on the other half rises by no more than a budget, by bisection over stand-ins that
 are written to disk and measured. On the same half, the noise would seem cheaper than it is.
 
@@ -15,16 +15,19 @@ The module is not called `calibrate`, so that `mpunlearn.calibrate` always means
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say
 
+if TYPE_CHECKING:
+    import torch
+
 BUDGET = 0.05
 """Default rise of the loss, in nats per token."""
-MAX_LEVEL = 0.25
+MAX_LEVEL = 0.12
 """Largest κ_c. A model that has memorized its text loses little with more, but then what a client unlearns on a stand-in
 transfers poorly to the model."""
 STEPS = 7
@@ -99,7 +102,7 @@ def calibrate(
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.lm.examples import encode
     from mpunlearn.lm.model import load, load_model, nll
-    from mpunlearn.lm.moments import input_moments
+    from mpunlearn.lm.moments import embedding_moment, input_moments
     from mpunlearn.lm.records import read_records
     from mpunlearn.server.lineage import Lineage, Moments
     from mpunlearn.server.noise import measure
@@ -108,7 +111,8 @@ def calibrate(
     if not function_budget > 0:
         raise PlanError(f"--function-budget: expected a number above 0, found {function_budget:g}")
     source = Checkpoint(as_path(checkpoint, "checkpoint"))
-    roles = Architecture.of(source).tensor_roles(source)
+    architecture = Architecture.of(source)
+    roles = architecture.tensor_roles(source)
     records = read_records(as_path(calibration_text, "--calibration-text"), data or Data(), "calibration text")
     model, tokenizer = load(source.path)
     examples = encode(records, tokenizer, max_length)
@@ -122,7 +126,12 @@ def calibrate(
     loss = sum(nll(model, held_out, 8, tokenizer)) / tokens
     if common_noise_shape == "whitened":
         layers = [name for name, role in roles.items() if role.layer is not None and len(role.axes) == 2]
-        kept.keep_moments(Moments(*input_moments(model, tokenizer, shaping, layers)))
+        family = architecture.family
+        inputs, matrices = input_moments(model, tokenizer, shaping, [*layers, family.head])
+        tied = inputs.pop(family.head) if family.head not in roles and family.head in inputs else None
+        embedding = _normalized(embedding_moment(model, tokenizer, shaping))
+        matrices.append(embedding if tied is None else embedding + _normalized(matrices[tied]))
+        kept.keep_moments(Moments({**inputs, family.embedding: len(matrices) - 1}, matrices))
     del model
 
     def stand_in_loss(common: CommonNoise) -> float:
@@ -153,3 +162,11 @@ def calibrate(
     common, changed = best
     kept.pin(common)
     return Calibration(str(kept.path), common.level, common.shape, common.floor, loss, changed)
+
+
+def _normalized(moment: "torch.Tensor") -> "torch.Tensor":
+    """A matrix of second moments whose largest eigenvalue is 1."""
+    import torch
+
+    largest: torch.Tensor = torch.linalg.eigvalsh(moment)[-1]
+    return moment / largest.clamp_min(1e-30)

@@ -39,8 +39,10 @@ from mpunlearn.server.secret import Secret
 
 UNCALIBRATED = 0.05
 """κ_c of `auto` without calibration. `benchmarks/disclosure.py` measures its price (gauss 5 %)."""
-EMBEDDING_LEVEL = 0.05
-"""Maximum κ_c, relative to the RMS of their block, of tensors that have no second moments in a whitened offset."""
+UNSHAPED_LEVEL = 0.05
+"""Maximum κ_c, relative to the RMS of their block, of matrices that have no second moments in a whitened offset."""
+VECTOR_LEVEL = 0.02
+"""The same for vectors, such as norm weights, which are few but act on every token."""
 MAX_RANK = 512
 """Maximum number of directions that are kept of the second moments of an input."""
 NEGLIGIBLE = 1e-2
@@ -56,7 +58,7 @@ class LineageRecord:
     shapes: str
     """SHA-256 over the names and shapes of the model's tensors."""
     inputs: dict[str, int] = field(default_factory=dict)
-    """For each linear layer, the index of its input's second moments."""
+    """For each weight that has second moments, their index. Earlier calibrations left out embeddings and LM heads."""
     common: CommonNoise | None = None
     """The pinned levels."""
     used: bool = False
@@ -121,7 +123,7 @@ class Lineage:
 
     @property
     def whitening(self) -> Whitening:
-        """The matrices that shape the common noise of linear layers."""
+        """The matrices that shape the common noise."""
         return Whitening(self.record.inputs, self.path / "moments")
 
     def adopt(self, digest: str) -> None:
@@ -139,7 +141,7 @@ class Lineage:
             raise StateError(f"{self.path}: its common noise is in use and cannot be calibrated again")
 
     def keep_moments(self, moments: "Moments") -> None:
-        """Stores the second moments of the inputs of linear layers."""
+        """Stores second moments."""
         vectors = {}
         for number, moment in enumerate(moments.matrices):
             vectors[f"{number}.vectors"], vectors[f"{number}.values"] = whitening_of(moment)
@@ -152,7 +154,10 @@ class Lineage:
         self._store(dataclasses.replace(self.record, inputs=dict(moments.inputs)))
 
     def levels(self, level: float, shape: Shape, measured: Measurement, roles: Mapping[str, TensorRole]) -> CommonNoise:
-        """The levels of common noise for κ_c = `level`, without pinning them."""
+        """The levels of common noise for κ_c = `level`, without pinning them.
+
+        With the shape `whitened`, κ_c is relative to the RMS of each weight that has second moments.
+        """
         if shape == "whitened" and not self.record.inputs:
             raise PlanError(
                 f"--common-noise-shape whitened: {self.path} has no second moments; run `mpunlearn calibrate` first, or "
@@ -164,7 +169,8 @@ class Lineage:
             if shape == "whitened" and name in self.record.inputs:
                 sigma[name] = level * math.sqrt(measured.squares[name] / entries)
             else:
-                most = EMBEDDING_LEVEL if shape == "whitened" else math.inf
+                limit = UNSHAPED_LEVEL if len(role.axes) > 1 else VECTOR_LEVEL
+                most = limit if shape == "whitened" else math.inf
                 sigma[name] = min(level, most) * measured.weights[block_of(name, role)]
             square += sigma[name] ** 2 * entries
             total += measured.squares[name]
@@ -233,10 +239,10 @@ def open_offset(record: OffsetRecord | None) -> Offset:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of the inputs of linear layers on calibration text."""
+    """Second moments of the inputs of linear layers on calibration text, and that of the embedding."""
 
     inputs: Mapping[str, int]
-    """For each linear layer's weight, the index of its input."""
+    """For each weight, the index of its matrix."""
     matrices: list[torch.Tensor]
     """E[x xᵀ] of each input x, shape (inputs, inputs), float32 or float64."""
 

@@ -14,7 +14,9 @@ the model of the first round.
 The standard deviation of common noise is κ_c times the RMS of the weights, per block. With the shape `whitened`, the
 noise of a linear layer is Z M, where Z is standard normal, M ∝ (Σ/λ + δ)^(-1/2), Σ is the second moment of the layer's
 inputs on calibration text, λ its largest eigenvalue, and δ = `DAMPING`. Inputs in the directions that occur most are
-then hardly disturbed, so that the function of the model changes less at the same distance between the parameters.
+then hardly disturbed, so that the function of the model changes less at the same distance between the parameters. For
+the embedding, Σ is the second moment of the loss's gradient at its output; if the LM head shares it, plus that of the
+head's input (each divided by its largest eigenvalue).
 
 Not covered: attackers who know something about θ itself, such as its public base or that its weight matrices have a few
 large singular values; they can do better than the floor. Nor how much of the function a copy still has: a stand-in that
