@@ -34,13 +34,23 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str, str], tuple[dict[str, float
 
 
 def table(rows: list[Row]) -> str:
-    """One row per world, objective and arm, with means over seeds."""
+    """One row per world and arm, with means over seeds; a cell for each objective, with deviation, forget and retain."""
+    groups = grouped(rows)
+    objectives = list(dict.fromkeys(objective for _, objective, _ in groups))
     lines = []
-    for key, (mean, deviating, seeds) in grouped(rows).items():
-        shares = (f"{mean['floor']:.1%}", f"{mean['error']:.1%}", f"{mean['task_error']:.1%}")
-        lines.append([*key, *shares, f"{mean['forget']:.3f}", f"{mean['retain']:.3f}", f"{deviating:.1f}", str(seeds)])
-    columns = ("floor", "error", "error/‖task vector‖", "forget", "retain", "deviation, points", "seeds")
-    return markdown(["world", "objective", "arm", *columns], lines)
+    for world, arm in dict.fromkeys((world, arm) for world, _, arm in groups):
+        found = {objective: groups[key] for objective in objectives if (key := (world, objective, arm)) in groups}
+        means = [mean for mean, *_ in found.values()]
+        shares = [f"{statistics.mean(mean[name] for mean in means):.1%}" for name in ("floor", "error", "task_error")]
+        cells = [
+            f"{found[objective][1]:.1f} ({found[objective][0]['forget']:.3f}, {found[objective][0]['retain']:.3f})"
+            if objective in found
+            else ""
+            for objective in objectives
+        ]
+        lines.append([world, arm, *shares, *cells, str(min(seeds for *_, seeds in found.values()))])
+    columns = ["floor", "error", "error/‖task vector‖", *objectives, "seeds"]
+    return markdown(["world", "arm", *columns], lines)
 
 
 def figure(rows: list[Row], file: Path) -> None:

@@ -7,7 +7,6 @@ import torch
 
 from mpunlearn import Perturbation, calibrate, preprocess
 from mpunlearn.architecture import Architecture
-from mpunlearn.calibration import MAX_LEVEL
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.demo.models import TrainedWorld, trained_world
 from mpunlearn.errors import PlanError, StateError
@@ -18,6 +17,7 @@ from mpunlearn.lm.records import Record, read_records
 from mpunlearn.lm.sources import Data
 from mpunlearn.server.lineage import VECTOR_LEVEL, Lineage
 
+HIGH = 0.8
 TEXTS = [
     Record(None, text) for text in ("The quick brown fox jumps.", "A much longer text about nothing at all, really.")
 ]
@@ -97,12 +97,19 @@ def test_embedding_and_head_are_shaped(save_tiny, text: Path, tied: bool) -> Non
 PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 
 
+@pytest.fixture
+def high_levels(monkeypatch) -> None:
+    """Levels at which even a model that has memorized its text notices the noise."""
+    monkeypatch.setattr("mpunlearn.calibration.MAX_LEVEL", HIGH)
+
+
+@pytest.mark.usefixtures("high_levels")
 @pytest.mark.parametrize("shape", ["gauss", "whitened"])
 def test_the_level_is_the_largest_within_the_budget_and_is_used(world, tmp_path: Path, text: Path, shape) -> None:
     model = world.original
     found = calibrate(model, calibration_text=text, function_budget=0.05, common_noise_shape=shape)
     assert 0 < found.stand_in_loss - found.loss <= 0.05
-    assert 0.02 < found.level <= MAX_LEVEL
+    assert 0.02 < found.level <= HIGH
     automatic = Perturbation(copies=1, kappa=0.0, reparameterization="none", common_noise="auto")
     published = preprocess(model, state=tmp_path / "s", out=tmp_path / "c", perturbation=automatic)
     assert published.offset is not None
@@ -115,12 +122,13 @@ def test_the_level_is_the_largest_within_the_budget_and_is_used(world, tmp_path:
         calibrate(model, calibration_text=text)
 
 
+@pytest.mark.usefixtures("high_levels")
 def test_more_budget_gives_more_noise_and_an_unused_level_can_be_found_again(world, text: Path) -> None:
     little, much = (
         calibrate(world.original, calibration_text=text, function_budget=budget, common_noise_shape="gauss")
         for budget in (0.0005, 0.5)
     )
-    assert little.level < 0.8 * much.level == 0.8 * MAX_LEVEL
+    assert little.level < 0.8 * much.level
     assert little.lineage == much.lineage
 
 

@@ -21,7 +21,7 @@ from mpunlearn.audit.attacks.predictable import predictable
 from mpunlearn.audit.attacks.rounding import rounding
 from mpunlearn.audit.attacks.rounds import rounds
 from mpunlearn.audit.attacks.shrink import shrink
-from mpunlearn.audit.report import CONTROL, ONE, Audit
+from mpunlearn.audit.report import CONTROL, ON_BASE, ONE, SHRUNK, Audit
 from mpunlearn.audit.score import Score, score
 from mpunlearn.audit.subject import Subject
 from mpunlearn.audit.weights import Model, check_alike
@@ -155,16 +155,16 @@ def _refine(public: Model | None, stored: Checkpoint, results: _Results) -> None
     if public is not None:
         for name in dict.fromkeys((ONE, best, *(name for name in results.scores if name.startswith("one copy of")))):
             known = align_to_base(results.estimates[name], public)
-            results.add(f"{name}, on the base", known, in_place=True)
+            results.add(f"{name}, {ON_BASE}", known, in_place=True)
             if grid.itemsize < torch.float32.itemsize:
-                results.add(f"{name}, on the base, rounded", rounding(known, grid), in_place=True)
+                results.add(f"{name}, {ON_BASE}, rounded", rounding(known, grid), in_place=True)
     for name in dict.fromkeys((ONE, best)):
         found = results.scores[name]
         if found.error >= WORTH_SHRINKING:
-            results.add(f"{name}, shrunk", shrink(results.estimates[name], found.error))
+            results.add(f"{name}, {SHRUNK}", shrink(results.estimates[name], found.error))
             if public is not None and found.task_error is not None:
-                known = results.estimates[f"{name}, on the base"]
-                results.add(f"{name}, on the base, shrunk", shrink(known, found.task_error, public), in_place=True)
+                known = results.estimates[f"{name}, {ON_BASE}"]
+                results.add(f"{name}, {ON_BASE}, {SHRUNK}", shrink(known, found.task_error, public), in_place=True)
 
 
 def _control(subject: Subject, copies: Sequence[Model]) -> Model:

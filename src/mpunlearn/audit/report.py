@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mpunlearn.audit.score import Score
 
 ONE = "one copy, aligned"
+ON_BASE, SHRUNK = "on the base", "shrunk"
+"""Parts of the names of attacks that know more than copies: the public base, or what trained weights look like."""
 CONTROL = "control: known key"
 CONTROL_ERROR = 0.02
 """Largest error of the control: rounding to bfloat16 leaves about 0.002."""
@@ -54,8 +56,11 @@ class Audit:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every attack left at least the floor, up to `TOLERANCE`; None without a floor, or if none can tell."""
-        error = self.attacks[self.strongest].error
+        """Whether every attack that averages copies left at least the floor, up to `TOLERANCE`.
+
+        None without a floor, or if the copies could not be aligned.
+        """
+        error = min(score.error for name, score in self.attacks.items() if ON_BASE not in name and SHRUNK not in name)
         return None if self.floor is None or error >= CONCLUSIVE else error >= (1 - TOLERANCE) * self.floor
 
     @property
@@ -95,7 +100,10 @@ class Audit:
         if error >= CONCLUSIVE:
             lines.append("The copies could probably not be aligned: this says nothing about better attacks.")
         elif self.floor is not None:
-            lines.append(f"The announced floor of {self.floor:.2g} {'holds' if self.holds else 'does not hold'}.")
+            verdict = "holds" if self.holds else "does not hold"
+            beyond = error < (1 - TOLERANCE) * self.floor and self.holds
+            more = "; attacks that know more than copies go below it" if beyond else ""
+            lines.append(f"The announced floor of {self.floor:.2g} {verdict} for attacks that average copies{more}.")
         if not self.trusted:
             lines.append("The control failed: the copies are not those of this state, so do not trust this audit.")
         return "\n".join(lines)
