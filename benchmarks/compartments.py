@@ -1,9 +1,10 @@
 """Measures compartments: copies of a stand-in that has unlearned the private sources that are none of a client's business.
 
 On the built-in benchmark, a client has 10 of 40 private authors and wants 4 of them forgotten. The server unlearns the other
-30 with SimNPO (3 epochs), keeping public text, and makes a single copy of the result. The client unlearns on this copy, with
-its own 6 other authors and public text to retain, and its update is applied to the model itself. The reference is noise-free
-unlearning on the model with the same data. Each row goes to a CSV file when it is done.
+30 with SimNPO (3 epochs) and makes single copies of the result. It retains public text, and in the arm *kept* also the text of
+the client's 10 authors. The client unlearns on these copies, with its own 6 other authors and public text to retain, and its
+updates are applied to the model itself. The reference is noise-free unlearning on the model with the same data. Each row goes
+to a CSV file when it is done.
 
     python benchmarks/compartments.py [--seeds 3] [--objectives npo,simnpo] [--out FILE.csv]
 
@@ -31,7 +32,7 @@ HEADER = ("objective", "arm", "seed", "floor", "outside_copy", "forget", "own", 
 OWN = 60
 """Questions of the client's 6 other authors."""
 REMOVAL = {**OBJECTIVES["simnpo"], "learning_rate": 1e-3}
-ARMS = ("noise-free", "compartment")
+ARMS = ("noise-free", "compartment", "compartment, kept")
 
 
 def texts(world: TrainedWorld, folder: Path) -> dict[str, Path]:
@@ -41,7 +42,14 @@ def texts(world: TrainedWorld, folder: Path) -> dict[str, Path]:
         for split in ("retain", "real_authors", "world_facts")
     }
     retain, public = lines["retain"], lines["real_authors"] + lines["world_facts"]
-    parts = {"own": retain[:OWN], "outside": retain[OWN:], "public": public, "retain": retain[:OWN] + public}
+    compartment = world.data("forget").read_text(encoding="utf-8").splitlines(keepends=True) + retain[:OWN]
+    parts = {
+        "own": retain[:OWN],
+        "outside": retain[OWN:],
+        "public": public,
+        "retain": retain[:OWN] + public,
+        "kept": compartment + public,
+    }
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
     return {name: folder / f"{name}.jsonl" for name in parts}
@@ -53,12 +61,12 @@ def measure(world: TrainedWorld, objective: ObjectiveName, arm: str, seed: int) 
         folder = Path(temporary)
         files = texts(world, folder)
         stand_in = None
-        if arm == "compartment":
+        if arm != "noise-free":
             removal = Training(objective="simnpo", epochs=3, seed=seed, batch_size=8, **REMOVAL)
             stand_in = forget(
                 world.original,
                 forget=files["outside"],
-                retain=files["public"],
+                retain=files["kept" if arm.endswith("kept") else "public"],
                 out=folder / "stand-in",
                 training=removal,
             )

@@ -64,7 +64,7 @@ def preset(name: str, eta: float = 1.0, epochs: int | None = None) -> Arm:
     """The arm of a preset, with the calibrated level."""
     values = dict(PRESETS[name])
     rounds, usual = values.pop("rounds"), values.pop("epochs")
-    design = name if epochs is None else f"{name}, longer"
+    design = f"whitened, {'one copy' if values['copies'] == 1 else 'three copies'}{', longer' if epochs else ''}"
     return Arm(design, Perturbation(**values), rounds, epochs or usual, eta)
 
 

@@ -48,7 +48,9 @@ def table(rows: list[Row]) -> str:
             else ""
             for objective in objectives
         ]
-        lines.append([world, arm, *shares, *cells, str(min(seeds for *_, seeds in found.values()))])
+        lines.append(
+            [world, arm, *shares, *cells, "/".join(str(found[o][2]) if o in found else "0" for o in objectives)]
+        )
     columns = ["floor", "error", "error/‖task vector‖", *objectives, "seeds"]
     return markdown(["world", "arm", *columns], lines)
 
