@@ -86,7 +86,7 @@ def kill_flower(home: Path, program: str) -> None:
     for process in psutil.process_iter():
         try:
             if process.environ().get("FLWR_HOME") == str(home) and any(
-                program in part for part in process.cmdline()[:2]
+                program in Path(part).name for part in process.cmdline()[:6]
             ):
                 process.kill()
                 found.append(process)
