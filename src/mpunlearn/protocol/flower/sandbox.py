@@ -22,6 +22,7 @@ from typing import Any
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """Numbers of the system calls, the same on all architectures."""
 _NO_NEW_PRIVILEGES = 38
+_CAPABILITIES_VERSION = 0x20080522
 _EXECUTE, _WRITE, _READ, _LIST = 1, 2, 4, 8
 _LATER = {2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 """Rights that a later version of Landlock added: to move files between folders, to truncate, and to control devices."""
@@ -80,6 +81,7 @@ def confine(read: Iterable[Path], write: Iterable[Path]) -> bool:
         if ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
         _call(_RESTRICT_SELF, ruleset, 0)
+        _drop_capabilities()
     finally:
         os.close(ruleset)
     return True
@@ -96,6 +98,13 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
         _call(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0)
     finally:
         os.close(descriptor)
+
+
+def _drop_capabilities() -> None:
+    """Gives up what root may do beyond its own files, such as reading the environment of other processes."""
+    header, nothing = struct.pack("=Ii", _CAPABILITIES_VERSION, 0), bytes(24)
+    if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset failed")
 
 
 def _call(number: int, *arguments: Any) -> int:
