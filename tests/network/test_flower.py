@@ -165,10 +165,12 @@ def test_every_program_is_killed_once_and_the_result_is_the_same(stage: Stage, t
     work("b")
     stage.wait("server", "update of copy", 3)
     kill_flower(tmp_path / "a" / "flower", "flower-supernode")
+    kill_flower(tmp_path / "b" / "flower", "flower-superexec")  # which the SuperNode itself does not replace
     stage.wait("server", "round 1 of 3 is complete")
     kill_flower(tmp_path / "run" / "flower", "flower-superlink")
     stage.wait("server", "round 2 of 3 is complete")
-    kill_flower(tmp_path / "run" / "flower", "flwr-serverapp")
+    kill_flower(tmp_path / "run" / "flower", "mpunlearn.server.network.gateway")
+    kill_flower(tmp_path / "run" / "flower", "flower-superexec")  # the courier dies with it
     stage.wait("server", "update of copy", 10)
     stage.kill("server")
     server()

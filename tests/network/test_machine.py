@@ -102,7 +102,17 @@ class Thief:
     def steal(self, secret: Path, out: Path) -> subprocess.CompletedProcess[str]:
         """Starts a run of the app that copies the secret to `out`."""
         config = f'secret="{secret}" out="{out}"'
-        command = [sys.executable, "-c", RUN, str(self.user.pw_uid), "run", str(self.folder / "thief"), "x", "-c", config]
+        command = [
+            sys.executable,
+            "-c",
+            RUN,
+            str(self.user.pw_uid),
+            "run",
+            str(self.folder / "thief"),
+            "x",
+            "-c",
+            config,
+        ]
         return subprocess.run(
             command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=60
         )

@@ -11,6 +11,8 @@ from mpunlearn.files import write_bytes
 from mpunlearn.protocol.flower.keys import Invitation
 from mpunlearn.protocol.flower.programs import PROXIES, Program, confined, free_port
 
+HINT = "Flower accepts a node only a minute after it was killed, and only if the server has this client's client.json"
+
 
 class SuperNode:
     """The SuperNode and the SuperExec, which starts the courier.
@@ -42,7 +44,7 @@ class SuperNode:
         link = confined("flower-supernode", node, read=[key], write=[folder])
         executor = confined("flower-superexec", run, read=[], write=[folder, spool])
         self._programs = [
-            Program("flower-supernode", link, self.log, folder, PROXIES),
+            Program("flower-supernode", link, self.log, folder, PROXIES, HINT),
             Program("flower-superexec", executor, folder / "superexec.log", folder),
         ]
 

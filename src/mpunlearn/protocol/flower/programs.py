@@ -37,7 +37,7 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "
 """What a SuperNode may need in addition to reach the server."""
 RESTART_SECONDS = 3.0
 """Minimum time between two starts of a program."""
-PATIENT_SECONDS = 30.0
+PATIENT_SECONDS = 10.0
 """Minimum time between two starts of a program that has failed `MAX_FAILURES` times in a row."""
 MAX_FAILURES = 3
 STEADY_SECONDS = 60.0
@@ -57,10 +57,13 @@ class Program:
         log: file to append the output to.
         home: Flower's home folder, for its configuration and runs.
         keep: further variables of this process's environment that it needs.
+        hint: a frequent reason why it ends, for the message that it does.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, home: Path, keep: Iterable[str] = ()) -> None:
-        self.name, self.command = name, list(command)
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, home: Path, keep: Iterable[str] = (), hint: str = ""
+    ) -> None:
+        self.name, self.command, self._hint = name, list(command), hint
         self._log, self._home, self._keep = log, home.resolve(), tuple(keep)
         self._child: subprocess.Popen[bytes] | None = None
         self._begun = self._seen = -PATIENT_SECONDS
@@ -123,7 +126,7 @@ class Program:
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
             say(
                 f"{self.name} has ended {MAX_FAILURES} times in a row, last with {how}; see {self._log} for the reason and "
-                f"resolve it; it is started again every {PATIENT_SECONDS:g} s"
+                f"resolve it{self._hint and f' ({self._hint})'}; it is started again every {PATIENT_SECONDS:g} s"
             )
 
 

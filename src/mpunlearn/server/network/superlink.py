@@ -252,7 +252,9 @@ def message_limits(plan: RunPlan) -> tuple[int, int]:
         update = min(MAX_INLINE_BYTES, 4 * sum(info.nbytes // info.dtype.itemsize for info in tensors) + 10_000_000)
     answer = MAX_HEADER_BYTES + update
     copies = plan.perturbation.copies
-    return max(answer, min(MAX_MESSAGE_BYTES, copies * answer)) + 100_000, 2 * plan.rounds * copies * MAX_ATTEMPTS * answer
+    return max(
+        answer, min(MAX_MESSAGE_BYTES, copies * answer)
+    ) + 100_000, 2 * plan.rounds * copies * MAX_ATTEMPTS * answer
 
 
 def _check_system(service: Service) -> None:
