@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from mpunlearn.protocol.flower.keys import client_keys
 from mpunlearn.protocol.flower.programs import free_port, kill_orphans, wait_for_port
+from shapes import MODELS, build
 
 PATH = "/v1/fleet/pull-messages"
 
@@ -48,7 +49,9 @@ class Honest(threading.Thread):
     def __init__(self, port: int, tls: ssl.SSLContext, key: Path) -> None:
         super().__init__(daemon=True)
         self._port, self._tls = port, tls
-        self._key = serialization.load_ssh_private_key(key.read_bytes(), None)
+        private = serialization.load_ssh_private_key(key.read_bytes(), None)
+        assert isinstance(private, ec.EllipticCurvePrivateKey)
+        self._key = private
         kind = serialization.PublicFormat.SubjectPublicKeyInfo
         pem = self._key.public_key().public_bytes(serialization.Encoding.PEM, kind)
         self._public = base64.b64encode(pem).decode()
@@ -87,10 +90,12 @@ class Stranger:
 
     def __init__(self, port: int, tls: ssl.SSLContext) -> None:
         self._port, self._tls = port, tls
+        self.network = 1
+        """Each attack has addresses of its own, which have not failed yet."""
 
     def connect(self, number: int) -> ssl.SSLSocket:
         """A connection from the address with this number."""
-        source = f"127.0.{1 + number // 250}.{1 + number % 250}"
+        source = f"127.{self.network}.{number // 250}.{1 + number % 250}"
         raw = socket.create_connection(("127.0.0.1", self._port), 5, source_address=(source, 0))
         return self._tls.wrap_socket(raw, server_hostname="127.0.0.1")
 
@@ -155,10 +160,9 @@ def main() -> None:
     logging.disable()
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
-        subprocess.run([sys.executable, "-m", "mpunlearn.cli", "example", "model"], cwd=folder, check=True)
+        build(folder / "model", MODELS["tiny"])
         client_keys(folder / "client")
-        model = next(file.parent for file in folder.rglob("config.json"))
-        command = [sys.executable, "-m", "mpunlearn.cli", "server", "start", str(model), "--run", "run"]
+        command = [sys.executable, "-m", "mpunlearn.cli", "server", "start", "model", "--run", "run"]
         command += ["--trust", "client/client.json", "--port", str(port), "--objective", "npo"]
         server = subprocess.Popen(command, cwd=folder, stderr=(folder / "server.log").open("w"))
         try:
@@ -181,7 +185,7 @@ def attack(folder: Path, port: int, server: psutil.Process, wanted: list[str]) -
     honest.start()
     time.sleep(10)
     print(
-        "| attack | attempts | s | honest: median s | maximum s | failed | gateway +MB | SuperLink +MB | secret +MB | logs +MB |"
+        "| attack | attempts | s | median s | maximum s | failed | gateway +MB | SuperLink +MB | secret +MB | logs +MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     attacks: dict[str, Callable[[], int]] = {"none": lambda: time.sleep(10) or 0}  # type: ignore[func-returns-value]
@@ -197,6 +201,7 @@ def attack(folder: Path, port: int, server: psutil.Process, wanted: list[str]) -
 
         watching = threading.Thread(target=watch)
         watching.start()
+        stranger.network += 1
         attempts = act()
         seconds = time.monotonic() - begun
         done.set()

@@ -50,7 +50,8 @@ class SuperNode:
 
     def ensure_running(self) -> bool:
         """Starts the programs that are not running; returns whether any was started."""
-        return any([program.ensure_running() for program in self._programs])
+        started = [program.ensure_running() for program in self._programs]
+        return any(started)
 
     def stop(self) -> None:
         """Stops the programs."""
