@@ -35,7 +35,7 @@ def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
     workers = [
         Worker(folder / f"spool-{name}", folder / name, policy, forget=files[0], retain=files[1]) for name in ("a", "b")
     ]
-    for _ in range(80):
+    for _ in range(400):
         if coordinator.step():
             return checkpoint_digest(run / "final")
         for number, worker in enumerate(workers, start=1):

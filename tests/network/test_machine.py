@@ -213,7 +213,9 @@ assert [refused(what) for what in (
     lambda: open(f"/proc/{{parent}}/environ", "rb").read(),
     lambda: open(f"/proc/{{parent}}/mem", "rb"),
     lambda: os.kill(parent, 0),
-)] == 9 * [True]
+    lambda: os.symlink(here / "outside" / "file", here / "inside" / "planted"),
+    lambda: os.mkfifo(here / "inside" / "pipe"),
+)] == 11 * [True]
 assert os.system(f"cat {{here}}/outside/file 2>/dev/null") != 0  # nor do its children
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

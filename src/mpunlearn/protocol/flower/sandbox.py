@@ -28,6 +28,8 @@ _LATER = {2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 """Rights that a later version of Landlock added: to move files between folders, to truncate, and to control devices."""
 _OF_FILES = _EXECUTE | _WRITE | _READ | _LATER[3] | _LATER[5]
 """Rights that apply to a file; all others apply to folders."""
+_PLANTED = 1 << 6 | 1 << 10 | 1 << 11 | 1 << 12
+"""Rights to make devices, pipes and symbolic links, which nobody gets: the programs outside use the same folders."""
 _SCOPES = 3
 """Since version 6: no signals and no abstract Unix sockets to processes outside."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix", "/etc", "/proc", "/sys")
@@ -77,7 +79,7 @@ def confine(read: Iterable[Path], write: Iterable[Path]) -> bool:
         for path in map(Path, DEVICES):
             _allow(ruleset, path, _READ | _WRITE)
         for path in changed:
-            _allow(ruleset, path, handled)
+            _allow(ruleset, path, handled & ~_PLANTED)
         if ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
         _call(_RESTRICT_SELF, ruleset, 0)
