@@ -222,7 +222,7 @@ class SuperLink:
     def _flwr(self, *arguments: str) -> None:
         try:
             done = subprocess.run(
-                [script("flwr"), *arguments],
+                confined("flwr", arguments, read=[APP], write=[self._folder]),
                 env=environment(self._folder),
                 capture_output=True,
                 text=True,
