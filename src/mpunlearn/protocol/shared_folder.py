@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mpunlearn.errors import NetworkError
+
 CHUNK_BYTES = 1 << 20
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -28,9 +30,10 @@ def folder(path: Path, create: bool = False) -> Iterator[int]:
 
     Raises:
         OSError: a part of the path is missing, or a link, or no folder.
+        NetworkError: the path is relative or leads back.
     """
     if not path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{path}: expected an absolute path without ..")
+        raise NetworkError(f"{path}: expected an absolute path without ..; check the location of the store")
     descriptor = os.open(path.anchor, _FOLDER)
     try:
         for name in path.parts[1:]:
