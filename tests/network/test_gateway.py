@@ -137,7 +137,9 @@ def test_what_a_registered_node_sends_arrives_up_to_what_the_plan_needs(door: Do
     assert status == 200
     assert answer == f"{PULL} 1000".encode()
     assert [door.post(PUSH, signed(key), b"x" * MAX_MESSAGE)[0] for _ in range(2)] == [200, 200]
-    assert door.post(PUSH, {**signed(key), "Content-Length": str(MAX_MESSAGE)})[0] == 429  # more than MAX_TOTAL together
+    assert (
+        door.post(PUSH, {**signed(key), "Content-Length": str(MAX_MESSAGE)})[0] == 429
+    )  # more than MAX_TOTAL together
     assert door.post(PULL, signed(key), b"x")[0] == 200
 
 

@@ -34,7 +34,15 @@ def test_no_kill_at_any_time_changes_the_result(stage: Stage, tmp_path: Path) ->
     for name in ("a", "b"):
         client_keys(tmp_path / name)
     training = TRAINING.replace("--rounds 3", f"--rounds {3 + KILLS // 3}")
-    options = [*training.split(), "--clients", "2", "--trust", "a/client.json,b/client.json", "--port", str(free_port())]
+    options = [
+        *training.split(),
+        "--clients",
+        "2",
+        "--trust",
+        "a/client.json,b/client.json",
+        "--port",
+        str(free_port()),
+    ]
     stage.start("server", "server", "start", "model", "--run", "run", *options)
     stage.wait("server", "round 1: 2 copies published")
     stage.kill("server")

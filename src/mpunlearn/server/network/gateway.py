@@ -178,7 +178,8 @@ class Gateway:
 
     def examine(self, request: Any, origin: str) -> tuple[Node, int]:
         """Examines a request; afterwards its connection is no stranger's any more. Errors as for `Nodes.examine`."""
-        if len(request.headers) > MAX_HEADERS:
+        size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
+        if len(request.headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:  # h11 limits what is not complete yet
             raise RefusedError(431, "too many headers")
         headers: dict[str, str] = {}
         for name, value in request.headers:
