@@ -269,6 +269,17 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(here: Path, arguments: str, read
 
 
 @pytest.mark.slow
+def test_ctrl_c_before_anything_has_begun_shows_no_traceback(here: Path) -> None:
+    """While the modules of the command are loaded, which takes most of the time until it begins."""
+    code = "import sys, threading, signal, os; from mpunlearn.cli import main; "
+    code += "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *"server start model --run r --insecure".split()]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "mpunlearn server start: interrupted\n"
+
+
+@pytest.mark.slow
 def test_termination_is_an_orderly_end(here: Path) -> None:
     process = mpunlearn(f"{RUN} --out r --rounds 500", here)
     wait_for(here / "r" / "server" / "state", process)
@@ -276,6 +287,7 @@ def test_termination_is_an_orderly_end(here: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143, error
     assert "Traceback" not in error
+    assert not list((here / "r").rglob(".*.partial"))
 
 
 def test_help_of_every_command(capsys) -> None:

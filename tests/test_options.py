@@ -141,6 +141,7 @@ def test_the_command_line_counts_more_than_the_file(tmp_path: Path) -> None:
         ("keep_exchange: 1\n", "--keep-exchange: expected true or false, found 1"),
         ("- rounds\n", "expected lines such as `rounds: 5`"),
         ("rounds: [\n", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(text: str, why: str, tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean `mpunlearn {near[0]}`?" if near else "see `mpunlearn --help`"
         print(f"mpunlearn: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    return _call(name, arguments[words:])
+    try:
+        return _call(name, arguments[words:])
+    except KeyboardInterrupt:  # while the options were parsed: nothing has begun yet
+        print(f"mpunlearn {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def overview(first: str = "") -> str:

@@ -1,10 +1,12 @@
 """One tiny world for all tests of a module, and a run at the moment when one job is out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.network.federation import Net, tiny_world
 from tests.network.forgery import Scene
+from tests.network.stage import Stage
 
 from mpunlearn import Training
 from mpunlearn.protocol.messages import Challenge, Sealed
@@ -35,3 +37,12 @@ def scene(tmp_path_factory) -> Scene:
                 net.workers[0].step()
         net.carry()
     return Scene(root / "start", build)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path)
+    try:
+        yield stage
+    finally:
+        stage.stop()

@@ -373,24 +373,56 @@ def test_late_clients_are_dropped_together_or_not_at_all(world, tmp_path: Path) 
     assert not net.coordinator.roster.dropped
 
 
-def test_the_first_client_does_not_decide_what_all_must_train(world, tmp_path: Path, monkeypatch) -> None:
-    """With LoRA the plan does not name the tensors: a client that differs from most is dropped, even if it came first."""
-    training = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3, lora_rank=2)
-    net = net_of(tmp_path / "net", world, clients=3, rounds=1, training=training, federation={"quorum": 2})
+def narrowed(net: Net, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a client send the factors of one weight only."""
     unlearn = Client.unlearn
 
-    def narrowed(client: Client, copy: Path, out: Path) -> Path:
+    def narrow(client: Client, copy: Path, out: Path) -> Path:
         unlearn(client, copy, out)
-        if net.folder / "work-0" in out.parents:
+        if net.folder / f"work-{number}" in out.parents:
             file = out / "update.safetensors"
             tensors = load_file(file)
             name = min(tensors).removesuffix(".lora_A")
             save_file({key: value for key, value in tensors.items() if key.startswith(name)}, file)
         return out
 
-    monkeypatch.setattr(Client, "unlearn", narrowed)
+    monkeypatch.setattr(Client, "unlearn", narrow)
+
+
+LORA = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3, lora_rank=2)
+
+
+def test_the_plan_says_which_factors_a_client_must_send(world, tmp_path: Path, monkeypatch) -> None:
+    net = net_of(tmp_path / "net", world, rounds=1, training=LORA)
+    narrowed(net, 0, monkeypatch)
+    with pytest.raises(NetworkError, match="results for copy 1 of round 1 that were rejected"):
+        net.run()
+    assert any("changes 1 tensors, but the plan trains 11" in line for line in net.said)
+
+
+def test_the_first_client_does_not_decide_what_all_must_train(world, tmp_path: Path, monkeypatch) -> None:
+    """Where the plan does not name the tensors: a client that differs from most is dropped, even if it came first."""
+    from mpunlearn.server.network import results
+
+    monkeypatch.setattr(results, "planned_tensors", lambda copy, training: None)  # as for an MoE model
+    net = net_of(tmp_path / "net", world, clients=3, rounds=1, training=LORA, federation={"quorum": 2})
+    narrowed(net, 0, monkeypatch)
     net.run()
     assert list(net.coordinator.roster.dropped) == [net.identity(0).public]
+
+
+def test_clients_that_differ_lose_no_accepted_update_if_none_can_be_dropped(world, tmp_path: Path, monkeypatch) -> None:
+    from mpunlearn.server.network import results
+
+    monkeypatch.setattr(results, "planned_tensors", lambda copy, training: None)  # as for an MoE model
+    net = net_of(tmp_path / "net", world, clients=2, rounds=1, training=LORA)
+    narrowed(net, 0, monkeypatch)
+    for _ in range(2):
+        with pytest.raises(NetworkError, match="trained different tensors"):
+            net.run()
+        accepted = [net.coordinator.folder.update(1, net.identity(number).public, 1) for number in range(2)]
+        assert all(update.is_dir() for update in accepted)
+        net.start_server()
 
 
 def test_a_store_that_is_away_between_rounds_does_not_end_the_run(world, tmp_path: Path, monkeypatch) -> None:

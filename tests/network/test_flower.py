@@ -1,22 +1,18 @@
 """The real programs on this machine: SuperLink, ServerApp, two SuperNodes, two workers, TLS, and kill -9 to each of them."""
 
 import json
-import os
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.network.federation import tiny_world
+from tests.network.stage import TRAINING, Stage, kill_flower
 
 from mpunlearn.checkpoint import checkpoint_digest
 from mpunlearn.client.network.policy import Policy
@@ -24,76 +20,11 @@ from mpunlearn.client.network.worker import Worker
 from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.protocol.flower.keys import certificates, client_keys, read_invitation, read_keys
-from mpunlearn.protocol.flower.programs import environment, free_port, kill_orphans, script
+from mpunlearn.protocol.flower.programs import environment, free_port, script
 from mpunlearn.server.network.coordinator import Coordinator
 from mpunlearn.server.plan import RunPlan
 
 pytest.importorskip("flwr")
-TRAINING = "--objective simnpo --epochs 1 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
-TIMEOUT_SECONDS = 150.0
-
-
-class Stage:
-    """Programs with their logs in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *arguments: str) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            command = [sys.executable, "-m", "mpunlearn.cli", *arguments]
-            self.running[name] = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-
-    def log(self, name: str) -> str:
-        path = self.folder / f"{name}.log"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-
-    def wait(self, name: str, text: str, times: int = 1, seconds: float = TIMEOUT_SECONDS) -> None:
-        end = time.monotonic() + seconds
-        while self.log(name).count(text) < times:
-            if time.monotonic() > end:
-                logs = {file.name: file.read_text()[-1500:] for file in self.folder.rglob("*.log")}
-                raise AssertionError(f"{name} never said {text!r} {times} times: {json.dumps(logs, indent=1)}")
-            time.sleep(0.1)
-
-    def kill(self, name: str) -> None:
-        self.running[name].send_signal(signal.SIGKILL)
-        self.running[name].wait()
-
-    def stop(self) -> None:
-        for program in self.running.values():
-            program.kill()
-            program.wait()
-        for home in self.folder.rglob("flower"):
-            kill_orphans(home)
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    stage = Stage(tmp_path)
-    try:
-        yield stage
-    finally:
-        stage.stop()
-
-
-def kill_flower(home: Path, program: str) -> None:
-    """kill -9 to Flower's programs of that name in one installation."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLWR_HOME") == str(home) and any(
-                program in part for part in process.cmdline()[:2]
-            ):
-                process.kill()
-                found.append(process)
-        except psutil.Error:
-            continue
-    assert found, f"no {program} runs"
-    psutil.wait_procs(found, 10)
 
 
 def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
@@ -104,7 +35,7 @@ def undisturbed(run: Path, folder: Path, files: tuple[Path, Path]) -> str:
     workers = [
         Worker(folder / f"spool-{name}", folder / name, policy, forget=files[0], retain=files[1]) for name in ("a", "b")
     ]
-    for _ in range(80):
+    for _ in range(400):
         if coordinator.step():
             return checkpoint_digest(run / "final")
         for number, worker in enumerate(workers, start=1):
@@ -165,10 +96,12 @@ def test_every_program_is_killed_once_and_the_result_is_the_same(stage: Stage, t
     work("b")
     stage.wait("server", "update of copy", 3)
     kill_flower(tmp_path / "a" / "flower", "flower-supernode")
+    kill_flower(tmp_path / "b" / "flower", "flower-superexec")  # which the SuperNode itself does not replace
     stage.wait("server", "round 1 of 3 is complete")
     kill_flower(tmp_path / "run" / "flower", "flower-superlink")
     stage.wait("server", "round 2 of 3 is complete")
-    kill_flower(tmp_path / "run" / "flower", "flwr-serverapp")
+    kill_flower(tmp_path / "run" / "flower", "mpunlearn.server.network.gateway")
+    kill_flower(tmp_path / "run" / "flower", "flower-superexec")  # the courier dies with it
     stage.wait("server", "update of copy", 10)
     stage.kill("server")
     server()

@@ -6,6 +6,7 @@ have changed: the secret state, the models, the accepted updates.
 
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -150,11 +151,20 @@ TO_SERVER: dict[str, tuple[Case, str]] = {
     "no card": (lambda net, files: result(net, {**files, "update.json": b"{}"}), "does not say which copy"),
     "another copy's card": (lambda net, files: result(net, card(files, copy=2)), "belongs to copy 2"),
     "another round's card": (lambda net, files: result(net, card(files, round=9)), "round 9"),
+    "twenty thousand empty shards": (
+        lambda net, files: result(net, files | {f"update-{n:05d}-of-20000.safetensors": b"" for n in range(1, 20_001)}),
+        "lists 20002 files",
+    ),
+    "a shard beside the whole": (
+        lambda net, files: result(net, files | {"update-00001-of-00001.safetensors": files["update.safetensors"]}),
+        "lists 3 files",
+    ),
     "an index to elsewhere": (
         lambda net, files: result(
             net,
             {
                 "update.json": files["update.json"],
+                "update-00001-of-00001.safetensors": files["update.safetensors"],
                 "update.safetensors.index.json": b'{"weight_map": {"x": "../copies/copy-1/model.safetensors"}}',
             },
         ),
@@ -316,3 +326,26 @@ def test_a_result_that_is_always_damaged_is_not_asked_for_forever(scene: Scene, 
     net.tamper = lambda node, name, data: b"noise"
     with pytest.raises(NetworkError, match="sent 3 results"):
         net.run()
+
+
+def test_an_answer_that_ends_the_server_is_not_examined_forever(scene: Scene, tmp_path: Path) -> None:
+    """The server really ends, in a process of its own, each time it examines the answer; the client is asked again."""
+    from mpunlearn.server.network import results
+
+    net = scene.net(tmp_path / "net")
+    data, name = result(net, honest(net, tmp_path / "honest")), job_of(net)[0]
+    codes = []
+    for _ in range(3):
+        (net.coordinator.folder.mail / "inbox" / f"1-{name}").write_bytes(data)  # the courier brings it again
+        if (child := os.fork()) == 0:
+            results.examine = lambda *_, **__: os._exit(9)  # type: ignore[assignment]
+            net.start_server()
+            net.coordinator.step()
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert codes == [9, 9, 0]
+    net.start_server()
+    net.coordinator.step()
+    again = [entry.job for entry in net.coordinator.jobs.open.values() if entry.job.copy == 1]
+    assert [job.attempt for job in again] == [2]
+    assert name not in net.coordinator.jobs.open

@@ -1,6 +1,8 @@
 """Updates that arrive: norms and averages of factors, and factors that another basis would spoil."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mpunlearn import preprocess
+from mpunlearn import Training, preprocess
+from mpunlearn.architecture import FAMILIES
 from mpunlearn.errors import UpdateError
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.server.average import average
-from mpunlearn.server.updates import changed_tensors, examine
+from mpunlearn.server.plan import RunPlan, check_models
+from mpunlearn.server.updates import changed_tensors, examine, planned_tensors, update_bytes
 
 
 @settings(max_examples=20, deadline=None)
@@ -86,3 +90,70 @@ def test_factors_that_another_basis_would_spoil_are_refused(save_tiny, tmp_path:
     (tmp_path / "update" / "update.json").write_text(json.dumps({"format": 1, "mpunlearn": entry}))
     with pytest.raises(UpdateError, match=why):
         examine(tmp_path / "update", published, model, Card(**entry), factored=True)
+
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 40, "head_dim": 8}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_server_knows_what_a_plan_trains(family: str, tmp_path: Path) -> None:
+    """For each family, plan and pattern: exactly the tensors that the client's own code selects and writes."""
+    from tests.conftest import tiny_model
+
+    from mpunlearn.client.weights import adapt, select, trained_shapes
+
+    moe = MOE if "moe" in family or family == "mixtral" else {}
+    tiny_model(family, torch.float32, **moe).save_pretrained(tmp_path / "copy")
+    for train in ("blocks", "all", r"layers\.1\.", "weight"):
+        for rank in (0, 2):
+            model = tiny_model(family, torch.float32, **moe)
+            selected = select(model, train)
+            if rank:
+                linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+                if not linear & selected:
+                    continue  # the client declines, as it does for an LM head that transformers renames
+                if family == "gpt_neox" and "lm_head.weight" in selected:
+                    continue
+                model = adapt(model, rank, 4.0, selected, 0, None)
+            sent = {name.removesuffix(".lora_A") for name in trained_shapes(model) if not name.endswith(".lora_B")}
+            planned = planned_tensors(tmp_path / "copy", Training(train=train, lora_rank=rank))
+            assert planned == (None if moe and (rank or train not in ("blocks", "all")) else sent), (train, rank)
+            size = update_bytes(tmp_path / "copy", Training(train=train, lora_rank=rank))
+            written = 4 * sum(math.prod(shape) for shape in trained_shapes(model).values())
+            assert written <= size
+            if planned is not None:
+                assert size - written <= 200_000
+
+
+def test_a_plan_or_an_update_that_splits_experts_is_refused(tmp_path: Path) -> None:
+    from tests.conftest import tiny_model
+
+    from mpunlearn.errors import PlanError
+
+    tiny_model("mixtral", torch.float32, **MOE).save_pretrained(tmp_path / "model")
+    plan = RunPlan(str(tmp_path / "model"), training=Training(train=r"experts\.0\."))
+    with pytest.raises(PlanError, match=r"--train experts.*not that tensor of every expert.*select all experts"):
+        check_models(plan)
+    check_models(RunPlan(str(tmp_path / "model"), training=Training(train=r"experts")))
+    published = preprocess(tmp_path / "model", state=tmp_path / "state", out=tmp_path / "copies").copies[0]
+    entry = json.loads((published / "config.json").read_text())["mpunlearn"]
+    tensors = load_file(published / "model.safetensors")
+    for wanted, passes in ((r"layers\.0.*experts\.0\.", False), (r"layers\.0.*experts\.", True)):
+        folder = tmp_path / f"update-{passes}"
+        folder.mkdir()
+        update = {name: 1e-3 * torch.randn(value.shape) for name, value in tensors.items() if re.search(wanted, name)}
+        save_file(update, folder / "update.safetensors")
+        (folder / "update.json").write_text(json.dumps({"format": 1, "mpunlearn": entry}))
+        if passes:
+            examine(folder, published, tmp_path / "model", Card(**entry), factored=False)
+        else:
+            with pytest.raises(UpdateError, match="not that tensor of every expert"):
+                examine(folder, published, tmp_path / "model", Card(**entry), factored=False)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_at_the_start(save_tiny) -> None:
+    from mpunlearn.errors import PlanError
+
+    for pattern, why in (("nothing", "matches no tensor"), ("(", "not a regular expression")):
+        with pytest.raises(PlanError, match=why):
+            check_models(RunPlan(str(save_tiny()), training=Training(train=pattern)))

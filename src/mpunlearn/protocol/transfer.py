@@ -14,9 +14,6 @@ import errno
 import hashlib
 import logging
 import os
-import secrets
-import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +25,7 @@ from urllib.parse import urlsplit
 from mpunlearn.errors import DamagedError, NetworkError, PlanError
 from mpunlearn.files import file_digest, write_all
 from mpunlearn.progress import Progress
+from mpunlearn.protocol import shared_folder
 from mpunlearn.protocol.messages import File
 
 CHUNK_BYTES = 1 << 20
@@ -64,17 +62,18 @@ class Store:
             raise PlanError(f"--store {url}: expected a folder or s3://BUCKET/PREFIX")
         if self._url != f"{scheme}://{urlsplit(self._url).netloc}{urlsplit(self._url).path}":
             raise PlanError(f"--store {url}: expected a name without ?, # or line breaks")
-        self._filesystem = _filesystem(scheme)
-        self._signs = scheme == "s3"
+        self._filesystem = _filesystem(scheme) if scheme == "s3" else None
 
     def put(self, path: Path, key: str) -> File:
         """Uploads a file; returns its entry for a message, with the URL from which the client can download it."""
         target = self._at(key)
 
         def once() -> str:
-            self._filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            if self._filesystem is None:
+                _write(path, target)
+                return target
             self._filesystem.put_file(str(path), target)
-            return str(self._filesystem.url(target, expires=self.signature_seconds)) if self._signs else target
+            return str(self._filesystem.url(target, expires=self.signature_seconds))
 
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(file_digest, path)
@@ -84,7 +83,7 @@ class Store:
     def slot(self, key: str) -> str:
         """The URL to which a client may upload one file."""
         target = self._at(key)
-        if not self._signs:
+        if self._filesystem is None:
             return target
         sign = partial(self._filesystem.url, target, expires=self.signature_seconds, client_method="put_object")
         return str(with_retries(f"signing {target}", sign))
@@ -98,7 +97,9 @@ class Store:
         target = self._at(key)
 
         def once() -> None:
-            if self._filesystem.exists(target):
+            if self._filesystem is None:
+                shared_folder.remove(_local(target))
+            elif self._filesystem.exists(target):
                 self._filesystem.rm(target, recursive=True)
 
         with_retries(f"removing {target}", once)
@@ -152,16 +153,34 @@ def _chunks(url: str) -> Iterator[bytes]:
             answer.raise_for_status()
             yield from answer.iter_raw(CHUNK_BYTES)
         return
-    import fsspec
+    if parts.scheme == "file":
+        source = shared_folder.read(_local(url))
+    else:
+        import fsspec
 
-    def no_links(path: str, flags: int) -> int:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-    with open(parts.path, "rb", opener=no_links) if parts.scheme == "file" else fsspec.open(url, "rb") as source:
-        if parts.scheme == "file" and not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-            raise DamagedError(f"{redact(url)}: is not a regular file")
+        source = fsspec.open(url, "rb").open()
+    with source:
         while chunk := source.read(CHUNK_BYTES):
             yield chunk
+
+
+def _local(url: str) -> Path:
+    """The path of a file:// URL."""
+    return Path(urlsplit(url).path)
+
+
+def _write(path: Path, url: str) -> None:
+    """Copies a file into a store that is a folder.
+
+    Raises:
+        NetworkError: a part of the target's path is a link.
+    """
+    try:
+        shared_folder.write(path, _local(url))
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise NetworkError(f"{redact(url)}: leads through a symbolic link or a file; expected real folders") from None
 
 
 def _http_client() -> Any:
@@ -220,22 +239,7 @@ def _put(path: Path, url: str) -> None:
             answer = client.put(url, content=iter(lambda: content.read(CHUNK_BYTES), b""), headers=headers)
             answer.raise_for_status()
     elif scheme == "file":
-        target = Path(urlsplit(url).path)
-        if target.parent.resolve() != target.parent:
-            raise NetworkError(
-                f"{redact(url)}: leads through a symbolic link to {target.parent.resolve()}; expected a real folder"
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        try:
-            with path.open("rb") as source, open(descriptor, "wb") as copy:
-                shutil.copyfileobj(source, copy, CHUNK_BYTES)
-                copy.flush()
-                os.fsync(descriptor)
-            part.rename(target)
-        finally:
-            part.unlink(missing_ok=True)
+        _write(path, url)
     else:
         _filesystem(scheme).put_file(str(path), url)
 

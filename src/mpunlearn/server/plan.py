@@ -124,17 +124,20 @@ def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_models(plan: RunPlan) -> None:
-    """Checks that the model, and the base and the stand-in if there are any, are supported.
+    """Checks that the model, and the base and the stand-in if there are any, are supported, and the plan of training.
 
     Raises:
+        PlanError: the plan trains different tensors in different copies.
         CheckpointError: a checkpoint cannot be read.
         UnsupportedModelError: its family or number format cannot be handled exactly.
     """
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint
+    from mpunlearn.server.updates import check_training
 
     for path in (plan.checkpoint, plan.base, plan.stand_in):
         if path is None:
             continue
         model = Checkpoint(path)
         Architecture.of(model).tensor_roles(model)
+    check_training(Path(plan.stand_in or plan.checkpoint), plan.training)

@@ -6,6 +6,7 @@ the order of experts), shapes and norms, so these checks need no secret.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorDirectory
-from mpunlearn.errors import UpdateError
+from mpunlearn.errors import PlanError, UpdateError
 from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
 from mpunlearn.protocol.plan import Training
 
@@ -56,6 +57,8 @@ def examine(
     if update.trained is not None:
         raise UpdateError(f"{path}: is a full checkpoint; expected an update")
     names = check_tensors(update, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
+    if (split := _split_experts(names, Architecture.of(published))) is not None:
+        raise UpdateError(f"{path}: changes {split}, but not that tensor of every expert of the layer")
     if expected is not None and (difference := sorted(names ^ set(expected))):
         raise UpdateError(
             f"{path}: changes {len(names)} tensors, but the plan trains {len(expected)}; the first "
@@ -151,28 +154,84 @@ def changed_tensors(path: Path) -> set[str]:
 
 
 def planned_tensors(copy: Path, training: Training) -> set[str] | None:
-    """The published names of the tensors that a plan trains; None if only the client's model determines them."""
-    if training.lora_rank or training.train not in ("blocks", "all"):
-        return None
+    """The published names of the tensors that a plan trains; None if only the client's model determines them.
+
+    That is so for the MoE models, whose experts transformers merges: a regular expression is then over other names than
+    those on disk, and it depends on its version which weights are linear layers, the only ones that LoRA adapts.
+    """
     checkpoint = Checkpoint(copy)
     architecture = Architecture.of(checkpoint)
     roles = architecture.tensor_roles(checkpoint)
-    if training.train == "all":
-        return set(roles)
-    return {
-        name
-        for name, role in roles.items()
-        if role.layer is not None and (training.token_local or not architecture.token_local(role))
-    }
+    if training.train in ("blocks", "all"):
+        names = (
+            set(roles) if training.train == "all" else {name for name, role in roles.items() if role.layer is not None}
+        )
+        if training.train == "blocks" and not training.token_local:
+            names -= {name for name, role in roles.items() if architecture.token_local(role)}
+    elif architecture.experts:
+        return None
+    else:
+        names = {name for name in roles if _matches(training.train, name, architecture)}
+    if not training.lora_rank:
+        return names
+    if architecture.experts:
+        return None
+    return {name for name in names if len(roles[name].axes) == 2 and name != architecture.family.embedding}
+
+
+def _matches(pattern: str, name: str, architecture: Architecture) -> bool:
+    """Whether a plan's regular expression matches a tensor's name, which for the LM head differs in transformers."""
+    return bool(re.search(pattern, "lm_head.weight" if name == architecture.family.head else name))
+
+
+def check_training(model: Path, training: Training) -> None:
+    """Checks that every client and every copy will train the same tensors of a model.
+
+    The experts of an MoE layer have different numbers in each copy, so a plan that trains some of them would train other
+    ones in every copy.
+
+    Raises:
+        PlanError: the plan trains only some experts of a layer, or nothing.
+    """
+    if training.train in ("blocks", "all"):
+        return
+    checkpoint = Checkpoint(model)
+    architecture = Architecture.of(checkpoint)
+    roles = architecture.tensor_roles(checkpoint)
+    try:
+        names = {name for name in roles if _matches(training.train, name, architecture)}
+    except re.error as error:
+        raise PlanError(f"--train {training.train}: not a regular expression: {error}") from None
+    if (split := _split_experts(names, architecture)) is not None:
+        raise PlanError(
+            f"--train {training.train}: selects {split}, but not that tensor of every expert of the layer; the experts of "
+            "the copies have other numbers, so select all experts of a layer or none"
+        )
+    if not names and not architecture.experts:
+        raise PlanError(
+            f"--train {training.train}: matches no tensor of {model}, which has names such as {sorted(roles)[-1]}"
+        )
+
+
+def _split_experts(names: Collection[str], architecture: Architecture) -> str | None:
+    """A tensor of an expert among these whose counterpart in another expert of the layer is not among them."""
+    for name in sorted(names):
+        role = architecture.role_of(name)
+        if role is not None and role.expert is not None:
+            others = (role.template.format(layer=role.layer, expert=number) for number in range(architecture.experts))
+            if any(other not in names for other in others):
+                return name
+    return None
 
 
 def update_bytes(copy: Path, training: Training) -> int:
-    """The size of a dense update of a copy, in bytes; 0 for LoRA factors, which are small."""
-    if training.lora_rank:
-        return 0
+    """The size of an update of a copy, in bytes; for LoRA, or if the plan does not determine it, the maximum."""
     tensors = Checkpoint(copy).tensors
     names = planned_tensors(copy, training) or set(tensors)
-    entries = sum(tensors[name].nbytes // tensors[name].dtype.itemsize for name in names)
+    if rank := training.lora_rank:
+        entries = sum(rank * sum(tensors[name].shape) for name in names if len(tensors[name].shape) == 2)
+    else:
+        entries = sum(tensors[name].nbytes // tensors[name].dtype.itemsize for name in names)
     return entries * FLOAT_DTYPES[training.update_dtype].itemsize + OVERHEAD_BYTES
 
 

@@ -26,6 +26,7 @@ from mpunlearn.progress import Waiting, say
 if TYPE_CHECKING:
     from mpunlearn.client.network.supernode import SuperNode
     from mpunlearn.client.network.worker import Worker
+    from mpunlearn.protocol.flower.keys import Invitation
 
 LINGER_SECONDS = 3.0
 """How long the node keeps running after the end of a run, to deliver the last answer."""
@@ -87,6 +88,7 @@ def join(
         MPUError: As for `unlearn`.
     """
     from mpunlearn.client.network.policy import Policy
+    from mpunlearn.client.network.spool import make
     from mpunlearn.client.network.supernode import SuperNode
     from mpunlearn.client.network.worker import Worker
     from mpunlearn.protocol.flower.keys import client_keys, read_invitation
@@ -106,11 +108,15 @@ def join(
             "--policy, --retain, --decoys: only used for doing jobs, which needs --forget; give --forget, or use "
             "`client work`"
         )
-    for name in ("jobs", "results"):
-        (shared / name).mkdir(parents=True, exist_ok=True)
+    make(shared)
+    if worker is None:
+        say(
+            f"connecting only, without --forget: jobs are left to `mpunlearn client work --spool {shared}`; this ends with the "
+            "run, or with Ctrl-C"
+        )
     node = SuperNode(folder / "flower", shared, invited, folder / "node.key")
     try:
-        return _until_the_end(worker, node, shared, invited.address)
+        return _until_the_end(worker, node, shared, invited)
     finally:
         node.stop()
 
@@ -165,14 +171,16 @@ def work(
     return outcome
 
 
-def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, address: str) -> str:
+def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, invited: "Invitation") -> str:
     """Keeps the node running and does the jobs, until the server says that the run is over."""
+    from mpunlearn.client.network.spool import outcome as outcome_of
     from mpunlearn.client.network.worker import POLL_SECONDS
 
+    address = invited.address
     with Waiting(f"connecting to {address}", QUIET_SECONDS) as waiting:
         while True:
             node.ensure_running()
-            outcome = worker.step() if worker is not None else None
+            outcome = worker.step() if worker is not None else outcome_of(spool, invited.server_key)
             if outcome is not None:
                 time.sleep(LINGER_SECONDS)
                 return outcome

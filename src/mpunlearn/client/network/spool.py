@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mpunlearn.errors import MessageError, PlanError, StateError
@@ -18,6 +19,32 @@ from mpunlearn.protocol.messages import MAX_HEADER_BYTES, MAX_INLINE_BYTES, Chal
 
 MESSAGES = Challenge | Finished | Job
 """The kinds of message that a server may send."""
+
+
+def make(folder: Path) -> None:
+    """Creates a spool folder that only its owner can enter; one that exists keeps its permissions.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    for path in (folder, folder / "jobs", folder / "results"):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def outcome(folder: Path, server_key: str) -> str | None:
+    """How the run ended, once the server has said so and the program that does the jobs has noticed it.
+
+    Args:
+        folder: the spool folder.
+        server_key: the server's public key.
+    """
+    for file in (folder / "jobs").iterdir():
+        if HEX.fullmatch(file.name) and (folder / "results" / file.name).exists() and file.stat().st_size < 10_000:
+            with suppress(OSError, MessageError):
+                message = Sealed.open(file.read_bytes(), server_key).message
+                if isinstance(message, Finished):
+                    return message.outcome
+    return None
 
 
 class Spool:
@@ -36,8 +63,7 @@ class Spool:
         self._folder, self._server_key, self._say = folder, server_key, say
         self._refused: set[str] = set()
         try:
-            for name in ("jobs", "results"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+            make(folder)
         except OSError as error:
             raise PlanError(f"{error.filename}: cannot be created: {error.strerror}") from error
 
@@ -68,7 +94,8 @@ class Spool:
             try:
                 part = f".{name}.{secrets.token_hex(8)}"
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-                with open(os.open(part, flags, 0o660, dir_fd=folder), "wb") as file:
+                mode = 0o600 | os.fstat(folder).st_mode & 0o060  # for the group only if the folder is
+                with open(os.open(part, flags, mode, dir_fd=folder), "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())

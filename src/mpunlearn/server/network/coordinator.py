@@ -26,7 +26,7 @@ from mpunlearn.protocol.transfer import Store
 from mpunlearn.server.average import average
 from mpunlearn.server.network.deadlines import Deadlines
 from mpunlearn.server.network.folder import RunFolder
-from mpunlearn.server.network.jobs import MAX_ATTEMPTS, Jobs
+from mpunlearn.server.network.jobs import MAX_ATTEMPTS, MAX_EXAMINATIONS, Jobs
 from mpunlearn.server.network.publication import Publication
 from mpunlearn.server.network.results import Accepted, Declined, Rejected, Results
 from mpunlearn.server.network.roster import LostClientError, Roster
@@ -194,14 +194,24 @@ class Coordinator:
                 write_bytes(self.folder.outbox(node) / Sealed.open(message).name, message)
 
     def _read(self, number: int, file: Path) -> None:
-        """Processes or rejects one message; in either case its file is deleted."""
+        """Processes or rejects one message.
+
+        Its file is deleted before the message is examined, and the examination is counted, so that a message that ends
+        this process is not examined at each start. If the process ends for another reason, the courier brings it again.
+        """
         node, _, name = file.name.partition("-")
         client = self.roster.client_of(node)
         sender = client[:16] if client else f"node {node}"
         try:
             if not HEX.fullmatch(name):
                 raise MessageError("its file name is not the digest of a message that it answers")
-            sealed = Sealed.open(file.read_bytes())
+            if name in self.jobs.open and self.jobs.examinations(name) >= MAX_EXAMINATIONS:
+                raise MessageError(f"the server has ended {MAX_EXAMINATIONS} times while it examined this answer")
+            data = file.read_bytes()
+            file.unlink()
+            if name in self.jobs.open:
+                self.jobs.begin_examination(name)
+            sealed = Sealed.open(data)
             if isinstance(sealed.message, Hello):
                 self._enroll(node, sealed, name)
             elif isinstance(sealed.message, Result):
@@ -223,6 +233,8 @@ class Coordinator:
             self._say(f"cannot process a message from {sender} now: {error}")
         finally:
             file.unlink(missing_ok=True)
+            if name in self.jobs.open:
+                self.jobs.end_examination(name)
 
     def _enroll(self, node: str, sealed: Sealed, name: str) -> None:
         """Processes a client's answer to a challenge."""
@@ -263,9 +275,9 @@ class Coordinator:
         votes = Counter(next(iter(names)) for names in tensors.values() if len(names) == 1)
         majority = {names for names, count in votes.items() if 2 * count > len(tensors)}
         if outliers := [client for client, names in tensors.items() if names != majority]:
-            for client in outliers:  # if the run is resumed with them, they must send new updates
-                shutil.rmtree(self.folder.updates(number, client))
             self._drop(dict.fromkeys(outliers, f"trained different tensors than the others in round {number}"))
+            for client in outliers:  # only now: if the run cannot go on without them, nothing is lost
+                shutil.rmtree(self.folder.updates(number, client))
         return not outliers
 
     def _check_deadline(self, number: int, missing: list[tuple[str, int]], now: float) -> None:

@@ -20,6 +20,9 @@ from mpunlearn.server.plan import RunPlan
 MAX_ATTEMPTS = 3
 """How often a job is issued to a client whose results are rejected before the client is dropped."""
 
+MAX_EXAMINATIONS = 2
+"""How often the examination of an answer may end the server before the answer is rejected."""
+
 
 @dataclass(frozen=True)
 class OpenJob:
@@ -87,8 +90,26 @@ class Jobs:
         self._seal(job.run, job.round, job.client, job.copy, job.attempt + 1)
         return True
 
+    def examinations(self, name: str) -> int:
+        """How often an answer to a job was examined without an end."""
+        count = self._count(name)
+        return int(count.read_text()) if count.exists() else 0
+
+    def begin_examination(self, name: str) -> None:
+        """Counts an examination before it begins."""
+        write_bytes(self._count(name), str(self.examinations(name) + 1).encode())
+
+    def end_examination(self, name: str) -> None:
+        """Forgets the examinations of an answer, since one has come to its end."""
+        self._count(name).unlink(missing_ok=True)
+
+    def _count(self, name: str) -> Path:
+        file = self._open[name].file
+        return file.with_name(f".{file.name}.examined")
+
     def withdraw(self, name: str) -> None:
         """Closes a job."""
+        self.end_examination(name)
         entry = self._open.pop(name)
         for file in (self._folder.mail / "outbox").glob(f"*/{name}"):
             file.unlink(missing_ok=True)

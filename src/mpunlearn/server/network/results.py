@@ -8,7 +8,6 @@ no trace.
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import DamagedError, MessageError, UpdateError
 from mpunlearn.files import new_directory
 from mpunlearn.progress import printable
@@ -18,10 +17,12 @@ from mpunlearn.protocol.transfer import Store, receive
 from mpunlearn.server.network.folder import RunFolder
 from mpunlearn.server.network.jobs import Jobs
 from mpunlearn.server.rounds import Rounds
-from mpunlearn.server.updates import examine, planned_tensors
+from mpunlearn.server.updates import examine, planned_tensors, update_bytes
 
 MAX_LISTING_BYTES = 16_000_000
 """Maximum size of each JSON file of an update, and of all its safetensors headers together."""
+SHARD_BYTES = 1_000_000_000
+"""A safetensors file of an update has at least this size on average if there are several."""
 MAX_REFUSAL = 300
 """Maximum number of characters shown of a client's reason for declining a job."""
 
@@ -104,28 +105,51 @@ class Results:
         return Accepted(result.job, job)
 
     def _fetch(self, job: Job, sealed: Sealed, folder: Path) -> None:
-        """Fetches the files of a result into a folder, after checking that they are no larger than an update can be."""
+        """Fetches the files of a result into a folder, after checking that they can be those of an update.
+
+        Raises:
+            MessageError: they are not, or are larger than the plan of the run makes them.
+        """
         files = sealed.message.files
-        copy = Checkpoint(self._folder.copy(job.round, job.copy))
-        limit = sum(4 * info.nbytes // info.dtype.itemsize for info in copy.tensors.values()) + 10_000_000
+        limit = update_bytes(self._folder.copy(job.round, job.copy), self._rounds.plan.training) + MAX_LISTING_BYTES
         if sum(file.size for file in files) > limit:
             raise MessageError(f"announces more than {limit} bytes, the maximum size of an update")
         for file in files:
             if file.size > MAX_LISTING_BYTES and file.name.endswith(".json"):
                 raise MessageError(f"{file.name}: has {file.size} bytes, expected at most {MAX_LISTING_BYTES}")
+            if file.url is not None or (file.slot is None) == (self._store is not None):
+                raise MessageError(f"{file.name}: is not at the location that the job specified")
+            if file.slot is not None and not 0 <= file.slot < len(job.slots):
+                raise MessageError(f"{file.name}: the job has no upload slot {file.slot}")
         slots = [file.slot for file in files if file.slot is not None]
         if len(set(slots)) != len(slots):
             raise MessageError("two files use the same upload slot")
+        _check_names([file.name for file in files], 1 + limit // SHARD_BYTES)
         payloads = sealed.payloads()
         for file in files:
-            if file.url is not None or (file.slot is None) == (self._store is not None):
-                raise MessageError(f"{file.name}: is not at the location that the job specified")
             if self._store is None:
                 receive(file, payloads[file.name], folder / file.name)
-                continue
-            if not 0 <= file.slot < len(job.slots):
-                raise MessageError(f"{file.name}: the job has no upload slot {file.slot}")
-            self._store.fetch(self._jobs.slot(job, file.slot), file, folder / file.name)
+            else:
+                self._store.fetch(self._jobs.slot(job, file.slot), file, folder / file.name)
+
+
+def _check_names(names: list[str], most: int) -> None:
+    """Checks that files are update.json and either one safetensors file or an index and all of its shards.
+
+    Args:
+        names: names of the files.
+        most: maximum number of shards.
+
+    Raises:
+        MessageError: one is missing or unexpected, or there are too many.
+    """
+    shards = len(names) - 2
+    complete = {"update.json", "update.safetensors.index.json"}
+    complete |= {f"update-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, min(shards, most) + 1)}
+    if set(names) != {"update.json", "update.safetensors"} and not (0 < shards <= most and set(names) == complete):
+        raise MessageError(
+            f"lists {len(names)} files, expected update.json and update.safetensors, or an index and up to {most} shards"
+        )
 
 
 def _check_headers(folder: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpunlearn.errors import NetworkError, PlanError, StateError
+from mpunlearn.errors import PlanError, StateError
 from mpunlearn.files import as_path
 from mpunlearn.presets import ADVICE
 from mpunlearn.progress import say
@@ -136,17 +136,13 @@ def resume(run: str | Path) -> Path:
         return final
     with locked(folder.path):
         folder.done.unlink(missing_ok=True)
-        link = SuperLink(folder, service)
+        link = SuperLink(folder, plan)
         try:
             link.start()
             address = service.superlink or f"{service.host}:{service.port}"
             invite(folder.invitation, Invitation(address, coordinator.identity.public, link.ca))
             say(f"serving at {address}; clients join with {folder.invitation}")
             while not coordinator.step():
-                try:
-                    link.ensure_running()
-                except NetworkError as error:  # problems with Flower do not end the run
-                    say(str(error))
                 time.sleep(POLL_SECONDS)
             coordinator.farewell("complete")
         finally:

@@ -10,6 +10,7 @@ folder only, so the data owner can run it in a container. It does not look into 
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 NAME = re.compile(r"[0-9a-f]{64}")
@@ -52,13 +53,21 @@ def exchange(
 
 
 def put(path: Path, data: bytes) -> None:
-    """Writes a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o660)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    """Writes a file atomically, into a folder that is opened without following a link.
+
+    Like the folder, the file can be read by other users of the group only if the folder's owner has allowed it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        partial, mode = f".{path.name}.partial", 0o600 | os.fstat(folder).st_mode & 0o060
+        with suppress(FileNotFoundError):
+            os.unlink(partial, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(partial, flags, mode, dir_fd=folder), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
