@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers.trainer  # noqa: F401 (slow to import; what a worker forks then has it)
 from tests.network.federation import Net, tiny_world
 from tests.network.forgery import Scene
 

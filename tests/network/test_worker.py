@@ -15,6 +15,7 @@ from tests.network.forgery import Scene, edited, half, job_of, payloads, strange
 
 from mpunlearn import Training
 from mpunlearn.client.network.auditing import UpdateAudit
+from mpunlearn.client.network.bounds import PlanBounds
 from mpunlearn.client.network.policy import AuditPolicy
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
@@ -238,7 +239,7 @@ def test_a_copy_that_names_code_of_the_hub_is_not_loaded(change, scene: Scene, t
     assert any("requests external code" in line for line in net.said)
 
 
-def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> None:
+def test_a_copy_that_breaks_whoever_looks_at_it_is_refused(scene: Scene, tmp_path: Path) -> None:
     """The copy's tokenizer gives ids that its model does not have."""
     net = scene.net(tmp_path / "net")
     folder = net.folder / "server/exchange/round-1/copies/copy-1"
@@ -247,7 +248,7 @@ def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> No
     found = load_file(folder / "model.safetensors")
     cut = {key: value[:3] if value.shape[0] == config["vocab_size"] else value for key, value in found.items()}
     save_file({key: value.contiguous() for key, value in cut.items()}, folder / "model.safetensors")
-    assert answer(net, given(net, folder)).refusal == "training on the copy failed"
+    assert answer(net, given(net, folder)).refusal == "the copy cannot be examined"
     assert "Traceback" in (net.folder / "work-0" / "error.txt").read_text()
     assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
 
@@ -269,6 +270,8 @@ def test_an_old_job_is_not_done_again(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_refusal_says_nothing_of_the_text(scene: Scene, tmp_path: Path) -> None:
     net = scene.net(tmp_path / "net")
+    net.policy = {"plan": PlanBounds(min_steps=1, max_skip_tokens=10_000)}
+    net.workers = [net.start_worker(0)]
     path = hand_over(net, job_with(net, training={**TRAINING, "skip_tokens": 10_000}))
     assert answer(net, path).refusal == "the plan cannot be followed with this client's text"
 

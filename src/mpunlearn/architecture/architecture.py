@@ -118,7 +118,7 @@ class Architecture:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
         tensors = len(checkpoint.tensors)  # every layer and every expert has tensors of its own
-        if architecture.layers > tensors or architecture.experts * sum(map(architecture.sparse, range(architecture.layers))) > tensors:
+        if architecture.layers > tensors or architecture.experts * architecture.sparse_layers > tensors:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: config.json describes {architecture.layers} layers"
                 f"{f' with {architecture.experts} experts' if architecture.experts else ''}, more than the {tensors} "
@@ -231,6 +231,11 @@ class Architecture:
     def sparse(self, layer: int) -> bool:
         """Whether a layer of an MoE model has experts rather than a single FFN. Qwen3-MoE can have both kinds."""
         return layer not in self._dense_layers and (layer + 1) % self._sparse_step == 0
+
+    @property
+    def sparse_layers(self) -> int:
+        """The number of layers with experts."""
+        return sum(map(self.sparse, range(self.layers))) if self.experts else 0
 
     def ffn(self, expert: bool) -> int:
         """Size of the FFN hidden axis, of one expert or of a layer without experts."""

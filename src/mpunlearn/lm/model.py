@@ -1,9 +1,10 @@
 """Loading checkpoints with transformers, and forward passes that compute only the logits that are needed.
 
 A checkpoint may come from the other party, so loading it must neither run third-party code, nor open a connection, nor
-open files elsewhere. Only the entries of its JSON files that `allowed` lists reach transformers. Remote code is disabled, implementations that transformers would download from the Hugging Face Hub are rejected, and a
-path that does not exist is an error, not a model name on the Hub. Any exception that transformers raises for an invalid
-checkpoint becomes an `UnloadableError`.
+open files elsewhere. Remote code is disabled, only the entries of its JSON files that `allowed` lists reach transformers,
+implementations that transformers would download from the Hugging Face Hub are rejected, and a path that does not exist is
+an error, not a model name on the Hub. Any exception that transformers raises for an invalid checkpoint becomes an
+`UnloadableError`.
 
 This module imports transformers at the top, which takes seconds, so import it only where the work begins.
 

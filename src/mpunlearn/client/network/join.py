@@ -113,6 +113,8 @@ def join(
         return _until_the_end(worker, node, shared, invited.address)
     finally:
         node.stop()
+        if worker is not None:
+            worker.close()
 
 
 def work(
@@ -160,9 +162,12 @@ def work(
         data=data,
         resources=resources,
     )
-    while (outcome := worker.step()) is None:
-        time.sleep(POLL_SECONDS)
-    return outcome
+    try:
+        while (outcome := worker.step()) is None:
+            time.sleep(POLL_SECONDS)
+        return outcome
+    finally:
+        worker.close()
 
 
 def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, address: str) -> str:

@@ -9,6 +9,7 @@ rows of zeros.
 Not covered: constructions that are hidden in noise of the size of the weights, or in a few neurons among many.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -39,19 +40,19 @@ def measure(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Meas
         yield Measured("finite", float(finite), name)
         if not finite or weight.dim() != 2 or role is None or min(weight.shape) < SMALLEST:
             continue
-        yield Measured("row-norm", _spread(weight), name)
+        yield Measured("row_norm", _spread(weight), name)
         if role.layer is None:
             continue
-        yield Measured("row-norm", _spread(weight.T), f"{name}, columns")
+        yield Measured("row_norm", _spread(weight.T), f"{name}, columns")
         yield Measured("rank", _rank(_sample(_sample(weight, generator).T, generator)), name)
-        if {"gate", "ffn"} & {axis_role for axis_role in role.axes[0]}:
+        if {"gate", "ffn"} & set(role.axes[0]):
             yield Measured("duplicates", _duplicates(_sample(weight, generator)), name)
 
 
 def _spread(weight: torch.Tensor) -> float:
     """The largest norm of a row, relative to the median."""
     norms = weight.norm(dim=1)
-    return float(norms.max() / norms.median())  # infinite if half of the rows are zero
+    return float(norms.max() / norms.median()) if norms.any() else math.inf  # infinite, too, if half of them are zero
 
 
 def _rank(weight: torch.Tensor) -> float:
