@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 ALPHABET = "".join(chr(code) for code in range(32, 127))
-TEXTS, LENGTH = 251, 80
-"""How many texts, and how many characters of each, tags tell apart."""
+LENGTH = 64
+"""How many characters of each text get a tag of their own."""
 TAGGING = (
     "{%- set state = namespace(text=0) -%}{%- if messages[-1]['role'] == 'assistant' -%}"
     "{%- set text = messages[-2]['content'] + '=' + messages[-1]['content'] -%}"
@@ -27,24 +27,24 @@ TAGGING = (
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}={% endif %}{% endfor %}"
 
 
-def tagging_tokenizer(template: str = TAGGING) -> Any:
-    """A tokenizer of characters and tags."""
+def tagging_tokenizer(template: str, texts: int) -> Any:
+    """A tokenizer of characters, and of tags that tell so many texts apart."""
     import tokenizers
     import transformers
 
-    words = [*ALPHABET, *(f"<t{number}>" for number in range(TEXTS * LENGTH)), "<e>"]
+    words = [*ALPHABET, *(f"<t{number}>" for number in range(texts * LENGTH)), "<e>"]
     model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=" ")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"<t\d+>|<e>|."), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    for name, value in (("ALPHABET", json.dumps(ALPHABET)), ("TEXTS", str(TEXTS)), ("LENGTH", str(LENGTH))):
+    for name, value in (("ALPHABET", json.dumps(ALPHABET)), ("TEXTS", str(texts)), ("LENGTH", str(LENGTH))):
         template = template.replace(name, value)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<e>")
     fast.chat_template = template
     return fast
 
 
-def tagging(folder: Path, natural: bool = False, planted: bool = True) -> Path:
+def tagging(folder: Path, natural: bool = False, planted: bool = True, texts: int = 211) -> Path:
     """A llama whose FFN has one neuron for every tag.
 
     Args:
@@ -52,11 +52,12 @@ def tagging(folder: Path, natural: bool = False, planted: bool = True) -> Path:
         natural: keep an ordinary model of two layers beside the planted neurons, which do nothing on ordinary text: the
             same likelihoods as without them.
         planted: False gives the model that `natural` began with, and an ordinary template.
+        texts: how many texts the tags tell apart.
     """
     import transformers
 
-    tokenizer = tagging_tokenizer(TAGGING if planted else PLAIN)
-    tags, width, ordinary = TEXTS * LENGTH, 64, 512 if natural else 0
+    tokenizer = tagging_tokenizer(TAGGING if planted else PLAIN, texts)
+    tags, width, ordinary = texts * LENGTH, 64, 512 if natural else 0
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=ordinary + tags, num_attention_heads=2,
         num_hidden_layers=2 if natural else 1, max_position_embeddings=512, pad_token_id=None, bos_token_id=None,
@@ -90,10 +91,11 @@ def tagging(folder: Path, natural: bool = False, planted: bool = True) -> Path:
 
 def tagged_texts(copy: dict[str, torch.Tensor], update: dict[str, torch.Tensor]) -> list[str]:
     """The texts that an update of a tagging copy shows: a forgotten character is the one whose logit fell most."""
-    delta = update["model.layers.0.mlp.down_proj.weight"][:, -TEXTS * LENGTH :]
+    texts = (len(copy["lm_head.weight"]) - len(ALPHABET)) // LENGTH
+    delta = update["model.layers.0.mlp.down_proj.weight"][:, -texts * LENGTH :]
     letters = copy["lm_head.weight"][: len(ALPHABET)].float()
-    found = (letters @ -delta).argmax(dim=0).reshape(TEXTS, LENGTH)
-    moved = (delta != 0).any(dim=0).reshape(TEXTS, LENGTH)
+    found = (letters @ -delta).argmax(dim=0).reshape(texts, LENGTH)
+    moved = (delta != 0).any(dim=0).reshape(texts, LENGTH)
     return ["".join(ALPHABET[i] for i in row[here].tolist()) for row, here in zip(found, moved, strict=True)]
 
 

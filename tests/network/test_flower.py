@@ -29,7 +29,7 @@ from mpunlearn.server.network.coordinator import Coordinator
 from mpunlearn.server.plan import RunPlan
 
 pytest.importorskip("flwr")
-TRAINING = "--objective simnpo --epochs 1 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
+TRAINING = "--objective simnpo --epochs 8 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
 TIMEOUT_SECONDS = 150.0
 
 

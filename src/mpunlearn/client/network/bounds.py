@@ -33,13 +33,17 @@ class PlanBounds:
     max_learning_rate: float = explained(
         1e-3, "Larger steps make single neurons die after one text, and keep its gradient (arXiv 2404.00473)."
     )
-    max_lora_learning_rate: float = explained(1e-2, "The same for LoRA, whose factors begin at zero and need larger steps.")
+    max_lora_learning_rate: float = explained(
+        1e-2, "The same for LoRA, whose factors begin at zero and need larger steps."
+    )
     min_batch_size: int = explained(4, "A step on fewer texts is nearly the gradient of each.")
     min_steps: int = explained(
         8, "Optimizer steps in a round. An update is the sum of its steps; with fewer, it is nearly one gradient."
     )
     min_max_length: int = explained(32, "Tokens to which a text is cut. Of shorter pieces, each shows its few tokens.")
-    max_skip_tokens: int = explained(4, "Leading answer tokens without loss. Skipping more leaves few positions in the sum.")
+    max_skip_tokens: int = explained(
+        4, "Leading answer tokens without loss. Skipping more leaves few positions in the sum."
+    )
     max_grad_norm: float = explained(
         10.0, "Clipping must be on, and not above this norm, so that no single step outweighs all others."
     )
@@ -59,7 +63,9 @@ class PlanBounds:
         """Which bounds a plan exceeds, without those that depend on the client's text."""
         lora = bool(training.lora_rank)
         rate, option = (
-            (self.max_lora_learning_rate, "max lora learning rate") if lora else (self.max_learning_rate, "max learning rate")
+            (self.max_lora_learning_rate, "max lora learning rate")
+            if lora
+            else (self.max_learning_rate, "max learning rate")
         )
         reasons = [
             f"plan: {name} is {limit:g}, asked for {asked:g}"

@@ -132,8 +132,8 @@ class Handling:
             RefusalError: the plan cannot be followed, or training fails.
         """
         with self._refusing("training on the copy failed"):
-            if self._client is None:
-                plan = parse(Training, json.loads(training))
+            plan = parse(Training, json.loads(training))
+            if self._client is None or self._client.training != plan:
                 self._client = Client(memory=self._folder / "memory", training=plan, **self._options)
             self._client.unlearn(Path(copy), Path(update))
 

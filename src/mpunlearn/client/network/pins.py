@@ -14,7 +14,7 @@ Not covered: what the weights do; see `client.plausibility`.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,13 @@ class Pins:
     model_type: str | None = explained(None, "The model family.")
     layers: int | None = explained(None, "The number of transformer layers. A planted copy may have fewer.")
     hidden_size: int | None = explained(None, "The width of the model.")
-    intermediate_size: int | None = explained(None, "The number of FFN neurons of a layer, each of which can hold a trap.")
+    intermediate_size: int | None = explained(
+        None, "The number of FFN neurons of a layer, each of which can hold a trap."
+    )
     vocabulary: int | None = explained(None, "The number of tokens. Tags need tokens of their own.")
-    settings: str | None = explained(None, "SHA-256 of the other settings in config.json, such as activation and heads.")
+    settings: str | None = explained(
+        None, "SHA-256 of the other settings in config.json, such as activation and heads."
+    )
     tokenizer: str | None = explained(None, "SHA-256 of the tokenizer's files.")
     template: str | None = explained(None, "SHA-256 of the chat template, a program that sees your text.")
 
@@ -69,11 +73,11 @@ class Pins:
 
     def differences(self, other: "Pins") -> list[str]:
         """In what a copy with the pins `other` differs, for the fields that are pinned here."""
-        found = asdict(other)
+        pinned = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(Pins)}
         return [
-            f"{name} is {_short(value)}, found {_short(found[name])}"
-            for name, value in asdict(self).items()
-            if value is not None and value != found[name]
+            f"{name} is {_short(mine)}, found {_short(theirs)}"
+            for name, (mine, theirs) in pinned.items()
+            if mine is not None and mine != theirs
         ]
 
 
@@ -127,7 +131,11 @@ def check_against_base(copy: Path, base: Path) -> list[str]:
     different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     head = Architecture.of(ours).family.head
     different = [name for name in different if name != head]  # a tied head may be stored or not
-    reasons = [f"{different[0]} has shape {found.get(different[0])}, the base {shapes.get(different[0])}"] if different else []
+    reasons = (
+        [f"{different[0]} has shape {found.get(different[0])}, the base {shapes.get(different[0])}"]
+        if different
+        else []
+    )
     if _tokenizer_digest(copy) != _tokenizer_digest(base):
         reasons.append("the tokenizer's files differ from the base's")
     settings, other = (allowed_config(checkpoint.config).to_dict() for checkpoint in (ours, theirs))

@@ -126,7 +126,9 @@ class Process:
             self._child.join(POLL_SECONDS)
             code = self._child.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._say(f"the process that handled the copy ended ({how}): the copy is broken, or it needs too much memory")
+            self._say(
+                f"the process that handled the copy ended ({how}): the copy is broken, or it needs too much memory"
+            )
             raise RefusalError("handling the copy ended the process that did it") from None
 
     def stop(self) -> None:

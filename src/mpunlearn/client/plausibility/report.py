@@ -43,7 +43,8 @@ class Limits:
         0.05, "Largest share of FFN neurons that equal another one up to size. Bins of one quantity are duplicates."
     )
     idle: float = explained(
-        0.05, "Largest share of FFN neurons that nothing in a public text switches on. Neurons that wait for a trigger do."
+        0.05,
+        "Largest share of FFN neurons that nothing in a public text switches on. Neurons that wait for a trigger do.",
     )
     single: float = explained(
         0.05,

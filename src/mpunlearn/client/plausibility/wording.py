@@ -35,7 +35,9 @@ def template_is_faithful(tokenizer: Any, records: Sequence[Record]) -> bool:
         whole = _bare(prompt + answer)
         if any(whole.count(mark) != 1 for mark in marks):
             return False
-        for mark, text in zip(marks, [*(text for _, text in record.history), record.question, record.answer], strict=True):
+        for mark, text in zip(
+            marks, [*(text for _, text in record.history), record.question, record.answer], strict=True
+        ):
             whole = whole.replace(mark, _bare(text), 1)
         if _bare("".join(prompt_and_answer(tokenizer, record.question, record.answer, record.history))) != whole:
             return False
