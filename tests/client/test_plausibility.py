@@ -63,7 +63,9 @@ def test_trained_models_and_stand_ins_pass_and_are_near_their_base(noise: bool, 
     stand_in = forget(world.original, forget=world.data("retain"), retain=kept, out=tmp_path / "s", training=training)
     for number, model in enumerate((world.base, world.original, stand_in)):
         copy = noisy_copy(model, tmp_path / str(number)) if noise else model
-        assert what_fails(copy, own, base=world.base) == {}
+        assert what_fails(copy, own) == {}
+        # A small model that was trained on one kind of text predicts any other badly, so this limit has to be wider here.
+        assert what_fails(copy, own, Limits(above_base=9.0), world.base) == {}
 
 
 def changed(copy: Path, **tensors) -> Path:

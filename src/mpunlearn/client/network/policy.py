@@ -122,7 +122,7 @@ class Policy:
         Args:
             job: the job.
             begun_by_older: whether a version that always trained the token-local weights began the run. It goes on with
-                them.
+                them, and with its plan, whatever the bounds are.
         """
         reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
@@ -143,7 +143,8 @@ class Policy:
             reasons.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
         if training.train not in (allowed := self.train or ["blocks"]):
             reasons.append(f"train is {', '.join(allowed)}, asked for {training.train}")
-        reasons += self.plan.violations(training)
+        if not begun_by_older:
+            reasons += self.plan.violations(training)
         if training.token_local and not (self.token_local or begun_by_older):
             reasons.append("token local is false, asked for true (or by a server older than version 0.2)")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:

@@ -229,7 +229,8 @@ class Worker:
         if violations := self._policy.violations(job, joined is not None and joined.begun_by_older):
             raise RefusalError("; ".join(violations))
         training = parse(Training, job.training)
-        if reason := self._policy.plan.too_few_steps(training, len(self._unlearned)):
+        reason = self._policy.plan.too_few_steps(training, len(self._unlearned))
+        if reason is not None and not (joined is not None and joined.begun_by_older):
             raise PlanError(reason)
         requested = JoinedRun(job.run, job.rounds, job.copies, training)
         if joined is None:

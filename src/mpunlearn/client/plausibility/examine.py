@@ -15,7 +15,7 @@ from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.client.plausibility import neurons, weights, wording
 from mpunlearn.client.plausibility.report import Limits, Measured
 from mpunlearn.errors import DataError
-from mpunlearn.lm.examples import encode, prompt_and_answer
+from mpunlearn.lm.examples import Example, encode, prompt_and_answer
 from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
 from mpunlearn.lm.records import Record
 from mpunlearn.lm.sources import read_text
@@ -107,6 +107,7 @@ def failures(found: Sequence[Measured], limits: Limits) -> dict[str, list[str]]:
     return failed
 
 
-def _nats(model: Any, texts: Sequence[Any], tokenizer: Any) -> float:
+def _nats(model: Any, texts: Sequence[Example], tokenizer: Any) -> float:
     """Mean negative log-likelihood per token."""
-    return sum(nll(model, list(texts), neurons.BATCH, tokenizer)) / max(1, sum(text.tokens for text in texts))
+    tokens: int = sum(text.tokens for text in texts)
+    return sum(nll(model, list(texts), neurons.BATCH, tokenizer)) / max(1, tokens)
