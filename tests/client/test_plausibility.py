@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.architecture.test_families import VARIANTS
 
 from mpunlearn.architecture import FAMILIES
+from mpunlearn.client.forget import forget
 from mpunlearn.client.plausibility import wording
 from mpunlearn.client.plausibility.examine import Texts, failures, measure, public_text
 from mpunlearn.client.plausibility.report import Limits, Measured
@@ -16,6 +17,7 @@ from mpunlearn.demo.models import trained_world
 from mpunlearn.errors import DataError
 from mpunlearn.lm.model import load_tokenizer
 from mpunlearn.lm.records import Record, read_records
+from mpunlearn.protocol.plan import Training
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.preprocess import preprocess
 
@@ -51,21 +53,17 @@ def test_honest_models_of_every_family_and_their_copies_pass(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [False, True])
-def test_trained_models_and_stand_ins_pass_and_are_near_their_base(noise: bool, tmp_path: Path) -> None:
-    from mpunlearn.client.forget import forget
-    from mpunlearn.protocol.plan import Training
-
+def test_trained_models_and_stand_ins_pass_and_so_do_their_copies(tmp_path: Path) -> None:
     world = trained_world(0)
-    own = Texts(read_records(world.data("forget")), read_records(world.data("retain")))
+    own = Texts(read_records(world.data("forget")), read_records(world.data("retain"))[:80])
     training = Training(objective="simnpo", epochs=1, learning_rate=1e-3, batch_size=8)
-    kept = world.data("world_facts")
-    stand_in = forget(world.original, forget=world.data("retain"), retain=kept, out=tmp_path / "s", training=training)
+    others, kept = world.data("real_authors"), world.data("world_facts")
+    stand_in = forget(world.original, forget=others, retain=kept, out=tmp_path / "s", training=training)
     for number, model in enumerate((world.base, world.original, stand_in)):
-        copy = noisy_copy(model, tmp_path / str(number)) if noise else model
-        assert what_fails(copy, own) == {}
-        # A small model that was trained on one kind of text predicts any other badly, so this limit has to be wider here.
-        assert what_fails(copy, own, Limits(above_base=9.0), world.base) == {}
+        for copy in (model, noisy_copy(model, tmp_path / str(number))):
+            assert what_fails(copy, own) == {}
+            # A small model that was trained on one kind of text predicts any other badly: here the limit must be wider.
+            assert what_fails(copy, own, Limits(above_base=15.0), world.base) == {}
 
 
 def changed(copy: Path, **tensors) -> Path:
@@ -116,7 +114,7 @@ def test_likelihoods_are_compared_with_the_base_or_with_a_stated_bound(save_tiny
 
 
 def test_a_value_that_is_not_a_number_is_never_allowed() -> None:
-    for check in ("row_norm", "rank", "duplicates", "idle", "single", "above_base"):
+    for check in ("row_norm", "rank", "duplicates", "idle", "single", "above_base", "public_nll"):
         assert Limits().failure(Measured(check, float("nan"), "x")) is not None
 
 

@@ -22,17 +22,27 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mpunlearn.errors import MPUError, PlanError, RefusalError, StateError
+from mpunlearn.errors import (
+    DisclosureWarning,
+    MPUError,
+    NothingUnlearnedWarning,
+    PlanError,
+    RefusalError,
+    StateError,
+)
 from mpunlearn.schema import explained
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that no job causes and only the user can fix."""
+WARNINGS = {kind.__name__: kind for kind in (DisclosureWarning, NothingUnlearnedWarning)}
+"""Warnings of the process that the parent issues again under their own category."""
 POLL_SECONDS = 1.0
 """How often the parent looks whether the process still lives."""
 
@@ -116,9 +126,12 @@ class Process:
             while True:
                 if self._connection.poll(min(POLL_SECONDS, max(0.0, end - time.monotonic()))):
                     kind, value = json.loads(self._connection.recv_bytes())
-                    if kind != "say":
+                    if kind == "say":
+                        self._say(value)
+                    elif kind == "warn":
+                        warnings.warn(value[1], WARNINGS.get(value[0], UserWarning), stacklevel=4)
+                    else:
                         return kind, value
-                    self._say(value)
                 elif time.monotonic() >= end:
                     self._say(f"handling the copy took more than {seconds:g} s, the policy's limit, and was stopped")
                     raise RefusalError("handling the copy takes more time than the client's policy allows")
@@ -162,6 +175,10 @@ class Process:
         def send(kind: str, value: Any) -> None:
             connection.send_bytes(json.dumps([kind, value]).encode())
 
+        def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+            send("warn", [category.__name__, str(message)])
+
+        warnings.showwarning = show
         service = self._service(lambda line: send("say", line))
         intact = True
         while intact:

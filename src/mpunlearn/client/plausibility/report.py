@@ -83,6 +83,9 @@ class Limits:
             wanted = {"finite": "expected finite numbers only", "verbatim": "expected the text itself"}[check]
             return None if value or (check == "verbatim" and not self.verbatim) else f"{measured.where}: {wanted}"
         limit = getattr(self, "above_base" if check == "above_base_retain" else check)
-        allowed = limit is None or (math.isfinite(value) and (value >= limit if check == "rank" else value <= limit))
+        within = limit is None or (value >= limit if check == "rank" else value <= limit)
         least = "at least" if check == "rank" else "at most"
-        return None if allowed else f"{measured.where}: {check} is {value:.3g}, expected {least} {limit:g}"
+        if math.isfinite(value) and within:
+            return None
+        expected = "a finite number" if limit is None else f"{least} {limit:g}"
+        return f"{measured.where}: {check} is {value:.3g}, expected {expected}"
