@@ -89,7 +89,7 @@ def party(name: str, report: Path, arguments: list[str]) -> None:
         return factors(copy, out) if client.training.lora_rank else synthetic_update(copy, out)
 
     Client.unlearn = unlearn  # type: ignore[assignment,method-assign]
-    Handling.examine = lambda *_: None  # type: ignore[assignment,method-assign]
+    Handling.examine = lambda *_: None  # type: ignore[method-assign]
     code = cli(arguments)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
     report.write_text(json.dumps({**spent, "peak_gb": peak}))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.client import planted
 from tests.network.federation import Net
 from tests.network.forgery import Scene, answer, given, hand_over, job_with
@@ -13,6 +14,7 @@ from mpunlearn.client.network.bounds import PlanBounds
 from mpunlearn.client.network.pins import ModelPolicy, Pins, check_against_base, use_tokenizer_of
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.review import review
+from mpunlearn.client.plausibility.report import Limits
 from mpunlearn.errors import PlanError
 from mpunlearn.lm.model import load_tokenizer
 
@@ -118,6 +120,35 @@ def test_a_base_of_other_shapes_or_settings_is_another_model(save_tiny, tmp_path
     change_template(tmp_path / "same")
     use_tokenizer_of(base, tmp_path / "same")
     assert load_tokenizer(tmp_path / "same").chat_template == load_tokenizer(base).chat_template
+
+
+def duplicate_neurons(copy: Path) -> None:
+    found = load_file(copy / "model.safetensors")
+    gate = found["model.layers.0.mlp.gate_proj.weight"]
+    gate[20:] = gate[:20]
+    save_file(found, copy / "model.safetensors", {"format": "pt"})
+
+
+def tag(copy: Path) -> None:
+    template = "{% for m in messages %}{% for c in m['content'] %}{{ c ~ loop.index }}{% endfor %}{% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize(("plant", "check"), [(duplicate_neurons, "duplicates"), (tag, "verbatim")])
+def test_a_planted_first_copy_is_refused_and_does_not_pin_itself(
+    plant, check: str, scene: Scene, tmp_path: Path
+) -> None:
+    net = scene.net(tmp_path / "net")
+    plant(copy_of(net))
+    assert answer(net, given(net, copy_of(net))).refusal == f"the copy is not plausible: {check}"
+    work = net.folder / "work-0"
+    assert not (work / "model.json").exists()
+    assert not list(work.glob("updates/*"))
+    off = scene.net(tmp_path / "off")
+    off.policy = {"plausibility": Limits(duplicates=1.0, verbatim=False)}
+    off.workers = [off.start_worker(0)]
+    plant(copy_of(off))
+    assert answer(off, given(off, copy_of(off))).refusal is None
 
 
 def test_a_planted_copy_is_shown_and_not_accepted(tmp_path: Path) -> None:

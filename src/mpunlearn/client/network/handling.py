@@ -82,16 +82,27 @@ class Handling:
             expected = parse(Card, json.loads(card))
             if (found := Card.of(checkpoint.config)) != expected:
                 raise RefusalError(f"the copy's card ({found}) does not match the job")
-            base = self._identify(path)
+            base, pins = self._identify(path)
             limits, max_length = self._policy.plausibility, parse(Training, json.loads(training)).max_length
             failed = failures(list(measure(path, self._texts, limits, max_length, base)), limits)
             for reasons in failed.values():
                 self._say(f"the copy is not plausible: {reasons[0]}" + (" …" if len(reasons) > 1 else ""))
             if failed:
                 raise RefusalError(f"the copy is not plausible: {', '.join(failed)}")
+            if self._policy.model is None and not self._remembered.exists():
+                write(self._remembered, pins)
 
-    def _identify(self, copy: Path) -> Path | None:
-        """Checks that a copy is the model of the policy, or that of the first copy; returns the base, if there is one."""
+    @property
+    def _remembered(self) -> Path:
+        """The file with the pins of the first copy."""
+        return self._folder / "model.json"
+
+    def _identify(self, copy: Path) -> tuple[Path | None, Pins]:
+        """Checks that a copy is the model of the policy, or that of the first copy.
+
+        Returns:
+            The directory of the base, if the policy names one, and the copy's pins.
+        """
         model, pins = self._policy.model, Pins.of(copy)
         base = model.base_folder() if model is not None else None
         if base is not None:
@@ -105,20 +116,19 @@ class Handling:
             self._say(f"not the model of the policy: {difference}")
         if differences:
             raise RefusalError("the copy is not of the model that the client expects")
-        return base
+        return base, pins
 
     def _pinned(self, pins: Pins) -> Pins:
-        """What a copy has to be: as the policy says, or like the first copy, which is remembered now."""
+        """What a copy has to be: as the policy says, or like the first copy; that may be this one."""
         if self._policy.model is not None:
             return self._policy.model
-        file = self._folder / "model.json"
-        if not file.exists():
-            self._say(
-                "no [model] in the policy: this copy's tokenizer and template are trusted, and later copies must have the "
-                "same; `mpunlearn client review` shows what they are"
-            )
-            write(file, pins)
-        return read(Pins, file)
+        if self._remembered.exists():
+            return read(Pins, self._remembered)
+        self._say(
+            "no [model] in the policy: this copy's tokenizer and template are trusted, and later copies must have the same; "
+            "`mpunlearn client review` shows what they are"
+        )
+        return pins
 
     def train(self, copy: str, update: str, training: str) -> None:
         """Unlearns on a copy.

@@ -178,7 +178,7 @@ class Process:
         def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
             send("warn", [category.__name__, str(message)])
 
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         service = self._service(lambda line: send("say", line))
         intact = True
         while intact:

@@ -5,7 +5,8 @@
 It prints the family, the sizes and the chat template of a copy and everything that `client.plausibility` measures, and
 with `--accept` writes them into the policy as the table [model]. From then on, a copy of another model is refused.
 
-Not covered: whether the server's model is the one that it promised. Nobody but the server can know that.
+Not covered: whether the server's model is the one that it promised; nobody but the server can know that. The command has no
+limits of memory and time, since a person watches it, and it opens none of the client's texts.
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ from mpunlearn.lm.records import Record
 from mpunlearn.lm.sources import read_text
 
 MAX_TEXTS = 256
-"""At most this many of the client's texts are looked at for neurons that one position switches on alone."""
+"""At most this many texts of the forget set and of the retain set are run through the model."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,23 @@ def measure(copy: Path, texts: Texts, limits: Limits, max_length: int, base: Pat
     yield Measured("verbatim", float(wording.tokenizer_is_faithful(tokenizer, written)), "the tokenizer")
     model, pad = load_model(copy).eval(), pad_id(tokenizer)
     sentences = encode(public, tokenizer, max_length)
-    retained = encode(texts.retain, tokenizer, max_length)
+    retained = encode(texts.retain[:MAX_TEXTS], tokenizer, max_length)
     for idle, single in neurons.measure(model, architecture, sentences, "public text", pad):
         yield idle
         yield single
     if own:
-        mine = [*encode(texts.unlearned[:MAX_TEXTS], tokenizer, max_length), *retained[:MAX_TEXTS]]
+        mine = [*encode(texts.unlearned[:MAX_TEXTS], tokenizer, max_length), *retained]
         for _, single in neurons.measure(model, architecture, mine, "your texts", pad):
             yield single
-    likelihoods = {"public_nll": (sentences, "public text"), "retain_nll": (retained, "your retain set")}
-    values = {name: _nats(model, part, tokenizer) for name, (part, _) in likelihoods.items() if part}
-    yield Measured("public_nll", values["public_nll"], "public text")
-    if base is not None:
-        of_base = load_model(base).eval()
-        for name, value in values.items():
-            part, what = likelihoods[name]
-            check = "above_base" if name == "public_nll" else "above_base_retain"
-            yield Measured(check, value - _nats(of_base, part, tokenizer), what)
+    yield Measured("public_nll", of_public := _nats(model, sentences, tokenizer), "public text")
+    if base is None:
+        return
+    of_retain = _nats(model, retained, tokenizer)
+    del model  # one model at a time
+    model = load_model(base).eval()
+    yield Measured("above_base", of_public - _nats(model, sentences, tokenizer), "public text")
+    if retained:
+        yield Measured("above_base_retain", of_retain - _nats(model, retained, tokenizer), "your retain set")
 
 
 def failures(found: Sequence[Measured], limits: Limits) -> dict[str, list[str]]:
