@@ -1,12 +1,17 @@
 """The client program survives any signed job: whatever is in a copy or a plan, it is a refusal, and the next job is done."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +20,8 @@ from tests.network.forgery import TRAINING, Scene, answer, given, hand_over, job
 
 from mpunlearn.client.client import Client
 from mpunlearn.client.network.bounds import PlanBounds
-from mpunlearn.client.network.process import ProcessLimits
+from mpunlearn.client.network.process import Process, ProcessLimits
+from mpunlearn.errors import DisclosureWarning, FileError, RefusalError, StateError
 
 FREE = PlanBounds(
     max_learning_rate=1e99, min_batch_size=1, min_steps=1, min_max_length=1, max_skip_tokens=10**6, max_grad_norm=1e99,
@@ -201,7 +207,7 @@ def test_no_entry_of_the_tokenizer_opens_a_file_elsewhere(
     net = scene.net(tmp_path / "net")
     folder = net.folder / "server/exchange/round-1/copies/copy-1"
     elsewhere, opened = tmp_path / "private", []
-    os.mkfifo(elsewhere)  # whoever opens it waits forever
+    elsewhere.write_text("x")
     isfile = os.path.isfile
     for kind in ("LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer"):
         tokenizer_config(**{entry: str(elsewhere), "tokenizer_class": kind})(folder)
@@ -210,3 +216,78 @@ def test_no_entry_of_the_tokenizer_opens_a_file_elsewhere(
             patch.setattr(os.path, "isfile", lambda path: opened.append(str(path)) or isfile(path))
             load_tokenizer(folder)
     assert str(elsewhere) not in opened
+
+
+class Service:
+    """What a process can do to its parent."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._calls = say, 0
+
+    def count(self, *arguments: str) -> list[Any]:
+        self._calls += 1
+        return [self._calls, *arguments]
+
+    def fail(self) -> None:
+        raise ZeroDivisionError
+
+    def fill(self) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise FileError("x: cannot be written") from error
+
+    def leave(self) -> None:
+        os._exit(3)
+
+    def talk(self) -> None:
+        while True:
+            self._say("still here")
+
+    def warn(self) -> None:
+        warnings.simplefilter("always")
+        warnings.warn("names tokens", DisclosureWarning, stacklevel=1)
+
+    def grow(self) -> None:
+        bytearray(3 * 10**10)
+
+
+def test_a_process_answers_and_whatever_it_does_the_next_call_gets_a_good_one() -> None:
+    said: list[str] = []
+    process = Process(Service, ProcessLimits(memory_gigabytes=8.0), said.append)
+    assert process.call("count", 60, "a", "b") == [1, "a", "b"]
+    assert process.call("count", 60) == [2]  # the same process
+    with pytest.warns(DisclosureWarning, match="names tokens"):
+        process.call("warn", 60)
+    assert process.call("count", 60) == [3]
+    for method, seconds, reason in (
+        ("fail", 60, "handling the copy failed"),
+        ("grow", 60, "handling the copy failed"),
+        ("leave", 60, "ended the process"),
+        ("talk", 0.5, "more time than"),
+    ):
+        with pytest.raises(RefusalError, match=reason):
+            process.call(method, seconds)
+        assert process.call("count", 60) == [1], method
+    with pytest.raises(StateError, match="free some space and run again"):
+        process.call("fill", 60)
+    assert "the process that handled the copy ended (exit code 3)" in " ".join(said)
+    process.stop()
+
+
+def test_a_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """It may be in the middle of a training when that happens."""
+    script = (
+        "import os, sys, time\n"
+        "from mpunlearn.client.network.process import Process, ProcessLimits\n"
+        "class Service:\n"
+        "    def __init__(self, say): say(str(os.getpid()))\n"
+        "    def sleep(self): time.sleep(600)\n"
+        "Process(Service, ProcessLimits(), lambda line: print(line, flush=True)).call('sleep', 600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

@@ -111,11 +111,12 @@ class Process:
         except BaseException:
             self.stop()
             raise
+        if kind == "done":
+            return value
         if kind == "refused":
             raise RefusalError(value)
-        if kind == "stop":
-            raise StateError(value)
-        return value
+        self.stop()  # after an error, nobody knows what state the process is in
+        raise StateError(value) if kind == "full" else RefusalError(value)
 
     def _answer(self, call: tuple[str, ...], seconds: float) -> tuple[str, Any]:
         """Sends a call, and waits for its answer."""
@@ -123,7 +124,7 @@ class Process:
         end = time.monotonic() + seconds
         try:
             self._connection.send_bytes(json.dumps(call).encode())
-            while True:
+            while time.monotonic() < end:
                 if self._connection.poll(min(POLL_SECONDS, max(0.0, end - time.monotonic()))):
                     kind, value = json.loads(self._connection.recv_bytes())
                     if kind == "say":
@@ -132,9 +133,8 @@ class Process:
                         warnings.warn(value[1], WARNINGS.get(value[0], UserWarning), stacklevel=4)
                     else:
                         return kind, value
-                elif time.monotonic() >= end:
-                    self._say(f"handling the copy took more than {seconds:g} s, the policy's limit, and was stopped")
-                    raise RefusalError("handling the copy takes more time than the client's policy allows")
+            self._say(f"handling the copy took more than {seconds:g} s, the policy's limit, and was stopped")
+            raise RefusalError("handling the copy takes more time than the client's policy allows")
         except (EOFError, OSError):
             self._child.join(POLL_SECONDS)
             code = self._child.exitcode or 0
@@ -180,8 +180,7 @@ class Process:
 
         warnings.showwarning = show  # type: ignore[assignment]
         service = self._service(lambda line: send("say", line))
-        intact = True
-        while intact:
+        while True:
             try:
                 method, *arguments = json.loads(connection.recv_bytes())
             except EOFError:
@@ -191,10 +190,11 @@ class Process:
             except RefusalError as error:
                 send("refused", str(error))
             except Exception as error:
-                intact = False
-                send(*_outcome(error))
-                if not isinstance(error, MPUError):
+                if isinstance(error, MPUError):
+                    send("say", str(error))
+                else:
                     traceback.print_exc()
+                send(*_outcome(error))
 
 
 def _limit(memory: int) -> None:
@@ -215,10 +215,10 @@ def _end_with_parent(watched: int) -> None:
 
 
 def _outcome(error: Exception) -> tuple[str, str]:
-    """What the parent does about an exception: "stop" if only the user can help, else "refused"."""
+    """What the parent does about an exception: "full" if the disk is, which only the user can help, else "broken"."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in FULL_DISK:
-            return "stop", f"{error}; free some space and run again"
+            return "full", f"{error}; free some space and run again"
         cause = cause.__cause__
-    return "refused", "handling the copy failed"
+    return "broken", "handling the copy failed"
