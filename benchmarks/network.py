@@ -55,10 +55,11 @@ def factors(copy: Path, out: Path) -> Path:
 
 
 def party(name: str, report: Path, arguments: list[str]) -> None:
-    """Runs one party in its own process, with timed transfers and without training."""
+    """Runs one party in its own process, with timed transfers, and without examining copies or training on them."""
     from mpunlearn.cli import main as cli
     from mpunlearn.client.client import Client
     from mpunlearn.client.network import worker
+    from mpunlearn.client.network.handling import Handling
     from mpunlearn.protocol import transfer
     from mpunlearn.server.network import publication, results
 
@@ -88,8 +89,9 @@ def party(name: str, report: Path, arguments: list[str]) -> None:
         return factors(copy, out) if client.training.lora_rank else synthetic_update(copy, out)
 
     Client.unlearn = unlearn  # type: ignore[assignment,method-assign]
+    Handling.examine = lambda *_: None  # type: ignore[method-assign]
     code = cli(arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
     report.write_text(json.dumps({**spent, "peak_gb": peak}))
     sys.exit(code)
 
@@ -160,7 +162,9 @@ def case(folder: Path, model: Path, copies: int, store: bool, lora: bool) -> dic
         time.sleep(0.1)
     key = json.loads(invitation.read_text())["server_key"]
     stores = json.dumps([(folder / "store").as_uri()])
-    (folder / "policy.toml").write_text(f'server_key = "{key}"\ntrain = ["all", "blocks"]\nstores = {stores}\n')
+    (folder / "policy.toml").write_text(
+        f'server_key = "{key}"\ntrain = ["all", "blocks"]\nstores = {stores}\n[plan]\nmin_steps = 0\n'
+    )
     begin = time.perf_counter()
     programs.append(start("client", client))
     codes = [program.wait() for program in reversed(programs)]

@@ -26,6 +26,7 @@ REQUIRED = {
     "server status": ["r"],
     "unlearn": ["m", "--forget", "f", "--out", "o"],
     "client audit": ["u", "v", "--copy", "c", "d", "--forget", "f"],
+    "client review": ["c"],
     "client key": [],
     "client join": ["i"],
     "client work": ["--spool", "s", "--policy", "p", "--forget", "f"],

@@ -69,6 +69,7 @@ VERBS = {
     "client audit": Verb(
         "client.audit.audit", CLIENT, "measure what updates would tell the server, before sending them"
     ),
+    "client review": Verb("client.network.review", CLIENT, "show what a copy is, and accept its model into the policy"),
     "client key": Verb("client.network.join", CLIENT, "generate the client's keys (once)"),
     "client join": Verb("client.network.join", CLIENT, "connect to a run and process its jobs", AGAIN),
     "client work": Verb("client.network.join", CLIENT, "process jobs that another program fetches", AGAIN),

@@ -29,7 +29,7 @@ from mpunlearn.files import read_json, write_json
 MAX_INTEGER = 1 << 53
 """Largest integer that every JSON implementation preserves, including those that read numbers as doubles."""
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-_OLDER = "older"
+_OLDER, _WHY = "older", "why"
 M = TypeVar("M")
 
 
@@ -42,6 +42,21 @@ def older(absent: Any, default: Any, **options: Any) -> Any:
         options: further arguments of `dataclasses.field`.
     """
     return dataclasses.field(default=default, metadata={_OLDER: absent}, **options)
+
+
+def explained(default: Any, why: str) -> Any:
+    """A dataclass field that carries its explanation, for a settings file that is generated from the dataclass.
+
+    Args:
+        default: the default value.
+        why: what the field is, and why it has this default.
+    """
+    return dataclasses.field(default=default, metadata={_WHY: why})
+
+
+def explanation(item: "dataclasses.Field[Any]") -> str:
+    """The explanation of a field that was declared with `explained`; empty for any other."""
+    return str(item.metadata.get(_WHY, ""))
 
 
 def parse(kind: type[M], value: Any) -> M:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers.trainer  # noqa: F401 (slow to import; what a worker forks then has it)
 from tests.network.federation import Net, tiny_world
 from tests.network.forgery import Scene
 from tests.network.stage import Stage

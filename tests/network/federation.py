@@ -13,6 +13,7 @@ from tests.conftest import tiny_model
 from tests.perturbations import without_offset
 
 from mpunlearn import Training
+from mpunlearn.client.network.bounds import PlanBounds
 from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.worker import Worker
 from mpunlearn.demo import models
@@ -96,7 +97,7 @@ class Net:
 
     def start_worker(self, number: int) -> Worker:
         """Starts a worker, or starts it again."""
-        policy = Policy(self.coordinator.identity.public, **self.policy)
+        policy = Policy(self.coordinator.identity.public, **{"plan": PlanBounds(min_steps=1), **self.policy})
         folder = self.folder / f"work-{number}"
         return Worker(
             self.spool(number),

@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from tests.network.federation import Net
 
+from mpunlearn import Training
 from mpunlearn.protocol.identity import Identity
-from mpunlearn.protocol.messages import File, Job, Result, seal
+from mpunlearn.protocol.messages import File, Job, Result, Sealed, seal
+
+TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3).to_json()
+"""The plan of the scene's run."""
 
 
 @dataclasses.dataclass
@@ -125,3 +129,31 @@ STRANGER = b"\7" * 32
 
 def first(update: dict[str, torch.Tensor]) -> str:
     return sorted(update)[0]
+
+
+def hand_over(net: Net, data: bytes, name: str | None = None) -> Path:
+    """Puts a message into the spool, and lets the worker look."""
+    for old in (net.spool(0) / "jobs").iterdir():
+        old.unlink()
+    path = net.spool(0) / "jobs" / (name or hashlib.sha256(data).hexdigest())
+    path.write_bytes(data)
+    net.workers[0].step()
+    return path
+
+
+def answer(net: Net, path: Path) -> Result:
+    found: Result = Sealed.open((net.spool(0) / "results" / path.name).read_bytes()).message
+    return found
+
+
+def job_with(net: Net, identity: Identity | None = None, **changes: Any) -> bytes:
+    message = unchecked(Job, **{**vars(job_of(net)[1]), **changes})
+    return seal(message, identity or net.coordinator.identity, payloads(net) if "files" not in changes else [])
+
+
+def given(net: Net, folder: Path) -> Path:
+    """Hands over copy 1 as it lies in a folder now."""
+    _, job = job_of(net)
+    files = [folder / file.name for file in job.files]
+    listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))

@@ -12,7 +12,7 @@ import psutil
 
 from mpunlearn.protocol.flower.programs import kill_orphans
 
-TRAINING = "--objective simnpo --epochs 1 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
+TRAINING = "--objective simnpo --epochs 8 --batch-size 4 --learning-rate 1e-3 --rounds 3 --copies 2 --kappa 0.02"
 TIMEOUT_SECONDS = 150.0
 
 

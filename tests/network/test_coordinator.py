@@ -16,6 +16,7 @@ from tests.network.federation import TRAINING, Net, begun, net_of, until, weight
 from mpunlearn import Training
 from mpunlearn.checkpoint import checkpoint_digest
 from mpunlearn.client.client import Client
+from mpunlearn.client.network.process import Process
 from mpunlearn.errors import NetworkError, PlanError
 from mpunlearn.server.federation import Federation
 from mpunlearn.server.network import publication, roster
@@ -53,6 +54,12 @@ def test_everybody_may_be_started_again_at_any_time(world, tmp_path: Path) -> No
     assert finals[0] == finals[1]
 
 
+def in_the_same_process(process: Process, method: str, seconds: float, *arguments: str) -> Any:
+    """`Process.call` without a process: whatever kills the client there kills all of it, as a kill of the parent does."""
+    service = process.__dict__.setdefault("service", process._service(process._say))
+    return getattr(service, method)(*arguments)
+
+
 class KilledError(BaseException):
     """Stands for kill -9: what comes after it in the program does not happen."""
 
@@ -79,6 +86,7 @@ def test_killed_at_every_point_at_which_something_becomes_durable(
 
         return call
 
+    monkeypatch.setattr(Process, "call", in_the_same_process)
     monkeypatch.setattr(Path, "rename", counted(rename))
     monkeypatch.setattr(Path, "unlink", counted(unlink))
     monkeypatch.setattr(os, "link", counted(link))

@@ -22,6 +22,8 @@ def test_the_documented_policy_is_one(tmp_path: Path) -> None:
     defaults = Policy(KEY)
     for name in ("max_copies", "max_rounds", "max_epochs", "max_megabytes"):
         assert getattr(policy, name) == getattr(defaults, name)
+    for name in ("plan", "plausibility", "process", "review", "model"):
+        assert getattr(policy, name) == getattr(defaults, name)
 
 
 @pytest.mark.parametrize(

@@ -11,37 +11,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.network.federation import Net
-from tests.network.forgery import Scene, edited, half, job_of, payloads, stranger, unchecked
+from tests.network.forgery import (
+    TRAINING,
+    Scene,
+    answer,
+    edited,
+    given,
+    half,
+    hand_over,
+    job_of,
+    job_with,
+    stranger,
+    unchecked,
+)
 
-from mpunlearn import Training
 from mpunlearn.client.network.auditing import UpdateAudit
+from mpunlearn.client.network.bounds import PlanBounds
 from mpunlearn.client.network.policy import AuditPolicy
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
-from mpunlearn.protocol.identity import Identity
-from mpunlearn.protocol.messages import File, Job, Result, Sealed, seal
-
-
-# The client's side.
-def hand_over(net: Net, data: bytes, name: str | None = None) -> Path:
-    """Puts a message into the spool, and lets the worker look."""
-    for old in (net.spool(0) / "jobs").iterdir():
-        old.unlink()
-    path = net.spool(0) / "jobs" / (name or hashlib.sha256(data).hexdigest())
-    path.write_bytes(data)
-    net.workers[0].step()
-    return path
-
-
-def answer(net: Net, path: Path) -> Result:
-    found: Result = Sealed.open((net.spool(0) / "results" / path.name).read_bytes()).message
-    return found
-
-
-def job_with(net: Net, identity: Identity | None = None, **changes: Any) -> bytes:
-    message = unchecked(Job, **{**vars(job_of(net)[1]), **changes})
-    return seal(message, identity or net.coordinator.identity, payloads(net) if "files" not in changes else [])
-
+from mpunlearn.protocol.messages import File, Job, Result, seal
 
 UNREADABLE: dict[str, tuple[Callable[[Net], bytes], str]] = {
     "a stranger's job": (lambda net: job_with(net, stranger()), "signed by"),
@@ -74,9 +63,6 @@ def test_the_client_does_not_look_at(case: str, scene: Scene, tmp_path: Path) ->
     assert not (net.spool(0) / "results" / path.name).exists()
     net.workers[0].step()
     assert sum(why in line for line in net.said) == 1  # said once
-
-
-TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3).to_json()
 
 
 AGAINST_POLICY: dict[str, tuple[dict[str, Any], str]] = {
@@ -212,14 +198,6 @@ def test_a_copy_whose_config_makes_no_sense_is_refused(scene: Scene, tmp_path: P
         assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
 
 
-def given(net: Net, folder: Path) -> Path:
-    """Hands over copy 1 as it lies in a folder now."""
-    _, job = job_of(net)
-    files = [folder / file.name for file in job.files]
-    listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    return hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))
-
-
 @pytest.mark.parametrize(
     "change", [{"_attn_implementation": "somebody/kernel"}, {"attn_implementation": {"": "somebody/kernel"}}]
 )
@@ -238,7 +216,7 @@ def test_a_copy_that_names_code_of_the_hub_is_not_loaded(change, scene: Scene, t
     assert any("requests external code" in line for line in net.said)
 
 
-def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> None:
+def test_a_copy_that_breaks_whoever_looks_at_it_is_refused(scene: Scene, tmp_path: Path) -> None:
     """The copy's tokenizer gives ids that its model does not have."""
     net = scene.net(tmp_path / "net")
     folder = net.folder / "server/exchange/round-1/copies/copy-1"
@@ -247,7 +225,7 @@ def test_a_training_that_breaks_is_a_refusal(scene: Scene, tmp_path: Path) -> No
     found = load_file(folder / "model.safetensors")
     cut = {key: value[:3] if value.shape[0] == config["vocab_size"] else value for key, value in found.items()}
     save_file({key: value.contiguous() for key, value in cut.items()}, folder / "model.safetensors")
-    assert answer(net, given(net, folder)).refusal == "training on the copy failed"
+    assert answer(net, given(net, folder)).refusal == "the copy cannot be examined"
     assert "Traceback" in (net.folder / "work-0" / "error.txt").read_text()
     assert not (net.folder / "work-0" / "updates" / "round-1-copy-1").exists()
 
@@ -269,6 +247,8 @@ def test_an_old_job_is_not_done_again(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_refusal_says_nothing_of_the_text(scene: Scene, tmp_path: Path) -> None:
     net = scene.net(tmp_path / "net")
+    net.policy = {"plan": PlanBounds(min_steps=1, max_skip_tokens=10_000)}
+    net.workers = [net.start_worker(0)]
     path = hand_over(net, job_with(net, training={**TRAINING, "skip_tokens": 10_000}))
     assert answer(net, path).refusal == "the plan cannot be followed with this client's text"
 

@@ -114,9 +114,17 @@ class Architecture:
                 f"{', '.join(sorted(FAMILIES))}; to add one, write its table in architecture/families.py"
             )
         try:
-            return cls(FAMILIES[model_type], checkpoint.config)
+            architecture = cls(FAMILIES[model_type], checkpoint.config)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
+        tensors = len(checkpoint.tensors)  # every layer and every expert has tensors of its own
+        if architecture.layers > tensors or architecture.experts * architecture.sparse_layers > tensors:
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: config.json describes {architecture.layers} layers"
+                f"{f' with {architecture.experts} experts' if architecture.experts else ''}, more than the {tensors} "
+                "tensors of the checkpoint; copy the checkpoint again"
+            )
+        return architecture
 
     def _size(self, *keys: str) -> int:
         """The first of these entries that the config has, which must be a positive integer."""
@@ -154,7 +162,7 @@ class Architecture:
             )
         return float(share)
 
-    def _which_layers_are_sparse(self) -> tuple[list[int], int]:
+    def _which_layers_are_sparse(self) -> tuple[frozenset[int], int]:
         """The layers that must not have experts, and the spacing of the layers that have them."""
         dense, step = self.config.get("mlp_only_layers", []), self.config.get("decoder_sparse_step", 1)
         if not isinstance(dense, list | tuple) or not isinstance(step, int) or step < 1:
@@ -162,7 +170,7 @@ class Architecture:
                 "config.json: expected mlp_only_layers to be a list of layers and decoder_sparse_step to be a positive "
                 f"integer, found {dense!r:.60} and {step!r:.60}"
             )
-        return list(dense), step
+        return frozenset(layer for layer in dense if isinstance(layer, int)), step
 
     @cached_property
     def _mixture(self) -> bool:
@@ -223,6 +231,11 @@ class Architecture:
     def sparse(self, layer: int) -> bool:
         """Whether a layer of an MoE model has experts rather than a single FFN. Qwen3-MoE can have both kinds."""
         return layer not in self._dense_layers and (layer + 1) % self._sparse_step == 0
+
+    @property
+    def sparse_layers(self) -> int:
+        """The number of layers with experts."""
+        return sum(map(self.sparse, range(self.layers))) if self.experts else 0
 
     def ffn(self, expert: bool) -> int:
         """Size of the FFN hidden axis, of one expert or of a layer without experts."""

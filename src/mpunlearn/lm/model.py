@@ -1,9 +1,10 @@
 """Loading checkpoints with transformers, and forward passes that compute only the logits that are needed.
 
-A checkpoint may come from the other party, so loading it must neither run third-party code nor open a connection.
-Remote code is disabled, implementations that transformers would download from the Hugging Face Hub are rejected, and a
-path that does not exist is an error, not a model name on the Hub. Any exception that transformers raises for an invalid
-checkpoint becomes an `UnloadableError`.
+A checkpoint may come from the other party, so loading it must neither run third-party code, nor open a connection, nor
+open files elsewhere. Remote code is disabled, only the entries of its JSON files that `allowed` lists reach transformers,
+implementations that transformers would download from the Hugging Face Hub are rejected, and a path that does not exist is
+an error, not a model name on the Hub. Any exception that transformers raises for an invalid checkpoint becomes an
+`UnloadableError`.
 
 This module imports transformers at the top, which takes seconds, so import it only where the work begins.
 
@@ -14,6 +15,7 @@ until it is sharded.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import transformers
 
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import UnloadableError
+from mpunlearn.lm.allowed import allowed_config, link_tokenizer
 from mpunlearn.lm.examples import IGNORED, Example, collate
 from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.processes import processes
@@ -44,13 +47,18 @@ def load_model(path: Path) -> Any:
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
     """
-    if (code := _remote_code(Checkpoint(path).config)) is not None:
+    config = Checkpoint(path).config
+    if (code := _remote_code(config)) is not None:
         raise UnloadableError(
             f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
         )
     with quiet(), _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            path,
+            config=allowed_config(config),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -62,8 +70,11 @@ def load_tokenizer(path: Path) -> Any:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load its tokenizer.
     """
     Checkpoint(path)  # raises if the path does not exist, which transformers would treat as a model name on the Hub
-    with quiet(), _as_unloadable(path, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    with quiet(), _as_unloadable(path, "tokenizer"), TemporaryDirectory() as folder:
+        link_tokenizer(path, Path(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.name_or_path = str(path)
+        return tokenizer
 
 
 def _remote_code(config: Mapping[str, Any]) -> str | None:

@@ -119,6 +119,8 @@ def join(
         return _until_the_end(worker, node, shared, invited)
     finally:
         node.stop()
+        if worker is not None:
+            worker.close()
 
 
 def work(
@@ -166,9 +168,12 @@ def work(
         data=data,
         resources=resources,
     )
-    while (outcome := worker.step()) is None:
-        time.sleep(POLL_SECONDS)
-    return outcome
+    try:
+        while (outcome := worker.step()) is None:
+            time.sleep(POLL_SECONDS)
+        return outcome
+    finally:
+        worker.close()
 
 
 def _until_the_end(worker: "Worker | None", node: "SuperNode", spool: Path, invited: "Invitation") -> str:

@@ -3,16 +3,21 @@
 A job is a request from another party. Before anything is downloaded, it is checked against a policy file that the data
 owner writes. The defaults let an honest server work, and keep a dishonest one from learning more by asking for more:
 they limit the number of rounds and copies, and allow no update of the embeddings and no access to files on this
-machine. A policy can also limit what the updates themselves would tell the server; they are then audited before they are
-sent (see `auditing`).
+machine. Tables of the file bound the training plan (`bounds`), say what model it has to be (`pins`), what a copy has to
+look like (`client.plausibility`), and what the process that handles it may use (`process`). A policy can also limit what
+the updates themselves would tell the server; they are then audited before they are sent (see `auditing`).
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 from mpunlearn.client.audit.report import NEEDS
+from mpunlearn.client.network.bounds import PlanBounds
+from mpunlearn.client.network.pins import ModelPolicy
+from mpunlearn.client.network.process import ProcessLimits
+from mpunlearn.client.plausibility.report import Limits
 from mpunlearn.errors import PlanError, SchemaError
 from mpunlearn.protocol.identity import HEX
 from mpunlearn.protocol.messages import Job
@@ -75,6 +80,16 @@ class Policy:
     """Maximum size of one copy, in MB."""
     stores: list[str] | None = None
     """Prefixes of URLs that files may be downloaded from and uploaded to (default: none; files travel in messages)."""
+    review: bool = False
+    """Whether a person has to review the first copy, so that [model] is filled in, before anything is trained."""
+    plan: PlanBounds = field(default_factory=PlanBounds)
+    """Bounds of the training plan."""
+    model: ModelPolicy | None = None
+    """What the model is (default: what the first copy was)."""
+    plausibility: Limits = field(default_factory=Limits)
+    """What a copy has to look like before the client trains on it."""
+    process: ProcessLimits = field(default_factory=ProcessLimits)
+    """Memory and time of the process that handles copies."""
     audit: AuditPolicy | None = None
     """What every update has to meet before it is sent (default: updates are not audited)."""
 
@@ -107,7 +122,7 @@ class Policy:
         Args:
             job: the job.
             begun_by_older: whether a version that always trained the token-local weights began the run. It goes on with
-                them.
+                them, and with its plan, whatever the bounds are.
         """
         reasons = [
             f"{name.replace('_', ' ')} is {limit}, asked for {asked:g}"
@@ -128,6 +143,8 @@ class Policy:
             reasons.append(f"objectives are {', '.join(self.objectives)}, asked for {training.objective}")
         if training.train not in (allowed := self.train or ["blocks"]):
             reasons.append(f"train is {', '.join(allowed)}, asked for {training.train}")
+        if not begun_by_older:
+            reasons += self.plan.violations(training)
         if training.token_local and not (self.token_local or begun_by_older):
             reasons.append("token local is false, asked for true (or by a server older than version 0.2)")
         for url in [*(file.url for file in job.files if file.url is not None), *job.slots]:

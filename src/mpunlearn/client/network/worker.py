@@ -3,7 +3,8 @@
 A job is the server's request to unlearn on one copy of its model. Flower runs code that the server sent: the courier,
 which passes messages between the network and the spool folder and needs nothing else. The worker, in contrast, is a
 program that the data owner installed. Only the worker opens the forget set, and it trusts nothing in the spool folder:
-it does a job only if the server signed it for this client and the data owner's policy allows it.
+it does a job only if the server signed it for this client and the data owner's policy allows it. It does not touch a copy
+itself, but leaves that to a process of its own (see `process` and `handling`), so that no job can end the worker.
 
     WORK/identity.key           the client's Ed25519 key
     WORK/run.json               the run that this client takes part in, with its plan
@@ -12,6 +13,8 @@ it does a job only if the server signed it for this client and the data owner's 
     WORK/updates/               finished updates, until the round after next begins
     WORK/audit/                 what the updates would tell the server, if the policy limits it (see `auditing`)
     WORK/copies.json            which copy was trained for which round and copy number
+    WORK/model.json             what the first copy was, if the policy does not say what the model is (see `pins`)
+    WORK/review/                a copy that a person has to review, if the policy says so
     WORK/error.txt              why a training or an audit failed
 
 A killed worker can be restarted with the same command. A finished update is not trained again, and a repeated job gets
@@ -21,35 +24,24 @@ one number would tell the server more than the plan allows.
 
 import hashlib
 import json
+import math
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mpunlearn.architecture import Architecture
-from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.client.client import Client
 from mpunlearn.client.network.auditing import UpdateAudit
+from mpunlearn.client.network.handling import Handling
 from mpunlearn.client.network.policy import Policy
+from mpunlearn.client.network.process import Process
 from mpunlearn.client.network.spool import Spool
+from mpunlearn.client.plausibility.examine import Texts
 from mpunlearn.client.resources import Resources
-from mpunlearn.errors import (
-    CheckpointError,
-    MessageError,
-    MPUError,
-    NetworkError,
-    PlanError,
-    UnloadableError,
-    UnsupportedModelError,
-    UpdateError,
-)
-from mpunlearn.files import new_directory, write_bytes
+from mpunlearn.errors import MessageError, MPUError, NetworkError, PlanError, RefusalError
+from mpunlearn.files import as_path, new_directory
+from mpunlearn.lm.records import Record, read_records
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say as say_line
 from mpunlearn.protocol.exchange import Card
@@ -126,7 +118,7 @@ class Worker:
 
     Raises:
         PlanError: a folder cannot be created, or the policy's audit needs texts that are not given.
-        DataError: texts for the audit cannot be read.
+        DataError: texts cannot be read.
     """
 
     def __init__(
@@ -145,11 +137,16 @@ class Worker:
         self._spool = Spool(spool, policy.server_key, say)
         self._folder, self._policy, self._say = folder, policy, say
         texts = {"forget": forget, "retain": retain, "decoys": decoys}
-        self._options: dict[str, Any] = {**texts, "data": data, "resources": resources}
-        self._client: Client | None = None
-        self._audit = None
+        given = {name: _records(source, data, name) for name, source in texts.items()}
+        self._unlearned = [*given["forget"], *given["decoys"]]
+        self._audit = audit = None
         if policy.audit is not None:
-            self._audit = UpdateAudit(folder / "audit", policy.audit, texts, data, say)
+            self._audit = audit = UpdateAudit(folder / "audit", policy.audit, texts, data, say)
+        examined = Texts(self._unlearned, given["retain"])
+        options: dict[str, Any] = {**texts, "data": data, "resources": resources}
+        self._process = Process(
+            lambda report: Handling(folder, policy, examined, options, audit, report), policy.process, say
+        )
         self._retry_at: dict[str, float] = {}
         self.connected = False
         """Whether a message from the server has arrived."""
@@ -199,15 +196,18 @@ class Worker:
             self._check(job)
             update = self._update(job, sealed, what)
             if self._audit is not None and (failed := self._audit.failures(update.name)):
-                raise _RefusalError(f"the update fails the client's audit: {', '.join(failed)}")
+                raise RefusalError(f"the update fails the client's audit: {', '.join(failed)}")
             sent, payloads = self._send(job, update)
-        except _RefusalError as refusal:
+        except RefusalError as refusal:
             self._say(f"{what}: refused: {refusal}")
             self._answer(sealed, Result(job.run, sealed.name, refusal=str(refusal)))
         except PlanError as error:  # the server must not learn anything about the text, so it gets no details
             self._say(f"{what}: refused: {error}")
             reason = "the plan cannot be followed with this client's text"
             self._answer(sealed, Result(job.run, sealed.name, refusal=reason))
+        except _WaitingError as error:
+            self._say(f"{what}: {error}")
+            self._retry_at[sealed.name] = math.inf
         except (NetworkError, MessageError) as error:
             # The files are missing or are not the ones that the server signed. They may arrive later.
             self._say(f"{what}: {error}")
@@ -220,20 +220,25 @@ class Worker:
         """Refuses a job for another client, one that the policy forbids, and one whose plan differs from the first job's.
 
         Raises:
-            _RefusalError: the job must not be done.
+            RefusalError: the job must not be done.
+            PlanError: the same, for a reason that the server must not learn.
         """
         if job.client != self.identity.public:
-            raise _RefusalError("the job is for another client")
+            raise RefusalError("the job is for another client")
         joined = self._joined()
         if violations := self._policy.violations(job, joined is not None and joined.begun_by_older):
-            raise _RefusalError("; ".join(violations))
-        requested = JoinedRun(job.run, job.rounds, job.copies, parse(Training, job.training))
+            raise RefusalError("; ".join(violations))
+        training = parse(Training, job.training)
+        reason = self._policy.plan.too_few_steps(training, len(self._unlearned))
+        if reason is not None and not (joined is not None and joined.begun_by_older):
+            raise PlanError(reason)
+        requested = JoinedRun(job.run, job.rounds, job.copies, training)
         if joined is None:
             write(self._folder / "run.json", requested)
         elif joined.run != job.run:
-            raise _RefusalError("this client takes part in another run; for this one it needs another --work")
+            raise RefusalError("this client takes part in another run; for this one it needs another --work")
         elif joined != requested:
-            raise _RefusalError("the plan differs from the first job's")
+            raise RefusalError("the plan differs from the first job's")
 
     def _send(self, job: Job, update: Path) -> tuple[list[Any], list[Path]]:
         """Uploads an update to the job's upload slots, if it has any.
@@ -244,7 +249,7 @@ class Worker:
         files = sorted(update.iterdir())
         size = sum(file.stat().st_size for file in files)
         if len(files) > len(job.slots) if job.slots else size > MAX_INLINE_BYTES:
-            raise _RefusalError(
+            raise RefusalError(
                 f"the update has {len(files)} files and {size / 1e6:.0f} MB, more than the job has room for; "
                 "use a store"
             )
@@ -256,7 +261,7 @@ class Worker:
         """The update that a job asks for, trained and audited now if that has not been done yet.
 
         Raises:
-            PlanError: another copy was trained under this number, or the plan cannot be followed.
+            RefusalError: another copy was trained under this number, or the copy or its training is refused.
             NetworkError: the copy cannot be downloaded.
         """
         updates = self._folder / "updates"
@@ -264,47 +269,22 @@ class Worker:
         newest = self._register(job, target.name)
         if target.exists() and (self._audit is None or self._audit.measured(target.name)):
             return target
-        client = self._client_for(job)
         old = [update for update in updates.glob("round-*") if int(update.name.split("-")[1]) < newest - 1]
         for path in [*old, *(self._folder / "copies").glob("*")]:
             shutil.rmtree(path, ignore_errors=True)
         copy = self._fetch(job, sealed, what)
+        limits, training = self._policy.process, json.dumps(job.training)
+        card = json.dumps(asdict(Card(job.run, job.round, job.copy, job.copies)))
+        self._process.call("examine", limits.examine_minutes * 60, str(copy), card, training)
         if not target.exists():
             self._say(f"{what}: unlearning")
-            with self._refusing("training on the copy failed"):
-                client.unlearn(copy, target)
+            self._process.call("train", limits.train_hours * 3600, str(copy), str(target), training)
         if self._audit is not None:
             self._say(f"{what}: auditing the update")
-            with self._refusing("the update cannot be audited"):
-                self._audit.measure(target.name, copy, target, client.training.max_length)
+            max_length = str(parse(Training, job.training).max_length)
+            self._process.call("audit", limits.train_hours * 3600, str(copy), str(target), max_length)
         shutil.rmtree(copy, ignore_errors=True)
         return target
-
-    @contextmanager
-    def _refusing(self, reason: str) -> Iterator[None]:
-        """Refuses a job whose copy or plan makes the block fail; with invalid ones, it can fail anywhere.
-
-        Args:
-            reason: what the server is told.
-
-        Raises:
-            MPUError: something is wrong on this side.
-        """
-        try:
-            yield
-        except UnloadableError as error:
-            self._say(str(error))
-            raise _RefusalError("transformers cannot load the copy") from error
-        except UpdateError as error:
-            self._say(str(error))
-            raise _RefusalError(reason) from error
-        except (MPUError, OSError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            self._client = None
-            write_bytes(self._folder / "error.txt", traceback.format_exc().encode(errors="replace"))
-            self._say(f"{reason}: {type(error).__name__}; see {self._folder / 'error.txt'}")
-            raise _RefusalError(reason) from error
 
     def _register(self, job: Job, name: str) -> int:
         """Records which copy is trained under a number; returns the newest round."""
@@ -312,37 +292,46 @@ class Worker:
         ledger = read(Ledger, file, _upgrade) if file.exists() else Ledger()
         newest = max((int(number.split("-")[1]) for number in ledger.copies), default=job.round)
         if job.round < newest - 1:
-            raise _RefusalError(f"round {job.round} is over: round {newest} has begun")
+            raise RefusalError(f"round {job.round} is over: round {newest} has begun")
         listed = json.dumps([(entry.name, entry.sha256) for entry in job.files])
         current = _Done(hashlib.sha256(listed.encode()).hexdigest())
         if ledger.copies.get(name, current) != current:
-            raise _RefusalError(f"round {job.round}, copy {job.copy} was another copy before; expected the same again")
+            raise RefusalError(f"round {job.round}, copy {job.copy} was another copy before; expected the same again")
         write(file, Ledger({**ledger.copies, name: current}))
         return newest
 
     def _fetch(self, job: Job, sealed: Sealed, what: str) -> Path:
-        """Downloads the copy, and checks that its family is supported and that its card matches the job."""
-        self._say(f"{what}: fetching")
-        copy = self._folder / "copies" / f"round-{job.round}-copy-{job.copy}"
-        payloads = sealed.payloads()
-        with new_directory(copy, mode=0o700) as folder:
-            for file in job.files:
-                receive(file, payloads.get(file.name), folder / file.name)
-        try:
-            checkpoint = Checkpoint(copy)
-            Architecture.of(checkpoint).tensor_roles(checkpoint)
-        except (CheckpointError, UnsupportedModelError) as error:
-            raise _RefusalError(f"the copy is not a checkpoint of a supported family: {error}") from error
-        if (card := Card.of(checkpoint.config)) != Card(job.run, job.round, job.copy, job.copies):
-            raise _RefusalError(f"the copy's card ({card}) does not match the job")
+        """Downloads the copy, which is not looked at yet.
+
+        Raises:
+            _WaitingError: a person has to review it first.
+        """
+        name = f"round-{job.round}-copy-{job.copy}"
+        unreviewed = self._policy.review and self._policy.model is None
+        copy = self._folder / ("review" if unreviewed else "copies") / name
+        if not copy.exists():
+            self._say(f"{what}: fetching")
+            payloads = sealed.payloads()
+            with new_directory(copy, mode=0o700) as folder:
+                for file in job.files:
+                    receive(file, payloads.get(file.name), folder / file.name)
+        if unreviewed:
+            raise _WaitingError(
+                f"the policy wants a review first: `mpunlearn client review {copy} --policy POLICY --accept` writes [model] "
+                "into the policy; then start this command again"
+            )
         return copy
 
-    def _client_for(self, job: Job) -> Client:
-        """The client that trains, created once for all jobs."""
-        if self._client is None:
-            training = parse(Training, job.training)
-            self._client = Client(memory=self._folder / "memory", training=training, **self._options)
-        return self._client
+    def close(self) -> None:
+        """Ends the process that handles copies."""
+        self._process.stop()
+
+
+def _records(source: str | Path | None, data: Data | None, name: str) -> list[Record]:
+    """The texts of a source; empty without one."""
+    if source is None:
+        return []
+    return read_records(as_path(source, f"--{name}"), data, "retain" if name == "retain" else "forget")
 
 
 def _order(sealed: Sealed) -> tuple[int, int, str]:
@@ -351,5 +340,5 @@ def _order(sealed: Sealed) -> tuple[int, int, str]:
     return (job.round, job.copy, sealed.name) if isinstance(job, Job) else (0, 0, sealed.name)
 
 
-class _RefusalError(PlanError):
-    """Why a job is refused, in words that are safe to send to the server: they reveal nothing about the forget set."""
+class _WaitingError(MPUError):
+    """A job waits for the user."""
