@@ -145,6 +145,8 @@ class Gateway:
         except (OSError, ssl.SSLError, EOFError):
             self._refused["broken off"] += 1
             self._origins.fail(origin)
+        except Exception as error:  # whatever one connection does must not reach the others, nor fill the log
+            self._refused[type(error).__name__] += 1
         finally:
             if writer is not None:
                 writer.transport.abort()
