@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast check benchmarks claim clean
+.PHONY: demo network-demo test test-fast fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -20,6 +20,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+# Ten minutes for each target; SECONDS=60 for less.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	$(BIN)/python -m tests.fuzz.fuzz --seconds $(or $(SECONDS),600)
 
 check: $(READY)
 	$(BIN)/ruff check .

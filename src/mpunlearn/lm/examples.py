@@ -60,7 +60,8 @@ def prompt_and_answer(
         The text before the answer, and the rest. Joined, they are what the model sees.
 
     Raises:
-        DataError: the chat template rejects the messages, for example because it does not support system messages.
+        DataError: the chat template rejects the messages, for example because it does not support system messages, or
+            it is broken.
     """
     if not tokenizer.chat_template:
         before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
@@ -71,11 +72,13 @@ def prompt_and_answer(
     try:
         whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **options)
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-    except TemplateError as error:
-        if type(error) is not TemplateError:  # the template itself is broken
-            raise
-        roles = ", ".join([*(message["role"] for message in messages), "assistant"])
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, which can fail in any way
         reason = printable(str(error)[:200])
+        if type(error) is not TemplateError:
+            raise DataError(f"the model's chat template is broken: {type(error).__name__}: {reason}") from error
+        roles = ", ".join([*(message["role"] for message in messages), "assistant"])
         raise DataError(f"the model's chat template rejects messages with the roles {roles}: {reason}") from error
     prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
     return prompt, whole[len(prompt) :]
@@ -87,7 +90,8 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
     Longer answers are truncated, and longer plain texts are split into several examples.
 
     Raises:
-        DataError: a question leaves no room for its answer, or the model's chat template rejects a chat.
+        DataError: a question leaves no room for its answer, the model's chat template rejects a chat, or its tokenizer
+            makes nothing of it.
     """
     examples: list[Example] = []
     for record in records:
@@ -109,6 +113,10 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
         ids = encoded["input_ids"][:max_length]
         ends = [end for _, end in encoded["offset_mapping"][:max_length]]
         labels = [token if end > len(prompt) else IGNORED for token, end in zip(ids, ends, strict=True)]
+        if not ids:
+            raise DataError(
+                f"{where}: the model's tokenizer and chat template leave nothing of it; check the tokenizer"
+            )
         labels[0] = IGNORED
         if all(label == IGNORED for label in labels):
             raise DataError(

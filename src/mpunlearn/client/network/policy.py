@@ -111,7 +111,7 @@ class Policy:
             return parse(cls, tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"--policy {path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"--policy {path}: cannot be read as TOML: {error}") from error
         except SchemaError as error:
             raise PlanError(f"--policy {path}: {error}") from error
