@@ -94,6 +94,16 @@ def test_families_that_transformers_holds_otherwise_are_updated_under_their_name
     assert moved == in_layers(new.tensors, parallel=model_type == "gpt_neox")
 
 
+def test_lora_factors_have_the_names_on_disk_too(save_tiny, tmp_path: Path, examples) -> None:
+    path = save_tiny(model_type="gpt_neox", num_key_value_heads=4)  # transformers calls its head lm_head
+    training = with_options(lora_rank=2, train="all")
+    with pytest.warns(DisclosureWarning):
+        out = unlearn(path, forget=examples[0], retain=examples[1], out=tmp_path / "u", training=training)
+    names = {name.rsplit(".lora_", 1)[0] for name in TensorDirectory(out, stem="update").tensors}
+    assert "embed_out.weight" in names
+    assert names <= set(Checkpoint(path).tensors)
+
+
 def in_layers(names, parallel: bool) -> set[str]:
     """The tensors of the transformer layers without their token-local weights."""
     first = r"layers\.0\.mlp\.\w+\.weight" if parallel else "nothing"

@@ -178,9 +178,10 @@ def _trained(model: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> Iter
         for name, parameter in model.named_parameters():
             if ".lora_" not in name:
                 continue
-            weight, factor = name.removeprefix("base_model.model.").split(".lora_")
+            module, factor = name.removeprefix("base_model.model.").split(".lora_")
+            (weight,) = on_disk(model.get_base_model(), {f"{module}.weight": torch.empty(0)})
             value = gather(parameter)
-            yield f"{weight}.weight.lora_{factor[0]}", value * scaling if factor[0] == "B" else value
+            yield f"{weight}.lora_{factor[0]}", value * scaling if factor[0] == "B" else value
         return
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: dict[str, list[str]] = {}
