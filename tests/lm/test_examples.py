@@ -1,9 +1,8 @@
 import pytest
-from jinja2 import TemplateSyntaxError
 
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
-from mpunlearn.errors import DataError
+from mpunlearn.errors import CheckpointError, DataError
 from mpunlearn.lm.examples import IGNORED, Example, collate, encode, encode_alternates, prompt_and_answer
 from mpunlearn.lm.records import Record
 

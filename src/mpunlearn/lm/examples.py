@@ -97,7 +97,7 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
     for record in records:
         where = record.where or "an example"
         if record.question is None:
-            ids = tokenizer(record.answer)["input_ids"]
+            ids = _tokenized(tokenizer, record.answer, where)["input_ids"]
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids = [*ids, tokenizer.eos_token_id]
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -107,8 +107,12 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
             prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer, record.history)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        encoded = tokenizer(
-            prompt + answer, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
+        encoded = _tokenized(
+            tokenizer,
+            prompt + answer,
+            where,
+            add_special_tokens=not tokenizer.chat_template,
+            return_offsets_mapping=True,
         )
         ids = encoded["input_ids"][:max_length]
         ends = [end for _, end in encoded["offset_mapping"][:max_length]]
@@ -125,6 +129,20 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
             )
         examples.append(Example(ids, labels))
     return examples
+
+
+def _tokenized(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
+    """What the tokenizer makes of a text.
+
+    Raises:
+        DataError: it fails.
+    """
+    try:
+        return tokenizer(text, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises plain exceptions, for example if a token is not in the vocabulary
+        raise DataError(f"{where}: the model's tokenizer fails on it: {printable(str(error)[:200])}") from error
 
 
 def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) -> list[list[Example]]:
