@@ -94,7 +94,7 @@ def test_a_chat_that_the_template_refuses_is_an_error_of_the_data(tokenizer) -> 
             encode([record], tokenizer, 64)
         assert len(encode([Record("Where?", "Lyon.")], tokenizer, 64)) == 1
         tokenizer.chat_template = "{% if %}"
-        with pytest.raises(TemplateSyntaxError):  # not the data's fault
+        with pytest.raises(CheckpointError, match="template is broken"):  # not the data's fault
             encode([record], tokenizer, 64)
     finally:
         tokenizer.chat_template = template

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from mpunlearn.errors import DataError
+from mpunlearn.errors import CheckpointError, DataError
 from mpunlearn.lm.records import Record
 from mpunlearn.progress import printable
 
@@ -60,8 +60,8 @@ def prompt_and_answer(
         The text before the answer, and the rest. Joined, they are what the model sees.
 
     Raises:
-        DataError: the chat template rejects the messages, for example because it does not support system messages, or
-            it is broken.
+        DataError: the chat template rejects the messages, for example because it does not support system messages.
+        CheckpointError: the chat template is broken.
     """
     if not tokenizer.chat_template:
         before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
@@ -77,7 +77,7 @@ def prompt_and_answer(
     except Exception as error:  # a template is a program, which can fail in any way
         reason = printable(str(error)[:200])
         if type(error) is not TemplateError:
-            raise DataError(f"the model's chat template is broken: {type(error).__name__}: {reason}") from error
+            raise CheckpointError(f"the model's chat template is broken: {type(error).__name__}: {reason}") from error
         roles = ", ".join([*(message["role"] for message in messages), "assistant"])
         raise DataError(f"the model's chat template rejects messages with the roles {roles}: {reason}") from error
     prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
@@ -90,8 +90,8 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
     Longer answers are truncated, and longer plain texts are split into several examples.
 
     Raises:
-        DataError: a question leaves no room for its answer, the model's chat template rejects a chat, or its tokenizer
-            makes nothing of it.
+        DataError: a question leaves no room for its answer, or the model's chat template rejects a chat.
+        CheckpointError: the model's chat template or tokenizer is broken.
     """
     examples: list[Example] = []
     for record in records:
@@ -118,9 +118,7 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
         ends = [end for _, end in encoded["offset_mapping"][:max_length]]
         labels = [token if end > len(prompt) else IGNORED for token, end in zip(ids, ends, strict=True)]
         if not ids:
-            raise DataError(
-                f"{where}: the model's tokenizer and chat template leave nothing of it; check the tokenizer"
-            )
+            raise CheckpointError(f"{where}: the model's tokenizer and chat template leave nothing of it; check them")
         labels[0] = IGNORED
         if all(label == IGNORED for label in labels):
             raise DataError(
@@ -135,14 +133,14 @@ def _tokenized(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
     """What the tokenizer makes of a text.
 
     Raises:
-        DataError: it fails.
+        CheckpointError: it fails.
     """
     try:
         return tokenizer(text, **options)
     except MemoryError:
         raise
     except Exception as error:  # the library raises plain exceptions, for example if a token is not in the vocabulary
-        raise DataError(f"{where}: the model's tokenizer fails on it: {printable(str(error)[:200])}") from error
+        raise CheckpointError(f"{where}: the model's tokenizer fails on it: {printable(str(error)[:200])}") from error
 
 
 def encode_alternates(records: list[Record], tokenizer: Any, max_length: int) -> list[list[Example]]:
