@@ -14,9 +14,9 @@ network-demo: $(READY)
 	@if test -z "$(OUT)" && test -d mpu-network-demo/server/final; then rm -rf mpu-network-demo; fi
 	$(BIN)/mpunlearn network-demo --out $(or $(OUT),mpu-network-demo) --seed $(or $(SEED),0)
 
-# Two at a time: many tests wait for other programs.
+# Three at a time, also on two cores: the tests of the network wait for other programs most of the time.
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
