@@ -67,10 +67,10 @@ def learned(audit: "Audit") -> str:
     from mpunlearn.audit.report import ONE
 
     best, one = audit.attacks[audit.strongest], audit.behaviors[ONE]
-    floor = "" if audit.floor is None else f" (announced: {audit.floor:.1%})"
+    floor = "" if audit.floor is None else f" (announced for attacks that average copies: {audit.floor:.1%})"
     return (
-        f"A client that pools all {audit.held} copies of the hardened run is left with a parameter error of {best.error:.1%}"
-        f"{floor} of the weights' norm, and {best.equal_bfloat16:.1%} of the weights equal the server's in bfloat16. Used as "
+        f"A client that pools all {audit.held} copies of the hardened run is left with a parameter error of {best.error:.1%} "
+        f"of the weights' norm{floor}, and {best.equal_bfloat16:.1%} of the weights equal the server's in bfloat16. Used as "
         f"a model, a copy gives the retain answers a probability of {one.probability:.3f}: the parameters are hidden, but "
         "not what the model can do."
     )
