@@ -4,7 +4,6 @@ A target may refuse its input with an `MPUError`. Anything else that it raises i
 excessive memory, which libFuzzer reports.
 """
 
-import base64
 import gzip
 import io
 import json
@@ -34,7 +33,8 @@ from mpunlearn.protocol.messages import Finished, Job, Result, Sealed, seal
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.plan import RunPlan
 
-FOLDER = Path(tempfile.mkdtemp(prefix="mpunlearn-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="mpunlearn-fuzz-")
+FOLDER = Path(_TEMPORARY.name)
 TOKENIZER = json.dumps(
     {
         "version": "1.0",
@@ -226,8 +226,3 @@ TARGETS = {
     "template": Target(_template, [b"{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"]),
 }
 """Name → target."""
-
-
-def encoded(data: bytes) -> str:
-    """An input as it is written in a test."""
-    return base64.b64encode(data).decode()

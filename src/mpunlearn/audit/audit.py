@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpunlearn.audit.floor import Floors, read_floors
-from mpunlearn.audit.report import LIMITS, Audit
+from mpunlearn.audit.report import LIMITS, PREDICTIONS, Audit
 from mpunlearn.errors import AuditError, FileError, PlanError
 from mpunlearn.files import as_path, write_json
 from mpunlearn.lm.sources import Data
@@ -95,6 +95,13 @@ def audit(
         raise PlanError("--public-text: what a repaired copy can do is measured on --text; give that, too")
     subject = _subject(run, model, copies, base)
 
+    missing = [limit for limit in requirements if (limit.name == "task-error" and subject.base is None)]
+    missing += [limit for limit in requirements if limit.name in PREDICTIONS and text is None]
+    if missing:
+        raise PlanError(
+            f"--require {','.join(map(str, missing))}: needs --base for task-error, and --text for predictions"
+        )
+
     from mpunlearn.audit.assess import Texts, assess
 
     texts = None
@@ -104,8 +111,6 @@ def audit(
     result = assess(subject, texts, floor)
     _write(target, result)
     values = result.values()
-    if unmeasured := [str(limit) for limit in requirements if limit.name not in values]:
-        raise PlanError(f"--require {','.join(unmeasured)}: needs --base for task-error, and --text for predictions")
     if failed := violated(requirements, values):
         found = ", ".join(f"{limit.name} is {values[limit.name]:.3g}" for limit in failed)
         raise AuditError(f"--require {','.join(map(str, failed))}: not met: {found}", result)

@@ -122,35 +122,15 @@ def extract(
     given = audit(
         [after], copy=[before], forget=forget, reference=reference, near=near, max_length=max_length, data=data
     )
-    return Extraction(
-        given.texts["forget"],
-        given,
-        _sampled(
-            before, after, forget, reference, data, (samples, prompt_tokens, max_new_tokens, max_length), guidance, seed
-        ),
-    )
 
-
-def _sampled(
-    before: Path,
-    after: Path,
-    forget: str | Path,
-    reference: str | Path,
-    data: Data | None,
-    sizes: tuple[int, int, int, int],
-    guidance: float,
-    seed: int,
-) -> dict[str, Sampled]:
-    """Samples with and without guidance, and looks for the forgotten texts."""
     from mpunlearn.audit.sampling import sample
     from mpunlearn.client.audit.membership import mean_nll
-    from mpunlearn.lm.examples import Example, encode
+    from mpunlearn.lm.examples import IGNORED, Example, encode
     from mpunlearn.lm.model import load, load_model
     from mpunlearn.lm.records import read_records
 
-    samples, prompt_tokens, max_new_tokens, max_length = sizes
     theta, tokenizer = load(before)
-    unlearned = load_model(after).eval()
+    other = load_model(after).eval()
     theta.eval()
     wanted = [record.answer for record in read_records(forget, data)]
     starts = [
@@ -163,13 +143,13 @@ def _sampled(
     prompts = [starts[number % len(starts)] for number in range(samples)]
     found = {}
     for name, strength in (("plain", 0.0), (f"guidance {guidance:g}", guidance)):
-        drawn = sample(theta, unlearned, prompts, max_new_tokens, strength, seed)
+        drawn = sample(theta, other, prompts, max_new_tokens, strength, seed)
         distinct = [list(tokens) for tokens in dict.fromkeys(map(tuple, drawn)) if len(tokens) > prompt_tokens]
-        examples = [Example(ids, [-100] * prompt_tokens + ids[prompt_tokens:]) for ids in distinct]
-        rise = mean_nll(unlearned, tokenizer, examples) - mean_nll(theta, tokenizer, examples)
+        examples = [Example(ids, [IGNORED] * prompt_tokens + ids[prompt_tokens:]) for ids in distinct]
+        rise = mean_nll(other, tokenizer, examples) - mean_nll(theta, tokenizer, examples)
         texts = tokenizer.batch_decode(distinct, skip_special_tokens=True)
         found[name] = searched([texts[index] for index in rise.argsort(descending=True).tolist()], wanted)
-    return found
+    return Extraction(given.texts["forget"], given, found)
 
 
 def searched(ranked: Sequence[str], wanted: Sequence[str]) -> Sampled:

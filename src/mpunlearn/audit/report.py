@@ -24,9 +24,10 @@ TOLERANCE = 0.05
 """How far below an announced floor an error may be, relative to the floor."""
 CONCLUSIVE = 0.5
 """From this error on, alignment may have failed, so that the error says nothing about better attacks."""
+PREDICTIONS = ("logit-error", "kl", "agreement", "probability")
+"""What `--require` can limit if there is text."""
 LIMITS = (
-    "parameter-error", "task-error", "equal-bfloat16", "equal-float32", "tensor-equal-bfloat16", "logit-error", "kl",
-    "agreement", "probability",
+    "parameter-error", "task-error", "equal-bfloat16", "equal-float32", "tensor-equal-bfloat16", *PREDICTIONS,
 )  # fmt: skip
 """What `--require` can limit."""
 

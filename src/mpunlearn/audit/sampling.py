@@ -11,6 +11,7 @@ Not covered: a search for good prompts. Samples begin like given texts, so a mod
 answers to those.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def sample(
                 outputs.append(output.logits[:, -1].cpu().double().log_softmax(dim=1))
             scores = outputs[0]
             if guidance:
-                least = scores.max(dim=1, keepdim=True).values + torch.tensor(PLAUSIBLE).log()
+                least = scores.max(dim=1, keepdim=True).values + math.log(PLAUSIBLE)
                 guided = (1 + guidance) * scores - guidance * outputs[1]
                 scores = guided.masked_fill(scores < least, -torch.inf)
             step = torch.multinomial(scores.softmax(dim=1), 1, generator=random)

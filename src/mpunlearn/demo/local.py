@@ -31,7 +31,7 @@ NOISE_FREE = {
     "copies": 1, "kappa": 0.0, "common_noise": 0.0, "reparameterization": "none", "rounds": 5, "epochs": 2,
 }  # fmt: skip
 KEPT = "hardened"
-"""The run whose files are kept."""
+"""The last run, whose files are kept and which is audited in full."""
 ARMS: dict[str, Mapping[str, Any]] = {
     "noise-free unlearning": NOISE_FREE,
     **{f"MPU, {name}": {"rounds": 5, "epochs": 2, **PRESETS[name]} for name in ("paper", "lean", KEPT)},

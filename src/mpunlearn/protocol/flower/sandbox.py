@@ -3,9 +3,10 @@
 The idea: Flower's programs and the gateway read what strangers and clients send, and run as the same user as the
 program that holds the secret. Two mechanisms of Linux, which need no privileges, keep them apart. With *Landlock*, a
 process gives up access to all files except those below some folders, for good and for all its children; it can then
-neither read nor trace nor signal the processes outside. And the kernel's table of connections (/proc/net/tcp) names the
-owner of each local connection, so a server on the loopback address can turn other users away. Flower authenticates
-neither the users of its control API nor those who read a task's token from a command line; this does.
+neither read nor trace the processes outside nor, from Linux 6.12 on, signal them. And the kernel's table of connections
+(/proc/net/tcp) names the owner of each local connection, so a server on the loopback address can turn other users away.
+Flower authenticates neither the users of its control API nor those who read a task's token from a command line; this
+does.
 
 Not covered: connections that a confined process makes, and processes of the same user that are not confined.
 """
