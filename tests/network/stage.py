@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,16 +56,23 @@ class Stage:
 
 
 def kill_flower(home: Path, program: str) -> None:
-    """kill -9 to Flower's programs of that name in one installation."""
+    """kill -9 to Flower's programs of that name in one installation, as soon as there are any."""
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while not (found := _flower(home, program)):
+        assert time.monotonic() < end, f"no {program} runs"
+        time.sleep(0.1)
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(found, 10)
+
+
+def _flower(home: Path, program: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error):
             if process.environ().get("FLWR_HOME") == str(home) and any(
                 program in Path(part).name for part in process.cmdline()[:6]
             ):
-                process.kill()
                 found.append(process)
-        except psutil.Error:
-            continue
-    assert found, f"no {program} runs"
-    psutil.wait_procs(found, 10)
+    return found
