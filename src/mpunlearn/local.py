@@ -34,6 +34,7 @@ from mpunlearn.server.perturbation import Perturbation
 
 if TYPE_CHECKING:
     from mpunlearn.client.client import Client
+    from mpunlearn.client.recording import Recording
     from mpunlearn.server.plan import RunPlan
     from mpunlearn.server.rounds import Rounds
 
@@ -105,6 +106,7 @@ def run(
         MPUError: As `preprocess`, `unlearn` and `postprocess` do.
     """
     from mpunlearn.client.client import Client
+    from mpunlearn.client.recording import Recording
     from mpunlearn.lm.processes import processes
     from mpunlearn.server.plan import RunPlan, check_models, resolved
     from mpunlearn.server.rounds import Rounds
@@ -144,9 +146,10 @@ def run(
     pin(out / "client" / "plan.json", parse(ClientPlan, client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)
+    recording = Recording(out / "client", client.text_digests, out / "client" / "plan.json")
     with locked(server):
         for number in progress(range(1, rounds + 1), "rounds"):
-            _round(number, work, out / "exchange", client, keep_exchange)
+            _round(number, work, out / "exchange", client, recording, keep_exchange)
     if not final.is_dir():
         raise StateError(
             f"{out}: the run is complete, but its final model was removed; start a new run with another --out"
@@ -154,7 +157,9 @@ def run(
     return final
 
 
-def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep_exchange: bool) -> None:
+def _round(
+    number: int, rounds: "Rounds", exchange: Path, client: "Client", recording: "Recording", keep_exchange: bool
+) -> None:
     """Does whatever is missing of one round, and removes files that are no longer needed."""
     folder = exchange / f"round-{number}"
     if not rounds.closed(number):
@@ -164,6 +169,7 @@ def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep
             copy = folder / "copies" / update.name
             if not update.exists():
                 client.unlearn(copy, update)
+            recording.updated(copy, update)
             if not keep_exchange:
                 shutil.rmtree(copy, ignore_errors=True)
         rounds.aggregate(number, updates)
