@@ -43,8 +43,8 @@ def file_digests(paths: Iterable[Path]) -> list[FileDigest]:
 
 
 def artifact_files(folder: Path) -> list[Path]:
-    """The files of an artifact's directory, without the event."""
-    return [path for path in folder.iterdir() if path.is_file() and path.name != EVENT_FILE]
+    """The files of an artifact's directory, without the event and without hidden files, such as a half-written event."""
+    return [path for path in folder.iterdir() if path.is_file() and path.name != EVENT_FILE and path.name[0] != "."]
 
 
 def artifact_digest(files: Iterable[FileDigest]) -> str:
