@@ -134,4 +134,4 @@ def _software() -> dict[str, str]:
 
     from mpunlearn.version import __version__
 
-    return {"mpunlearn": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {"mpunlearn": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}

@@ -33,6 +33,24 @@ SERVER_KINDS = ("published", "aggregated")
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://github.com/mpunlearn/mpunlearn/blob/main/docs/record.md#event-v1"
+CONTENT: dict[str, Any] = {
+    "round": int,
+    "copy": int,
+    "copies": int,
+    "commitments": dict[str, str],
+    "software": dict[str, str],
+    "plan": dict[str, Any],
+    "model": str,
+    "base": str,
+    "stand_in": str,
+    "materials": dict[str, list[FileDigest]],
+    "updates": list[dict[str, str | int]],
+    "record": str,
+    "result": str,
+    "target": str,
+    "note": str,
+}
+"""What the content of an event can have, and of which type."""
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
 _RUN = re.compile(r"[0-9a-f]{32}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -62,7 +80,7 @@ class Event:
     after: list[str] = field(default_factory=list)
     """Ids of the events of other parties that this one builds on."""
     content: dict[str, Any] = field(default_factory=dict)
-    """What else there is to say, depending on the kind: strings, integers, lists and objects."""
+    """What else there is to say, depending on the kind; see `CONTENT`. Strings and integers only."""
     files: list[FileDigest] = field(default_factory=list)
     """The files that the event produced or speaks of."""
 
@@ -79,6 +97,10 @@ class Event:
         ]
         if not all(valid):
             raise SchemaError(f"Event: not a valid event of kind {self.kind}")
+        for name, value in self.content.items():
+            if name not in CONTENT:
+                raise SchemaError(f"Event: unknown content {name!r:.40}")
+            typed(CONTENT[name], value, f"Event.content.{name}")
         if self.kind in SERVER_KINDS and self.signer != self.server:
             raise SchemaError(f"Event: {self.kind} must be signed by the server of the run")
 
@@ -144,7 +166,7 @@ class SignedEvent:
             opened = Envelope.from_dict(copy.deepcopy(envelope))
             if opened.payload_type != PAYLOAD_TYPE or opened.to_dict() != envelope:
                 raise RecordError("not a DSSE envelope around an in-toto statement, or not in canonical form")
-            event = _event(opened.payload)
+            event = parse_statement(opened.payload)
             if event.statement() != opened.payload or len(opened.signatures) != 1:
                 raise RecordError("the statement is not in canonical form, or has not exactly one signature")
             opened.verify([_key(event.signer)], 1)
@@ -175,7 +197,7 @@ def _key(public: str) -> "SSlibKey":
     return SSlibKey(fingerprint(public), "ed25519", "ed25519", {"public": public})
 
 
-def _event(payload: bytes) -> Event:
+def parse_statement(payload: bytes) -> Event:
     """Parses a statement.
 
     Raises:
