@@ -76,6 +76,7 @@ VERBS = {
     "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "report": Verb("report.report", BOTH, "write the report of a run as HTML pages"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
     "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),

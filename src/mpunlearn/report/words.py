@@ -1,0 +1,189 @@
+"""The sentences of a report: what was asked and done, what each side could learn, what is not proved, what metrics mean.
+
+Every sentence holds for the given plan; whether it is private to the server decides which page may say it. Nothing here
+reads a file or knows of HTML.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpunlearn.report.data import ClientSide, ModelAudit, PublicPlan, ServerSide
+
+LOW, HIGH, LIKE_RETRAINED = "low", "high", "as retrained"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a metric means."""
+
+    title: str
+    goal: str
+    """Where it should be after unlearning: `LOW`, `HIGH` or `LIKE_RETRAINED`."""
+
+
+_SETS = {
+    "forget": ("forget questions", LOW),
+    "retain": ("retain questions", HIGH),
+    "ra": ("questions on real authors", HIGH),
+    "wf": ("questions on world facts", HIGH),
+}
+_VALUES = {
+    "Q_A_Prob": "Probability of the right answer, {}",
+    "Q_A_Prob_normalised": "Probability of the right answer among all options, {}",
+    "Q_A_ROUGE": "Overlap of the generated with the right answer (ROUGE-L), {}",
+    "knowmem_ROUGE": "Overlap of answers about the text (ROUGE-L), {}",
+    "verbmem_ROUGE": "Overlap of a verbatim continuation (ROUGE-L), {}",
+}
+_MEMBERSHIP = {
+    "loss": "loss",
+    "zlib": "loss against compressed size",
+    "min_k": "least likely tokens",
+    "min_k_plus_plus": "least likely tokens, standardized",
+    "gradnorm": "gradient norm",
+    "reference": "loss against the retrained model",
+}
+MEANINGS: Mapping[str, Meaning] = {
+    **{
+        f"{prefix}_{name}": Meaning(text.format(what), goal)
+        for prefix, (what, goal) in _SETS.items()
+        for name, text in _VALUES.items()
+    },
+    **{
+        f"{prefix}_Truth_Ratio": Meaning(f"Truth ratio, {what}", LIKE_RETRAINED if prefix == "forget" else HIGH)
+        for prefix, (what, _) in _SETS.items()
+    },
+    "model_utility": Meaning("Model utility: what the model is still good for", HIGH),
+    "exact_memorization": Meaning("Exact memorization of forget answers", LIKE_RETRAINED),
+    "extraction_strength": Meaning("Extraction strength of forget answers", LIKE_RETRAINED),
+    "forget_quality": Meaning("Forget quality: p-value of “as retrained”", HIGH),
+    "privleak": Meaning("PrivLeak: distance of membership inference from the retrained model", LIKE_RETRAINED),
+    **{
+        f"mia_{name}": Meaning(f"Membership inference by {text} (AUC)", LIKE_RETRAINED)
+        for name, text in _MEMBERSHIP.items()
+    },
+}
+"""Metric, by OpenUnlearning's name → what it means."""
+PAIRS = (("forget_Q_A_Prob", "retain_Q_A_Prob"), ("forget_knowmem_ROUGE", "retain_knowmem_ROUGE"))
+"""The metrics of the forget and the retain set that are shown over rounds, whichever are there."""
+SEPARATIONS = {
+    "floor": "A given text was forgotten, from the models before and after alone",
+    "membership": "A given text was forgotten, from the updates (ridge regression on gradients)",
+    "cosine": "A given text was forgotten, from the updates (cosine with gradients)",
+}
+TOLD_FROM = {"reference": "other texts", "near": "texts on the same subjects", "decoys": "the decoys"}
+
+
+def count(number: int, what: str, plural: str = "") -> str:
+    """A number and a noun: 1 round, 2 rounds."""
+    return f"{number:,} {what if number == 1 else plural or what + 's'}"
+
+
+def asked() -> tuple[str, ...]:
+    """What was asked, for both pages."""
+    return (
+        "The owner of some texts (the client) asked the owner of a language model (the server) that the model forget these "
+        "texts, the forget set, and keep what else it knows.",
+        "Neither was to show the other what it holds: the parameters stay with the server, the texts with the client.",
+    )
+
+
+def done(plan: PublicPlan, finished: bool, network: bool) -> tuple[str, ...]:
+    """What was done, for both pages."""
+    training = plan.training
+    what = "a changed copy" if plan.copies == 1 else f"{plan.copies} changed copies"
+    each = "that copy" if plan.copies == 1 else "each of them"
+    where = "between two machines or programs over a network" if network else "with both parties in one program"
+    sentences = [
+        f"The texts were unlearned in {count(plan.rounds, 'round')}, {where}. In each round the server published {what} of its "
+        f"model; the client unlearned its texts on {each} with the objective {training.objective.upper()} "
+        f"({count(training.epochs, 'pass', 'passes')} over the texts) and returned the update"
+        f"{'' if plan.copies == 1 else 's'}; the server undid its changes and added "
+        f"{'the update' if plan.copies == 1 else 'the average of the updates'} to its model."
+    ]
+    if not finished:
+        sentences.append("The run is not finished: there is no final model yet.")
+    return tuple(sentences)
+
+
+def client_learns(side: ServerSide) -> tuple[str, ...]:
+    """What the client could learn, for the server's page."""
+    sentences = []
+    if side.perturbation.common or side.stand_in:
+        source = "a stand-in for the model" if side.stand_in else "the model plus secret noise that all copies share"
+        sentences.append(f"The copies were made of {source}, which no average of copies removes.")
+    elif side.plan.copies == 1:
+        sentences.append("The copy carried noise of its own and none that lasts: averaging over rounds weakens it.")
+    else:
+        sentences.append(
+            "The copies shared no common noise: whoever holds all copies of a round can compute the parameters almost exactly."
+        )
+    if side.audit is not None:
+        sentences.append(_audited(side.audit))
+    sentences.append("A copy is a working model. It hides the parameters, and not what the model can do.")
+    return tuple(sentences)
+
+
+def _audited(audit: ModelAudit) -> str:
+    error = min(score.error for score in audit.attacks.values())
+    return (
+        f"The best of {count(len(audit.attacks), 'attack')} on {count(audit.copies, 'copy', 'copies')} left an error of {error:.1%} "
+        "of the weights’ norm."
+    )
+
+
+def server_learns() -> tuple[str, ...]:
+    """What the server could learn, for both pages; the client's page adds numbers."""
+    return (
+        "The server saw each update, and never the texts.",
+        "Whoever has the model before and after unlearning can test whether a given text was forgotten. No protocol prevents "
+        "that. The updates can tell more, such as which words occur in the texts.",
+    )
+
+
+def parameters_hidden() -> tuple[str, ...]:
+    """What the client could learn, for the client's page: nothing that only the server knows."""
+    return (
+        "The client held working copies of the model. They show what the model can do, and its parameters only as far as the "
+        "server's noise allows; the server's page has these numbers.",
+    )
+
+
+def not_proved(measured: bool, retrained: bool) -> tuple[str, ...]:
+    """What is not proved, for both pages."""
+    sentences = []
+    if measured:
+        sentences.append(
+            "Forgetting was measured on the questions of an evaluation. It does not show that no other question, or further "
+            "training, brings a text back."
+        )
+    else:
+        sentences.append("Nobody has measured yet whether the texts were forgotten: there is no evaluation of this run.")
+    if retrained:
+        sentences.append(
+            "The yardstick is a model retrained without the texts. Equal numbers do not make two models the same."
+        )
+    sentences.append("Attacks show what they found. A better attack may find more.")
+    return tuple(sentences)
+
+
+def goal(name: str) -> str:
+    """Where a metric should be; empty for an unknown metric."""
+    return MEANINGS[name].goal if name in MEANINGS else ""
+
+
+def learned_from(side: ClientSide) -> tuple[str, ...]:
+    """The strongest result of the client's audit in a sentence; none without an audit."""
+    if side.audit is None:
+        return ()
+    scores = {
+        name: max((separation.auc for separation in groups.values()), default=0.5)
+        for name, groups in side.audit.separations.items()
+    }
+    if not scores:
+        return ()
+    floor = f" (the models alone give {scores['floor']:.2f})" if "floor" in scores else ""
+    best = max((auc for name, auc in scores.items() if name != "floor"), default=scores.get("floor", 0.5))
+    return (
+        f"Attacks by the client on its own updates told the forgotten texts from others with an AUC of {best:.2f}{floor}; 0.5 "
+        "is chance and 1 certainty.",
+    )
