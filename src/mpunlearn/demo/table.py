@@ -73,9 +73,7 @@ def metrics_of(
     return {name: value for name, value in found.items() if name != "model_utility"}
 
 
-def line_of(
-    name: str, metrics: Mapping[str, float], left: float | None = None, seconds: float | None = None
-) -> Line:
+def line_of(name: str, metrics: Mapping[str, float], left: float | None = None, seconds: float | None = None) -> Line:
     """A line of the table from the metrics of a model."""
     forget, retain = (
         Answers(metrics[f"{split}_Q_A_Prob"], metrics[f"{split}_Q_A_ROUGE"]) for split in ("forget", "retain")

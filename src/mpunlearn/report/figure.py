@@ -1,9 +1,9 @@
 """Line figures as inline SVG.
 
-Written by hand rather than by a plotting library: plotly weighs 4.5 MB inline and Vega-Lite about 0.8 MB, and neither follows
-the page's theme or prints it crisply without help. These figures have a few lines with a few points each, and need a few
-kilobytes. Colors are CSS classes, so that light, dark and print are one file; lines also differ in dashes and markers, and carry
-their labels themselves.
+Written by hand rather than by a plotting library: plotly weighs 4.5 MB inline and Vega-Lite about 0.8 MB, and neither
+follows the page's theme or prints it crisply without help. These figures have a few lines with a few points each, and need
+a few kilobytes. Colors are CSS classes, so that one file serves light, dark and print. Lines also differ in dashes and
+markers, and carry their labels themselves.
 
 Not covered: logarithmic scales, and more lines than there are styles.
 """
@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from mpunlearn.report.parts import Figure, Line
 
-WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 42, 134, 16, 40
-LABEL_GAP = 16.0
+WIDTH, HEIGHT = 380, 250
+LEFT, RIGHT, TOP, BOTTOM = 36, 118, 12, 40
+LABEL_GAP = 15.0
 """Minimum distance between two labels, in pixels of the drawing."""
 STYLES = 5
 """Number of styles of lines in the style sheet."""
@@ -46,8 +46,7 @@ def svg(figure: Figure, name: str) -> Markup:
         name: prefix of the ids of its title and description, unique in the page.
     """
     points = [point for line in figure.lines for point in line.points]
-    values = [y for _, y in points] + ([figure.reference[1]] if figure.reference else [])
-    low, high, step = domain(values)
+    low, high, step = domain(_values(figure))
     x = _Scale(0, max((x for x, _ in points), default=1) or 1, LEFT, WIDTH - RIGHT)
     y = _Scale(low, high, HEIGHT - BOTTOM, TOP)
     parts = [
@@ -72,6 +71,15 @@ def svg(figure: Figure, name: str) -> Markup:
         parts += _line(line, x, y)
         ends.append((y(line.points[-1][1]), line.label, f"line-{line.style % STYLES}"))
     return Markup("").join([*parts, *_labels(ends), Markup("</svg>")])
+
+
+def start(figure: Figure) -> float:
+    """Where the vertical axis of a figure begins."""
+    return domain(_values(figure))[0]
+
+
+def _values(figure: Figure) -> list[float]:
+    return [y for line in figure.lines for _, y in line.points] + ([figure.reference[1]] if figure.reference else [])
 
 
 def domain(values: Sequence[float]) -> tuple[float, float, float]:
@@ -144,7 +152,7 @@ def _labels(ends: Sequence[tuple[float, str, str]]) -> list[Markup]:
     parts = []
     places = spread([place for place, _, _ in ends], TOP + 4, HEIGHT - BOTTOM)
     for (place, label, style), moved in zip(ends, places, strict=True):
-        first, last = WIDTH - RIGHT + 6, WIDTH - RIGHT + 20
+        first, last = WIDTH - RIGHT + 6, WIDTH - RIGHT + 18
         parts.append(Markup('<polyline class="leader {}" points="{},{} {},{}"/>').format(
             style, first, place, last, moved
         ))  # fmt: skip

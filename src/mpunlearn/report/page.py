@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from mpunlearn import __version__
-from mpunlearn.report.figure import svg
+from mpunlearn.report.figure import start, svg
 from mpunlearn.report.parts import Page
 
 GENERATOR = "mpunlearn report"
@@ -48,6 +48,7 @@ def render(page: Page, date: str) -> str:
         style=Markup(style),
         script=Markup(script),
         svg=svg,
+        start=start,
     )
 
 

@@ -1,5 +1,6 @@
 """What a page consists of. The template knows these parts, and nothing of runs, metrics or audits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -29,7 +30,7 @@ class Table:
 
     caption: str
     columns: tuple[Column, ...]
-    rows: list[tuple[Cell, ...]]
+    rows: Sequence[tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Section:
     text: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
-    hidden_tables: tuple[Table, ...] = ()
+    folded: tuple[Table, ...] = ()
     """Tables that are folded away on a screen; on paper they are shown."""
     quotes: tuple[Quote, ...] = ()
     events: tuple[Event, ...] = ()

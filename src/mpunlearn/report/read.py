@@ -76,6 +76,16 @@ def read_run(run: Path, sources: Sources) -> tuple[ServerSide | None, ClientSide
             f"{run}: contains no run, neither a server's plan.json nor a client's run.json; give the directory of a run, or "
             "the --work of a client"
         )
+    for option, value, side in (
+        ("--audit", sources.audit, server),
+        ("--client-audit", sources.client_audit, client),
+        ("--answers", sources.answers, client),
+    ):
+        if value is not None and side is None:
+            party = "the server's" if option == "--audit" else "the client's"
+            raise PlanError(
+                f"{option} {value}: is for {party} page, but {run} has no files of that party; leave it out"
+            )
     evaluations = _evaluations(run, sources.evaluations)
     one = None if server is None else _server(run, server, evaluations, sources.audit)
     return one, None if client is None else _client(client, one, evaluations, sources)
@@ -129,10 +139,10 @@ def _evaluations(run: Path, named: Sequence[str | Path]) -> list[Evaluation]:
     """The evaluations in RUN/evaluations, and those that the user named, which replace others of the same name."""
     files = {path.stem: path for path in sorted((run / "evaluations").glob("*.json"))}
     for text in map(str, named):
-        label, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
-        if "=" in text and not label and path != text:
+        label, separator, file = text.partition("=") if not Path(text).exists() else ("", "", "")
+        if separator and not label:
             raise PlanError(f"--evaluation {text}: expected FILE or LABEL=FILE, found no label before the =")
-        files[label or THIS_RUN] = Path(path)
+        files[label if separator else THIS_RUN] = Path(file if separator else text)
     found: list[Evaluation] = []
     retrained: list[Evaluation] = []
     for name, path in files.items():
@@ -168,7 +178,9 @@ def _model_audit(path: Path, required: bool) -> ModelAudit | None:
     parts = {name: _each(AttackScore, value.get(name, {}), path) for name in ("attacks", "baselines")}
     if not parts["attacks"]:
         raise SchemaError(f"{path}: expected at least one attack, found none")
-    return _picked(ModelAudit, {**value, **parts, "behaviors": _each(BehaviorScore, value.get("behaviors"), path)}, path)
+    return _picked(
+        ModelAudit, {**value, **parts, "behaviors": _each(BehaviorScore, value.get("behaviors"), path)}, path
+    )
 
 
 def _text_audit(path: Path, required: bool) -> TextAudit | None:
@@ -176,7 +188,9 @@ def _text_audit(path: Path, required: bool) -> TextAudit | None:
         return None
     value = read_json(path)
     if "separations" not in value:
-        raise SchemaError(f"{path}: expected an audit, as `mpunlearn client audit --json` prints it; it has no separations")
+        raise SchemaError(
+            f"{path}: expected an audit, as `mpunlearn client audit --json` prints it; it has no separations"
+        )
     separations = {
         score: _each(Separation, groups, path) for score, groups in _mapping(value["separations"], path).items()
     }

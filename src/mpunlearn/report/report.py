@@ -92,7 +92,7 @@ def report(
         path = target / f"report-{party}.html"
         if page is None:
             continue
-        if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:4000]:
+        if path.exists() and not (path.is_file() and GENERATOR.encode() in path.read_bytes()[:4000]):
             raise FileError(f"{path}: exists and is not a report; name another --out, or remove this file")
         pages[party] = path, render(page, date)
     for path, content in pages.values():

@@ -125,10 +125,8 @@ def client_learns(side: ServerSide) -> tuple[str, ...]:
 
 def _audited(audit: ModelAudit) -> str:
     error = min(score.error for score in audit.attacks.values())
-    return (
-        f"The best of {count(len(audit.attacks), 'attack')} on {count(audit.copies, 'copy', 'copies')} left an error of {error:.1%} "
-        "of the weights’ norm."
-    )
+    attacks, copies = count(len(audit.attacks), "attack"), count(audit.copies, "copy", "copies")
+    return f"The best of {attacks} on {copies} left an error of {error:.1%} of the weights’ norm."
 
 
 def server_learns() -> tuple[str, ...]:
@@ -143,8 +141,8 @@ def server_learns() -> tuple[str, ...]:
 def parameters_hidden() -> tuple[str, ...]:
     """What the client could learn, for the client's page: nothing that only the server knows."""
     return (
-        "The client held working copies of the model. They show what the model can do, and its parameters only as far as the "
-        "server's noise allows; the server's page has these numbers.",
+        "The client held working copies of the model, which show what the model can do. How well they hide its parameters is "
+        "for the server to measure.",
     )
 
 
@@ -157,7 +155,9 @@ def not_proved(measured: bool, retrained: bool) -> tuple[str, ...]:
             "training, brings a text back."
         )
     else:
-        sentences.append("Nobody has measured yet whether the texts were forgotten: there is no evaluation of this run.")
+        sentences.append(
+            "Nobody has measured yet whether the texts were forgotten: there is no evaluation of this run."
+        )
     if retrained:
         sentences.append(
             "The yardstick is a model retrained without the texts. Equal numbers do not make two models the same."
