@@ -13,8 +13,10 @@ def model_audit(audit: ModelAudit) -> Section:
     equal = max(score.equal_bfloat16 for score in audit.attacks.values())
     exposed = max(audit.attacks.values(), key=lambda score: score.exposed_bfloat16)
     floor = "none announced" if audit.floor is None else f"at least {audit.floor:.3f} for attacks that average copies"
-    if audit.holds is not None:
+    if audit.holds is not None and audit.floor is not None:
         floor += ": holds" if audit.holds else ": does not hold"
+        if audit.holds and audit.attacks[best].error < audit.floor:
+            floor += "; the best attack knows more than copies"
     rows = [
         (
             Cell("Error of the parameters, relative to their norm", note=f"best attack: {best}"),
@@ -72,7 +74,7 @@ def text_audit(audit: TextAudit) -> Section:
             title = words.SEPARATIONS.get(score, score)
             told = words.TOLD_FROM.get(group, group)
             bound = "1.00: cannot be prevented" if score == "floor" else "0.50 is chance, 1.00 certainty"
-            note = f"told from {told}; {found.tpr:.0%} found at 1 % false alarms"
+            note = f"told from {told}; {found.tpr:.0%} found at 1% false alarms"
             rows.append((Cell(title, note=note), Cell(f"{found.auc:.3f}", found.auc), Cell(bound)))
     if audit.tokens:
         label = max(audit.tokens, key=lambda name: audit.tokens[name].auc)

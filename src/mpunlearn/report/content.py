@@ -165,7 +165,7 @@ def _audit_card(audit: ModelAudit) -> Card:
     return Card(
         "Parameters hidden",
         f"{error:.1%}",
-        "Error left to a client that pools its copies. 0 % is the model.",
+        "Error left to a client that pools its copies. 0% is the model.",
         tuple(marks),
     )
 

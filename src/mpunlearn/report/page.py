@@ -7,13 +7,13 @@ send anything.
 
 import base64
 import hashlib
+import importlib.metadata
 from functools import cache
 from importlib import resources
 
 import jinja2
 from markupsafe import Markup
 
-from mpunlearn import __version__
 from mpunlearn.report.figure import start, svg
 from mpunlearn.report.parts import Page
 
@@ -42,7 +42,7 @@ def render(page: Page, date: str) -> str:
     return _template().render(
         page=page,
         date=date,
-        version=__version__,
+        version=importlib.metadata.version("mpunlearn"),
         generator=GENERATOR,
         policy=policy,
         style=Markup(style),

@@ -112,13 +112,13 @@ def metrics(evaluations: Sequence[Evaluation]) -> Section | None:
     rows = []
     for name in names:
         meaning = words.MEANINGS.get(name)
-        first = Cell(name) if meaning is None else Cell(meaning.title, note=name)
-        rows.append((first, Cell(words.goal(name)), *(_number(item.metrics.get(name)) for item in models.values())))
-    columns = (Column("metric"), Column("goal"), *(Column(label, True) for label in models))
-    text = ["Goal says where a value should be after unlearning: low, high, or as that of the retrained model."]
+        first = Cell(name) if meaning is None else Cell(meaning.title, note=f"{name} · {meaning.goal}")
+        rows.append((first, *(_number(item.metrics.get(name)) for item in models.values())))
+    columns = (Column("metric"), *(Column(label, True) for label in models))
+    text = "Every metric says where it should be after unlearning."
     if RETRAINED in models:
-        text.append("The retrained model never saw the texts.")
-    return Section("metrics", "All metrics", (" ".join(text),), tables=(Table("Metrics by model", columns, rows),))
+        text += " The retrained model never saw the texts to forget: it is what unlearning should come close to."
+    return Section("metrics", "All metrics", (text,), tables=(Table("Metrics by model", columns, rows),))
 
 
 def trained(losses: Sequence[Losses]) -> Section | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mpunlearn.report.data import ClientSide, ModelAudit, PublicPlan, ServerSide
 
-LOW, HIGH, LIKE_RETRAINED = "low", "high", "as retrained"
+LOW, HIGH, LIKE_RETRAINED = "should be low", "should be high", "should be as retrained"
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Meaning:
 
 
 _SETS = {
-    "forget": ("forget questions", LOW),
-    "retain": ("retain questions", HIGH),
-    "ra": ("questions on real authors", HIGH),
-    "wf": ("questions on world facts", HIGH),
+    "forget": ("Forget", LOW),
+    "retain": ("Retain", HIGH),
+    "ra": ("Real authors", HIGH),
+    "wf": ("World facts", HIGH),
 }
 _VALUES = {
-    "Q_A_Prob": "Probability of the right answer, {}",
-    "Q_A_Prob_normalised": "Probability of the right answer among all options, {}",
-    "Q_A_ROUGE": "Overlap of the generated with the right answer (ROUGE-L), {}",
-    "knowmem_ROUGE": "Overlap of answers about the text (ROUGE-L), {}",
-    "verbmem_ROUGE": "Overlap of a verbatim continuation (ROUGE-L), {}",
+    "Q_A_Prob": "probability of the right answer",
+    "Q_A_Prob_normalised": "probability of the right answer among the options",
+    "Q_A_ROUGE": "overlap of the generated answer (ROUGE-L)",
+    "knowmem_ROUGE": "overlap of answers about the text (ROUGE-L)",
+    "verbmem_ROUGE": "overlap of a verbatim continuation (ROUGE-L)",
 }
 _MEMBERSHIP = {
     "loss": "loss",
@@ -44,19 +44,19 @@ _MEMBERSHIP = {
 }
 MEANINGS: Mapping[str, Meaning] = {
     **{
-        f"{prefix}_{name}": Meaning(text.format(what), goal)
+        f"{prefix}_{name}": Meaning(f"{what}: {text}", goal)
         for prefix, (what, goal) in _SETS.items()
         for name, text in _VALUES.items()
     },
     **{
-        f"{prefix}_Truth_Ratio": Meaning(f"Truth ratio, {what}", LIKE_RETRAINED if prefix == "forget" else HIGH)
+        f"{prefix}_Truth_Ratio": Meaning(f"{what}: truth ratio", LIKE_RETRAINED if prefix == "forget" else HIGH)
         for prefix, (what, _) in _SETS.items()
     },
-    "model_utility": Meaning("Model utility: what the model is still good for", HIGH),
-    "exact_memorization": Meaning("Exact memorization of forget answers", LIKE_RETRAINED),
-    "extraction_strength": Meaning("Extraction strength of forget answers", LIKE_RETRAINED),
+    "model_utility": Meaning("Model utility over all sets but forget", HIGH),
+    "exact_memorization": Meaning("Forget: exact memorization", LIKE_RETRAINED),
+    "extraction_strength": Meaning("Forget: extraction strength", LIKE_RETRAINED),
     "forget_quality": Meaning("Forget quality: p-value of “as retrained”", HIGH),
-    "privleak": Meaning("PrivLeak: distance of membership inference from the retrained model", LIKE_RETRAINED),
+    "privleak": Meaning("PrivLeak: membership inference against retrained, in %", LIKE_RETRAINED),
     **{
         f"mia_{name}": Meaning(f"Membership inference by {text} (AUC)", LIKE_RETRAINED)
         for name, text in _MEMBERSHIP.items()
@@ -164,11 +164,6 @@ def not_proved(measured: bool, retrained: bool) -> tuple[str, ...]:
         )
     sentences.append("Attacks show what they found. A better attack may find more.")
     return tuple(sentences)
-
-
-def goal(name: str) -> str:
-    """Where a metric should be; empty for an unknown metric."""
-    return MEANINGS[name].goal if name in MEANINGS else ""
 
 
 def learned_from(side: ClientSide) -> tuple[str, ...]:
