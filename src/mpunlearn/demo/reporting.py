@@ -41,19 +41,21 @@ def write_rounds(run: Path, label: str, world: TrainedWorld, models: Sequence[Pa
 
 def write_answers(client: Path, world: TrainedWorld, after: Path) -> None:
     """Writes a few questions of the forget and the retain set with the models' answers as CLIENT/answers.json."""
-    chosen = [
-        (name, questions, (index * (len(questions) + SAMPLES[name] - 1)) // SAMPLES[name])
-        for name, questions in sets_of(world).items()
-        for index in range(SAMPLES[name])
-    ]
+    sets = sets_of(world)
+    chosen = [(name, place) for name, number in SAMPLES.items() for place in _spread(len(sets[name]), number)]
     answers: list[dict[str, Any]] = [
-        {"set": name, "question": questions.questions[place], "expected": questions.answers[place]}
-        for name, questions, place in chosen
+        {"set": name, "question": sets[name].questions[place], "expected": sets[name].answers[place]}
+        for name, place in chosen
     ]
     for key, checkpoint in (("before", world.original), ("after", after), ("retrained", world.retrained)):
         model, tokenizer = load(checkpoint)
-        encoded = {name: questions.encoded(tokenizer).answers for name, questions in sets_of(world).items()}
-        prompts = [prompt_of(encoded[name][place]) for name, _, place in chosen]
+        encoded = {name: questions.encoded(tokenizer).answers for name, questions in sets.items()}
+        prompts = [prompt_of(encoded[name][place]) for name, place in chosen]
         for answer, text in zip(answers, generate(model, tokenizer, prompts, MAX_NEW_TOKENS), strict=True):
             answer[key] = text.strip()
     write_json(client / "answers.json", {"answers": answers, "format": 1}, 0o600)
+
+
+def _spread(length: int, number: int) -> list[int]:
+    """Up to `number` places in a list, far apart and not at a fixed distance, as the same questions recur."""
+    return sorted({min(length - 1, index * length // number + index) for index in range(number)})
