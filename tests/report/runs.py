@@ -98,8 +98,8 @@ def full(run: Path) -> Path:
     """The same with everything that a report can show."""
     bare(run)
     put(run / "evaluations" / "original.json", evaluation(0.99, 0.99))
-    put(run / "evaluations" / "this run.json", evaluation(0.03, 0.95, forget_quality=None))
-    for label, values in {"this run": (0.5, 0.03), "noise-free": (0.45, 0.02), "single copy": (0.6, 0.1)}.items():
+    put(run / "evaluations" / "run.json", evaluation(0.03, 0.95, forget_quality=None))
+    for label, values in {"run": (0.5, 0.03), "noise-free": (0.45, 0.02), "single copy": (0.6, 0.1)}.items():
         for number, value in enumerate(values, start=1):
             put(run / "evaluations" / f"{label}@{number}.json", {"metrics": evaluation(value, 0.95)["metrics"]})
     put(run / "server" / "audit.json", AUDIT)

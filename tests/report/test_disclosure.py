@@ -46,7 +46,7 @@ def test_the_servers_page_has_no_text_of_the_client(save_tiny, examples, tmp_pat
     out = tmp_path / "run"
     final = run(model, forget=forget, retain=retain, out=out, rounds=2, training=training, keep_models=True)
     assert (out / "server" / "round-1").is_dir()
-    write_metrics(out, "this run", metrics_of(final, sets_of(world), 8))
+    write_metrics(out, "run", metrics_of(final, sets_of(world), 8))
     write_answers(out / "client", world, final)
     assert (out / "client" / "answers.json").stat().st_mode & 0o077 == 0
     pages = {party: shown(Path(path)) for party, path in report(out).pages.items()}

@@ -81,14 +81,14 @@ def test_evaluations_are_found_and_named(tmp_path: Path) -> None:
     run = bare(tmp_path / "run")
     put(run / "evaluations" / "original.json", evaluation(0.7, 0.7))
     own, first = put(tmp_path / "result.json", evaluation(0.03, 0.95)), put(tmp_path / "a=b.json", evaluation(0.9, 0.9))
-    server, client = read_run(run, Sources([own, f"original={first}", f"this run@1={own}", str(first)[:-1]][:3]))
+    server, client = read_run(run, Sources([own, f"original={first}", f"run@1={own}"]))
     assert server is not None
     assert client is not None
     assert server.evaluations == client.evaluations
     assert [(item.label, item.round, item.metrics["forget_Q_A_Prob"]) for item in server.evaluations] == [
         ("original", None, 0.9),
-        ("this run", None, 0.03),
-        ("this run", 1, 0.03),
+        ("run", None, 0.03),
+        ("run", 1, 0.03),
         ("retrained", None, 0.02),
     ]
     assert main(["report", str(run), "--evaluation", str(own), "--evaluation", f"original={first}", "--quiet"]) == 0
@@ -250,9 +250,9 @@ def test_mistakes_are_explained(tmp_path: Path, capsys) -> None:
         ("server/audit.json", {**AUDIT, "attacks": {"one": {"error": "small"}}}),
         ("client/audit.json", {**CLIENT_AUDIT, "separations": {"floor": 1}}),
         ("client/answers.json", {"answers": [{"question": 3}]}),
-        ("evaluations/this run.json", {"metrics": {"forget_Q_A_Prob": "high"}}),
-        ("evaluations/this run.json", {"metrics": {"forget_Q_A_Prob": 1e999}}),
-        ("evaluations/this run.json", []),
+        ("evaluations/run.json", {"metrics": {"forget_Q_A_Prob": "high"}}),
+        ("evaluations/run.json", {"metrics": {"forget_Q_A_Prob": 1e999}}),
+        ("evaluations/run.json", []),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, file: str, content: object) -> None:
@@ -289,3 +289,37 @@ def test_the_result_is_json_too(tmp_path: Path, capsys) -> None:
         "pages": {party: str(run / f"report-{party}.html") for party in ("server", "client")},
         "evaluated": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "expected"),
+    [
+        ({"copies": 3, "kappa": 0.05, "common_noise": "auto"}, "secret noise that all copies share"),
+        ({"copies": 3, "kappa": 0.05, "common_noise": 0.1}, "secret noise that all copies share"),
+        ({"copies": 3, "kappa": 0.05, "common_noise": 0.0}, "can compute the parameters almost exactly"),
+        ({"copies": 1, "kappa": 0.05, "common_noise": 0.0}, "noise of its own and none that lasts"),
+        ({"copies": 1, "kappa": 0.0, "common_noise": 0.0}, "the model itself, with its parameters rearranged."),
+        ({"copies": 1, "kappa": 0.0, "common_noise": 0.0, "reparameterization": "none"}, "each is the model itself."),
+    ],
+)
+def test_what_the_client_could_learn_follows_the_plan(tmp_path: Path, perturbation: dict, expected: str) -> None:
+    put(bare(tmp_path / "run") / "server" / "plan.json", {**PLAN, "perturbation": perturbation})
+    found = pages(tmp_path / "run")
+    assert expected in found["server"].text
+    assert expected not in found["client"].text
+
+
+def test_several_clients_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "plan.json", {**PLAN, "service": {"host": "h", "federation": {"clients": 4}}})
+    (page,) = pages(tmp_path).values()
+    assert "4 clients unlearned their texts" in page.text
+
+
+def test_only_an_evaluation_of_the_run_counts_as_measured(tmp_path: Path) -> None:
+    run = bare(tmp_path / "run")
+    put(run / "evaluations" / "noise-free.json", evaluation(0.02, 0.9))
+    assert report(run).evaluated is False
+    assert "Nobody has measured yet" in pages(run)["server"].text
+    put(run / "evaluations" / "run.json", evaluation(0.02, 0.9))
+    assert report(run).evaluated is True
+    assert "Nobody has measured yet" not in pages(run)["server"].text

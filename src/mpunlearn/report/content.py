@@ -41,13 +41,15 @@ def server_page(side: ServerSide, record: RecordSummary | None) -> Page:
         party="server",
         title="Unlearning report",
         lead="For the owner of the model. This page contains none of the texts.",
-        facts=(("Model", side.model), *_plan_facts(side.plan, record)),
+        facts=(
+            ("Model", side.model),
+            *_plan_facts(side.plan, record),
+            *((("Clients", str(side.clients)),) if side.clients > 1 else ()),
+        ),
         cards=(*_cards(side.evaluations), *(() if audit is None else (_audit_card(audit),))),
         answers=_summary(
-            side.plan,
-            side.finished,
-            side.network,
             side.evaluations,
+            done=words.done(side.plan, side.finished, side.network, side.clients),
             client=words.client_learns(side),
             server=words.server_learns(),
         ),
@@ -71,10 +73,8 @@ def client_page(side: ClientSide, record: RecordSummary | None) -> Page:
         facts=_plan_facts(side.plan, record),
         cards=(*_cards(side.evaluations), *_client_audit_card(side.audit)),
         answers=_summary(
-            side.plan,
-            side.finished,
-            side.network,
             side.evaluations,
+            done=() if side.plan is None else words.done(side.plan, side.finished, side.network),
             client=words.parameters_hidden(),
             server=(*words.server_learns(), *words.learned_from(side)),
         ),
@@ -98,34 +98,25 @@ def _plan_facts(plan: PublicPlan | None, record: RecordSummary | None) -> tuple[
 
 
 def _summary(
-    plan: PublicPlan | None,
-    finished: bool,
-    network: bool,
     evaluations: Sequence[Evaluation],
+    done: tuple[str, ...],
     client: tuple[str, ...],
     server: tuple[str, ...],
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    measured = [item for item in evaluations if item.label not in (ORIGINAL, RETRAINED)]
-    retrained = any(item.label == RETRAINED for item in evaluations)
+    labels = {item.label for item in evaluations}
     parts = [
         ("What was asked", words.asked()),
-        ("What was done", words.done(plan, finished, network) if plan is not None else ()),
+        ("What was done", done),
         ("What the server could learn", server),
         ("What the client could learn", client),
-        ("What is not proved", words.not_proved(bool(measured), retrained)),
+        ("What is not proved", words.not_proved(THIS_RUN in labels, RETRAINED in labels)),
     ]
     return tuple((title, sentences) for title, sentences in parts if sentences)
 
 
-def _subject(models: dict[str, Evaluation]) -> Evaluation | None:
-    """The model that the report is about: the run's, or the only one that was unlearned."""
-    others = [label for label in models if label not in (ORIGINAL, RETRAINED)]
-    return models[THIS_RUN] if THIS_RUN in models else models[others[0]] if len(others) == 1 else None
-
-
 def _cards(evaluations: Sequence[Evaluation]) -> list[Card]:
     models = single(evaluations)
-    subject = _subject(models)
+    subject = models.get(THIS_RUN)
     cards = []
     for pair in words.PAIRS:
         if subject is None or pair[0] not in subject.metrics:

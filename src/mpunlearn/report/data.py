@@ -10,7 +10,7 @@ from typing import Literal
 
 from mpunlearn.schema import older
 
-ORIGINAL, THIS_RUN, RETRAINED = "original", "this run", "retrained"
+ORIGINAL, THIS_RUN, RETRAINED = "original", "run", "retrained"
 """Labels with a meaning: the model before unlearning, the run's model, and the model that never saw the forget set."""
 
 
@@ -183,6 +183,7 @@ class ServerSide:
     """Whether the copies were made of a stand-in."""
     network: bool = False
     """Whether the parties communicated over a network."""
+    clients: int = 1
     evaluations: list[Evaluation] = field(default_factory=list)
     audit: ModelAudit | None = None
 

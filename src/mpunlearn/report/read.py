@@ -6,7 +6,7 @@
     CLIENT/memory/losses.jsonl                     the losses of its training
     CLIENT/audit.json, CLIENT/audit/round-R.json   an audit of the updates, as `client audit --json` prints it
     CLIENT/answers.json                            sample answers before and after
-    RUN/evaluations/LABEL.json, LABEL@ROUND.json   evaluations, as `evaluate --out` writes them
+    RUN/evaluations/LABEL.json, LABEL@ROUND.json   evaluations, as `evaluate --out` writes them; see `data` for labels
 
 SERVER and CLIENT are RUN/server and RUN/client where both parties are on one machine, and RUN itself where there is only
 one, as with a run over a network. Fields that are not shown are ignored, so that files of any version can be read.
@@ -99,6 +99,9 @@ def _server(run: Path, folder: Path, evaluations: list[Evaluation], audit: Path 
     file = folder / "plan.json"
     value = _content(file)
     perturbation = _picked(PerturbationPlan, value.get("perturbation"), file)
+    service = value.get("service") or value  # at the top level in the first format
+    federation = service.get("federation") if isinstance(service, dict) else None
+    clients = federation.get("clients", 1) if isinstance(federation, dict) else 1
     return ServerSide(
         plan=_plan(value, perturbation.copies, file),
         perturbation=perturbation,
@@ -108,6 +111,7 @@ def _server(run: Path, folder: Path, evaluations: list[Evaluation], audit: Path 
         base=value.get("base") is not None,
         stand_in=value.get("stand_in") is not None,
         network="host" in value or value.get("service") is not None,
+        clients=int(_number(clients, file)),
         evaluations=evaluations,
         audit=_model_audit(audit or folder / "audit.json", required=audit is not None),
     )

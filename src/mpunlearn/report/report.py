@@ -55,8 +55,8 @@ def report(
     Args:
         run: The directory of a run, in one process or over a network, or the --work of a client.
         evaluation: Result files of `evaluate`, as FILE for the run's model or as LABEL=FILE for any other, such as
-            original=FILE for the model before unlearning. LABEL@ROUND=FILE is a model after a round; two or more of a
-            label give a figure. Files in RUN/evaluations are found without this option.
+            original=FILE for the model before unlearning. LABEL@ROUND=FILE is a model after a round, with the label run
+            for this run, and is shown in a figure. Files RUN/evaluations/LABEL.json are found without this option.
         audit: Result file of `audit`, for the server's page (default: audit.json in the server's folder).
         client_audit: Result of `client audit --json`, for the client's page (default: audit.json in the client's folder,
             or the latest audit of a run over a network).
@@ -73,7 +73,7 @@ def report(
     """
     from mpunlearn.progress import say
     from mpunlearn.report.content import client_page, server_page
-    from mpunlearn.report.data import RecordSummary
+    from mpunlearn.report.data import THIS_RUN, RecordSummary
     from mpunlearn.report.page import GENERATOR, render
     from mpunlearn.report.read import Sources, read_run
 
@@ -100,7 +100,8 @@ def report(
             write_bytes(path, content.encode(), 0o600)
         except OSError as error:
             raise FileError(f"{path}: cannot be written: {error.strerror}; name another --out") from error
-    evaluated = bool(server.evaluations if server is not None else client is not None and client.evaluations)
+    sides = [side for side in (server, client) if side is not None]
+    evaluated = any(item.label == THIS_RUN for side in sides for item in side.evaluations)
     if not evaluated:
         say(
             "no evaluation was found; give one with --evaluation FILE, which `mpunlearn evaluate MODEL --out FILE` writes"

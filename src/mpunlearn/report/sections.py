@@ -85,7 +85,7 @@ def _series(evaluations: Sequence[Evaluation]) -> Series:
         points = {item.round: item.metrics for item in evaluations if item.label == label and item.round is not None}
         if ORIGINAL in models:
             points.setdefault(0, models[ORIGINAL].metrics)
-        found["MPU, this run" if label == THIS_RUN else label] = sorted(
+        found[words.shown(label, "MPU, this run")] = sorted(
             ((float(number), metrics) for number, metrics in points.items()), key=lambda point: point[0]
         )
     return found
@@ -114,7 +114,7 @@ def metrics(evaluations: Sequence[Evaluation]) -> Section | None:
         meaning = words.MEANINGS.get(name)
         first = Cell(name) if meaning is None else Cell(meaning.title, note=f"{name} · {meaning.goal}")
         rows.append((first, *(_number(item.metrics.get(name)) for item in models.values())))
-    columns = (Column("metric"), *(Column(label, True) for label in models))
+    columns = (Column("metric"), *(Column(words.shown(label), True) for label in models))
     text = "Every metric says where it should be after unlearning."
     if RETRAINED in models:
         text += " The retrained model never saw the texts to forget: it is what unlearning should come close to."

@@ -7,7 +7,7 @@ reads a file or knows of HTML.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpunlearn.report.data import ClientSide, ModelAudit, PublicPlan, ServerSide
+from mpunlearn.report.data import THIS_RUN, ClientSide, ModelAudit, PublicPlan, ServerSide
 
 LOW, HIGH, LIKE_RETRAINED = "should be low", "should be high", "should be as retrained"
 
@@ -78,6 +78,11 @@ def count(number: int, what: str, plural: str = "") -> str:
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
+def shown(label: str, this_run: str = "this run") -> str:
+    """The label of a model as it is shown."""
+    return this_run if label == THIS_RUN else label
+
+
 def asked() -> tuple[str, ...]:
     """What was asked, for both pages."""
     return (
@@ -87,18 +92,22 @@ def asked() -> tuple[str, ...]:
     )
 
 
-def done(plan: PublicPlan, finished: bool, network: bool) -> tuple[str, ...]:
+def done(plan: PublicPlan, finished: bool, network: bool, clients: int = 1) -> tuple[str, ...]:
     """What was done, for both pages."""
-    training = plan.training
-    what = "a changed copy" if plan.copies == 1 else f"{plan.copies} changed copies"
-    each = "that copy" if plan.copies == 1 else "each of them"
-    where = "between two machines or programs over a network" if network else "with both parties in one program"
+    training, several = plan.training, plan.copies > 1 or clients > 1
+    copies = "a changed copy" if plan.copies == 1 else f"{plan.copies} changed copies"
+    who = "the client unlearned its texts" if clients == 1 else f"{clients} clients unlearned their texts"
+    where = (
+        "between separate programs that communicate over a network"
+        if network
+        else "with both parties in one program, so whoever ran it held the model and the texts"
+    )
     sentences = [
-        f"The texts were unlearned in {count(plan.rounds, 'round')}, {where}. In each round the server published {what} of its "
-        f"model; the client unlearned its texts on {each} with the objective {training.objective.upper()} "
-        f"({count(training.epochs, 'pass', 'passes')} over the texts) and returned the update"
-        f"{'' if plan.copies == 1 else 's'}; the server undid its changes and added "
-        f"{'the update' if plan.copies == 1 else 'the average of the updates'} to its model."
+        f"The texts were unlearned in {count(plan.rounds, 'round')}, {where}.",
+        f"In each round the server published {copies} of its model; {who} on {'it' if plan.copies == 1 else 'them'} with the "
+        f"objective {training.objective.upper()} ({count(training.epochs, 'pass', 'passes')} over the texts) and returned the "
+        f"update{'s' if several else ''}; the server undid its changes and added {'their average' if several else 'the update'} "
+        "to its model.",
     ]
     if not finished:
         sentences.append("The run is not finished: there is no final model yet.")
@@ -107,12 +116,15 @@ def done(plan: PublicPlan, finished: bool, network: bool) -> tuple[str, ...]:
 
 def client_learns(side: ServerSide) -> tuple[str, ...]:
     """What the client could learn, for the server's page."""
-    sentences = []
-    if side.perturbation.common or side.stand_in:
+    settings, sentences = side.perturbation, []
+    if settings.common or side.stand_in:
         source = "a stand-in for the model" if side.stand_in else "the model plus secret noise that all copies share"
         sentences.append(f"The copies were made of {source}, which no average of copies removes.")
+    elif settings.kappa == 0:
+        rearranged = "" if settings.reparameterization == "none" else ", with its parameters rearranged"
+        sentences.append(f"The copies carried no noise: each is the model itself{rearranged}.")
     elif side.plan.copies == 1:
-        sentences.append("The copy carried noise of its own and none that lasts: averaging over rounds weakens it.")
+        sentences.append("Each copy carried noise of its own and none that lasts: averaging over rounds weakens it.")
     else:
         sentences.append(
             "The copies shared no common noise: whoever holds all copies of a round can compute the parameters almost exactly."
