@@ -106,8 +106,8 @@ def done(plan: PublicPlan, finished: bool, network: bool, clients: int = 1) -> t
         f"The texts were unlearned in {count(plan.rounds, 'round')}, {where}.",
         f"In each round the server published {copies} of its model; {who} on {'it' if plan.copies == 1 else 'them'} with the "
         f"objective {training.objective.upper()} ({count(training.epochs, 'pass', 'passes')} over the texts) and returned the "
-        f"update{'s' if several else ''}; the server undid its changes and added {'their average' if several else 'the update'} "
-        "to its model.",
+        f"update{'s' if several else ''}; the server undid its changes and added "
+        f"{'their average' if several else 'the update'} to its model.",
     ]
     if not finished:
         sentences.append("The run is not finished: there is no final model yet.")
