@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -272,16 +271,6 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_wheel_ships_what_the_page_is_made_of() -> None:
-    import mpunlearn.report
-
-    package = Path(str(mpunlearn.report.__file__)).parent
-    assert {"page.html.j2", "style.css", "sort.js"} <= {path.name for path in package.iterdir()}
-    assert shutil.which("git") is None or not any(
-        name in (package.parents[2] / ".gitignore").read_text().split() for name in ("*.css", "*.js", "*.j2")
-    )
-
-
 def test_the_result_is_json_too(tmp_path: Path, capsys) -> None:
     run = bare(tmp_path / "run")
     assert main(["report", str(run), "--json", "--quiet"]) == 0
@@ -323,3 +312,33 @@ def test_only_an_evaluation_of_the_run_counts_as_measured(tmp_path: Path) -> Non
     put(run / "evaluations" / "run.json", evaluation(0.02, 0.9))
     assert report(run).evaluated is True
     assert "Nobody has measured yet" not in pages(run)["server"].text
+
+
+def test_the_runs_model_is_its_last_round(tmp_path: Path) -> None:
+    run = full(tmp_path / "run")
+    for number in (1, 2):
+        (run / "evaluations" / f"run@{number}.json").unlink()
+    put(run / "evaluations" / "run@1.json", evaluation(0.5, 0.9))
+    assert "MPU, this run: from 0.990 (round 0) to 0.030 (round 2);" in (pages(run)["server"].text)
+
+
+def test_muse_has_its_own_words(tmp_path: Path) -> None:
+    run = bare(tmp_path / "run")
+    for name in ("run", "run@1"):
+        metrics = {"forget_knowmem_ROUGE": 0.3, "retain_knowmem_ROUGE": 0.4, "forget_verbmem_ROUGE": 0.2}
+        put(run / "evaluations" / f"{name}.json", {"metrics": metrics})
+    page = pages(run)["server"]
+    assert "Overlap of answers with the right ones (ROUGE-L)." in page.text
+    assert "robability" not in page.text
+    assert "Forget: overlap of a verbatim continuation (ROUGE-L)" in page.texts
+
+
+def test_a_client_knows_from_its_losses_whether_the_run_is_finished(tmp_path: Path) -> None:
+    put(tmp_path / "run.json", {"run": "1" * 32, "rounds": 2, "copies": 3, "training": TRAINING})
+    line = {"round": 1, "copy": 1, "probability_before": 0.9, "probability_after": 0.2}
+    losses = tmp_path / "memory" / "losses.jsonl"
+    losses.parent.mkdir()
+    losses.write_text(json.dumps(line))
+    assert "not finished" in pages(tmp_path)["client"].text
+    losses.write_text(json.dumps({**line, "round": 2}))
+    assert "not finished" not in pages(tmp_path)["client"].text

@@ -9,6 +9,7 @@ from mpunlearn.report.parts import Cell, Column, Section, Table
 
 
 def model_audit(audit: ModelAudit) -> Section:
+    """What the copies disclose of the server's model."""
     best = min(audit.attacks, key=lambda name: audit.attacks[name].error)
     equal = max(score.equal_bfloat16 for score in audit.attacks.values())
     exposed = max(audit.attacks.values(), key=lambda score: score.exposed_bfloat16)
@@ -68,6 +69,7 @@ def model_audit(audit: ModelAudit) -> Section:
 
 
 def text_audit(audit: TextAudit) -> Section:
+    """What the updates disclose of the client's texts."""
     rows = []
     for score, groups in audit.separations.items():
         for group, found in groups.items():

@@ -54,7 +54,7 @@ def server_page(side: ServerSide, record: RecordSummary | None) -> Page:
             server=words.server_learns(),
         ),
         sections=present(
-            over_rounds(side.evaluations),
+            over_rounds(side.evaluations, side.plan),
             metrics(side.evaluations),
             None if audit is None else model_audit(audit),
             record_of(record),
@@ -79,7 +79,7 @@ def client_page(side: ClientSide, record: RecordSummary | None) -> Page:
             server=(*words.server_learns(), *words.learned_from(side)),
         ),
         sections=present(
-            over_rounds(side.evaluations),
+            over_rounds(side.evaluations, side.plan),
             answers(side.answers),
             metrics(side.evaluations),
             trained(side.losses),
@@ -143,9 +143,9 @@ def _card(models: dict[str, Evaluation], subject: Evaluation, name: str, title: 
         )
         if label in models and name in models[label].metrics
     ]
-    what = "ROUGE-L" if name.endswith("ROUGE") else "Probability"
+    what = words.measure(name)
     number = "" if subject.examples is None or "retain" in name else f" {words.count(subject.examples, 'question')}."
-    return Card(title, f"{subject.metrics[name]:.3f}", f"{what} of the right answers.{number} {note}", tuple(marks))
+    return Card(title, f"{subject.metrics[name]:.3f}", f"{what[0].upper()}{what[1:]}.{number} {note}", tuple(marks))
 
 
 def _audit_card(audit: ModelAudit) -> Card:

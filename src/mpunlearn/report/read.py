@@ -122,13 +122,15 @@ def _client(folder: Path, server: ServerSide | None, evaluations: list[Evaluatio
     joined = _content(file)
     rounds = [path for path in (folder / "audit").glob("round-*.json") if path.stem[6:].isdigit()]
     latest = max(rounds, key=lambda path: int(path.stem[6:]), default=folder / "audit.json")
+    plan = _plan(joined, joined.get("copies"), file) if joined else server.plan if server else None
+    losses = _losses(folder / "memory" / "losses.jsonl")
     return ClientSide(
-        plan=_plan(joined, joined.get("copies"), file) if joined else server.plan if server else None,
+        plan=plan,
         digests={name: digest for name, digest in data.items() if isinstance(digest, str) and "forget" in data},
         network=bool(joined),
-        finished=server is None or server.finished,
+        finished=server.finished if server else not losses or not plan or losses[-1].round >= plan.rounds,
         evaluations=evaluations,
-        losses=_losses(folder / "memory" / "losses.jsonl"),
+        losses=losses,
         audit=_text_audit(sources.client_audit or latest, required=sources.client_audit is not None),
         answers=_answers(sources.answers or folder / "answers.json", required=sources.answers is not None),
     )

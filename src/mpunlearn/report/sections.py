@@ -29,8 +29,9 @@ def single(evaluations: Iterable[Evaluation]) -> dict[str, Evaluation]:
     return {label: by_label[label] for label in sorted(by_label, key=lambda label: ends.get(label, 0))}
 
 
-def over_rounds(evaluations: Sequence[Evaluation]) -> Section | None:
-    series = _series(evaluations)
+def over_rounds(evaluations: Sequence[Evaluation], plan: PublicPlan | None) -> Section | None:
+    """The forget and the retain set after each round, as figures and as a table."""
+    series = _series(evaluations, plan)
     pair = next((pair for pair in words.PAIRS if any(pair[0] in item.metrics for item in evaluations)), None)
     if not series or pair is None:
         return None
@@ -51,7 +52,7 @@ def over_rounds(evaluations: Sequence[Evaluation]) -> Section | None:
                 title,
                 _in_words(lines, value),
                 "rounds",
-                "probability of the right answers",
+                words.measure(name),
                 lines,
                 None if value is None else (RETRAINED, value),
             )
@@ -67,8 +68,8 @@ def over_rounds(evaluations: Sequence[Evaluation]) -> Section | None:
     columns = (Column("model"), Column("set"), *(Column(f"round {number:g}", True) for number in _numbers(series)))
     table = Table("The figures as a table", columns, rows)
     text = (
-        "The probability of the right answers after each round. For the texts to forget it should fall to the level of the "
-        "retrained model, which never saw them; for the texts to keep it should stay.",
+        "What the models still know after each round. For the texts to forget it should fall to the level of the retrained "
+        "model, which never saw them; for the texts to keep it should stay.",
     )
     return Section("rounds", "Over the rounds", text, tuple(figures), folded=(table,))
 
@@ -76,8 +77,11 @@ def over_rounds(evaluations: Sequence[Evaluation]) -> Section | None:
 Series = dict[str, list[tuple[float, dict[str, float]]]]
 
 
-def _series(evaluations: Sequence[Evaluation]) -> Series:
-    """Label → the metrics by round, of the labels that were evaluated over rounds; the run itself first."""
+def _series(evaluations: Sequence[Evaluation], plan: PublicPlan | None) -> Series:
+    """Label → the metrics by round, of the labels that were evaluated over rounds; the run itself first.
+
+    The original model is round 0 of each, and the run's model the last round of the run.
+    """
     models = single(evaluations)
     labels = dict.fromkeys(item.label for item in evaluations if item.round is not None)
     found: Series = {}
@@ -85,6 +89,8 @@ def _series(evaluations: Sequence[Evaluation]) -> Series:
         points = {item.round: item.metrics for item in evaluations if item.label == label and item.round is not None}
         if ORIGINAL in models:
             points.setdefault(0, models[ORIGINAL].metrics)
+        if label == THIS_RUN and THIS_RUN in models and plan is not None:
+            points.setdefault(plan.rounds, models[THIS_RUN].metrics)
         found[words.shown(label, "MPU, this run")] = sorted(
             ((float(number), metrics) for number, metrics in points.items()), key=lambda point: point[0]
         )
@@ -105,6 +111,7 @@ def _in_words(lines: Sequence[Line], retrained: float | None) -> str:
 
 
 def metrics(evaluations: Sequence[Evaluation]) -> Section | None:
+    """Every metric of every model, the retrained one last."""
     models = single(evaluations)
     names = dict.fromkeys(name for item in models.values() for name in item.metrics)
     if not names:
@@ -122,6 +129,7 @@ def metrics(evaluations: Sequence[Evaluation]) -> Section | None:
 
 
 def trained(losses: Sequence[Losses]) -> Section | None:
+    """The probability of the forget answers while the client trained."""
     if not losses:
         return None
     points: list[tuple[float, float]] = []
@@ -148,6 +156,7 @@ def trained(losses: Sequence[Losses]) -> Section | None:
 
 
 def answers(found: Sequence[Answer]) -> Section | None:
+    """Sample answers before and after."""
     if not found:
         return None
     quotes = tuple(
@@ -171,6 +180,7 @@ def answers(found: Sequence[Answer]) -> Section | None:
 
 
 def record_of(record: RecordSummary | None) -> Section | None:
+    """The record's number, its verification and its events."""
     if record is None:
         return None
     verdict = "Signatures and hashes were checked and are right." if record.valid else "The check of the record failed."
@@ -180,6 +190,7 @@ def record_of(record: RecordSummary | None) -> Section | None:
 
 
 def details(plan: PublicPlan | None, more: Iterable[tuple[str, str]]) -> Section | None:
+    """The settings that both parties know, and more."""
     facts: list[tuple[str, str]] = []
     if plan is not None:
         training = plan.training
@@ -199,6 +210,7 @@ def details(plan: PublicPlan | None, more: Iterable[tuple[str, str]]) -> Section
 
 
 def perturbation_facts(side: ServerSide) -> list[tuple[str, str]]:
+    """The settings that only the server knows."""
     settings = side.perturbation
     common = settings.common_noise if isinstance(settings.common_noise, str) else f"{settings.common_noise:g}"
     return [

@@ -65,6 +65,11 @@ MEANINGS: Mapping[str, Meaning] = {
 """Metric, by OpenUnlearning's name → what it means."""
 PAIRS = (("forget_Q_A_Prob", "retain_Q_A_Prob"), ("forget_knowmem_ROUGE", "retain_knowmem_ROUGE"))
 """The metrics of the forget and the retain set that are shown over rounds, whichever are there."""
+MEASURES = {
+    "Prob": "probability of the right answers",
+    "ROUGE": "overlap of answers with the right ones (ROUGE-L)",
+}
+"""How the metrics of `PAIRS` end → what they measure."""
 SEPARATIONS = {
     "floor": "A given text was forgotten, from the models before and after alone",
     "membership": "A given text was forgotten, from the updates (ridge regression on gradients)",
@@ -81,6 +86,11 @@ def count(number: int, what: str, plural: str = "") -> str:
 def shown(label: str, this_run: str = "this run") -> str:
     """The label of a model as it is shown."""
     return this_run if label == THIS_RUN else label
+
+
+def measure(name: str) -> str:
+    """What a metric of `PAIRS` measures."""
+    return MEASURES[name.rpartition("_")[2]]
 
 
 def asked() -> tuple[str, ...]:
@@ -102,16 +112,16 @@ def done(plan: PublicPlan, finished: bool, network: bool, clients: int = 1) -> t
         if network
         else "with both parties in one program, so whoever ran it held the model and the texts"
     )
-    sentences = [
-        f"The texts were unlearned in {count(plan.rounds, 'round')}, {where}.",
+    rounds = count(plan.rounds, "round")
+    return (
+        f"The texts were unlearned in {rounds}, {where}."
+        if finished
+        else f"The run is not finished: there is no final model yet. It is to take {rounds}, {where}.",
         f"In each round the server published {copies} of its model; {who} on {'it' if plan.copies == 1 else 'them'} with the "
         f"objective {training.objective.upper()} ({count(training.epochs, 'pass', 'passes')} over the texts) and returned the "
         f"update{'s' if several else ''}; the server undid its changes and added "
         f"{'their average' if several else 'the update'} to its model.",
-    ]
-    if not finished:
-        sentences.append("The run is not finished: there is no final model yet.")
-    return tuple(sentences)
+    )
 
 
 def client_learns(side: ServerSide) -> tuple[str, ...]:
