@@ -38,6 +38,7 @@ REQUIRED = {
     "record merge": ["r", "s", "--out", "o"],
     "record open": ["c", "--out", "o"],
     "record add": ["r", "replicated"],
+    "report": ["r"],
     "demo": [],
     "network-demo": [],
     "example": ["o"],

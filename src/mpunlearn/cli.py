@@ -81,6 +81,7 @@ VERBS = {
     "record merge": Verb("record", BOTH, "merge the records of both parties"),
     "record open": Verb("record", BOTH, "prove that texts were in the committed forget set"),
     "record add": Verb("record", BOTH, "sign that a run was evaluated, audited, replicated or withdrawn"),
+    "report": Verb("report.report", BOTH, "write the report of a run as HTML pages"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
     "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),
