@@ -4,8 +4,8 @@ Options, types and help texts come from the functions' signatures and docstrings
 and the Python API share one text. The modules of the commands import nothing heavy at the top level, so `--help` does
 not load PyTorch.
 
-Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 130
-interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
+Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 4
+`doctor` found that a run cannot start, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpunlearn import __version__
-from mpunlearn.errors import AuditError, DisclosureWarning, MPUError, NothingUnlearnedWarning
+from mpunlearn.errors import AuditError, DisclosureWarning, MPUError, NothingUnlearnedWarning, NotReadyError
 from mpunlearn.options import ParseError, parse
 from mpunlearn.progress import logger, say
 
@@ -76,6 +76,7 @@ VERBS = {
     "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "doctor": Verb("doctor.doctor", BOTH, "check whether this machine can start a run, and say what to do if not"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
     "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),
@@ -145,7 +146,7 @@ def _call(name: str, arguments: list[str]) -> int:
         with _output(prog, general.quiet):
             _print(function(**values), general.json)
     except MPUError as error:
-        if isinstance(error, AuditError) and error.report is not None:
+        if isinstance(error, AuditError | NotReadyError) and error.report is not None:
             _print(error.report, general.json)
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -75,6 +75,21 @@ class DamagedError(NetworkError):
     """A transferred file is missing or differs from the one that its sender signed."""
 
 
+class NotReadyError(MPUError):
+    """A check of `doctor` found something that prevents a run.
+
+    Args:
+        message: which checks failed.
+        report: all findings, which the command line prints before the message.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class AuditError(MPUError):
     """An audit measured a value beyond a limit that the user set.
 
