@@ -33,6 +33,7 @@ REQUIRED = {
     "forget": ["m", "--forget", "f", "--out", "o"],
     "run": ["m", "--forget", "f", "--out", "o"],
     "evaluate": ["m"],
+    "ask": ["m", "n"],
     "doctor": [],
     "demo": [],
     "network-demo": [],

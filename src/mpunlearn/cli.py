@@ -76,6 +76,7 @@ VERBS = {
     "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "ask": Verb("evaluation.ask", BOTH, "show how several models answer the same questions, side by side"),
     "doctor": Verb("doctor.doctor", BOTH, "check whether this machine can start a run, and say what to do if not"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
