@@ -33,6 +33,7 @@ REQUIRED = {
     "forget": ["m", "--forget", "f", "--out", "o"],
     "run": ["m", "--forget", "f", "--out", "o"],
     "evaluate": ["m"],
+    "plan": ["m", "--forget", "f"],
     "ask": ["m", "n"],
     "doctor": [],
     "demo": [],

@@ -76,6 +76,7 @@ VERBS = {
     "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "plan": Verb("planning.plan", BOTH, "print what a run would do and need, and write its options to run.yaml"),
     "ask": Verb("evaluation.ask", BOTH, "show how several models answer the same questions, side by side"),
     "doctor": Verb("doctor.doctor", BOTH, "check whether this machine can start a run, and say what to do if not"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
@@ -170,7 +171,7 @@ def _print(result: Any, as_json: bool) -> None:
         print(json.dumps(value, indent=2, ensure_ascii=False))
     elif isinstance(result, str | Path):
         print(result)
-    elif hasattr(result, "copies"):
+    elif hasattr(result, "summary"):
         say(result.summary())
         print(*result.copies, sep="\n")
     elif hasattr(result, "table"):
