@@ -35,6 +35,7 @@ REQUIRED = {
     "evaluate": ["m"],
     "plan": ["m", "--forget", "f"],
     "ask": ["m", "n"],
+    "push": ["r", "o/n"],
     "doctor": [],
     "demo": [],
     "network-demo": [],

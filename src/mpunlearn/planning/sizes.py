@@ -8,9 +8,10 @@ backward pass.
 Not covered: several processes, among which FSDP shards weights, gradients and the optimizer's state.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from mpunlearn.architecture import FAMILIES, Architecture, TensorRole
 from mpunlearn.checkpoint import Checkpoint
 from mpunlearn.errors import UnsupportedModelError
 from mpunlearn.planning.report import TrainingMemory
+from mpunlearn.protocol.exchange import FACTORS
 from mpunlearn.protocol.plan import Training
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -26,8 +28,9 @@ OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "tensor_adam": 4, "
 """Bytes of state for each trained entry; unknown optimizers are counted like AdamW."""
 LOGIT_TENSORS = 4
 """Float32 tensors of the size of the logits that the loss and its backward pass hold at the same time."""
-_HEADER_BYTES = 150
-"""Bytes that a safetensors header takes for each tensor, about."""
+_MANIFEST_BYTES = 140
+"""The size of update.json."""
+_CODES = {8: "F64", 4: "F32", 2: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,14 @@ class Shapes:
     def update_bytes(self, training: Training) -> int:
         """The size of the update of one copy: the trained tensors, or both LoRA factors."""
         item, names = ITEM_BYTES[training.update_dtype], self.trained(training)
-        if rank := training.lora_rank:
-            return sum(rank * sum(self.shapes[name]) * item + 2 * _HEADER_BYTES for name in names)
-        return sum(math.prod(self.shapes[name]) * item + _HEADER_BYTES for name in names)
+        tensors: list[tuple[str, tuple[int, ...], int]] = []
+        for name in sorted(names):
+            shape, rank = self.shapes[name], training.lora_rank
+            if rank:
+                tensors += [(name + FACTORS[0], (rank, shape[1]), item), (name + FACTORS[1], (shape[0], rank), item)]
+            else:
+                tensors.append((name, shape, item))
+        return _file_bytes(tensors) + _MANIFEST_BYTES
 
     def training_bytes(
         self,
@@ -230,7 +238,21 @@ class Shapes:
         return min(entries, SLICE_ENTRIES) if self.roles[name].axes[0] == ("vocabulary",) else entries
 
     def _size(self, item_bytes: Mapping[str, int]) -> int:
-        return sum(math.prod(shape) * item_bytes[name] + _HEADER_BYTES for name, shape in self.shapes.items())
+        return _file_bytes((name, shape, item_bytes[name]) for name, shape in self.shapes.items())
+
+
+def _file_bytes(tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> int:
+    """The size of a safetensors file.
+
+    Args:
+        tensors: name, shape, and bytes of one entry of each tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, item in tensors:
+        begin, end = end, end + math.prod(shape) * item
+        header[name] = {"dtype": _CODES[item], "shape": list(shape), "data_offsets": [begin, end]}
+    return 8 + len(json.dumps(header, separators=(",", ":"))) + end
 
 
 @dataclass(frozen=True)
