@@ -55,7 +55,7 @@ def unlearned(
             rounds=ROUNDS,
             perturbation=Perturbation(**options),  # type: ignore[arg-type]
             training=training,
-            data=Data(alternate_key="perturbed_answer"),
+            data=Data(alternate_key="perturbed_answer") if objective == "altpo" else Data(),
         )
         line = measure("", final, {name: sets[name] for name in ("forget", "retain")}, None, None, max_new_tokens=1)
     return line.forget.probability, line.retain.probability
@@ -73,6 +73,17 @@ def best(rows: list[dict[str, str]]) -> list[dict[str, float | str]]:
             means.append({"objective": objective, "learning_rate": float(rate), "gamma": float(gamma), **mean})
         chosen.append(max(means, key=lambda entry: float(entry["score"])))
     return chosen
+
+
+def report(rows: list[dict[str, str]]) -> str:
+    """The best pair of each objective as a table."""
+    header = ("objective", "learning rate", "γ", "forget probability", "retain probability", "score")
+    cells = [
+        [str(row["objective"]), *(f"{row[key]:g}" for key in ("learning_rate", "gamma"))]
+        + [f"{row[key]:.3f}" for key in ("forget", "retain", "score")]
+        for row in best(rows)
+    ]
+    return markdown(header, cells)
 
 
 def main() -> None:
@@ -102,13 +113,7 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(rows)
-    header = ("objective", "learning rate", "γ", "forget probability", "retain probability", "score")
-    cells = [
-        [str(row["objective"]), *(f"{row[key]:g}" for key in ("learning_rate", "gamma"))]
-        + [f"{row[key]:.3f}" for key in ("forget", "retain", "score")]
-        for row in best(rows)
-    ]
-    print(markdown(header, cells))
+    print(report(rows))
 
 
 if __name__ == "__main__":

@@ -58,10 +58,12 @@ def test_the_size_classes() -> None:
 
 
 def test_the_tiny_rows_are_the_best_of_the_sweep() -> None:
-    from hyperparameters import best
+    from hyperparameters import best, report
 
     with (DOCS / "hyperparameters.csv").open() as file:
-        found = {row["objective"]: row for row in best(list(csv.DictReader(file)))}
+        rows = list(csv.DictReader(file))
+    found = {row["objective"]: row for row in best(rows)}
+    assert report(rows) in (DOCS / "hyperparameters.md").read_text()
     for row in TABLE:
         if row.size == "tiny":
             assert row.learning_rate == found[row.objective]["learning_rate"], row.objective
@@ -79,7 +81,7 @@ def test_what_was_given_counts_more_than_what_is_recommended() -> None:
     assert (chosen.learning_rate, chosen.epochs, chosen.parameters["beta"]) == (2e-4, 7, 0.5)
     assert (chosen.batch_size, chosen.alpha) == (advice.batch_size, 1.0)
     assert applied(advice, Training("npo"), 1, 16).epochs == 10
-    assert "layer" not in applied(recommended("rmu", 10**9), Training("rmu"), 5, 4).parameters
+    assert applied(recommended("rmu", 10**9), Training("rmu"), 5, 4).parameters["layer"] == 2
 
 
 def test_the_options_are_accepted_by_both_ways_to_run(given) -> None:

@@ -35,6 +35,8 @@ from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 
+TIMED_RATE = 1e-7
+"""Learning rate while steps are timed: the weights stay what they are, whatever the plan says."""
 T = TypeVar("T")
 
 
@@ -176,7 +178,7 @@ class _Client:
         size = work.resources.micro_batch_size or work.training.batch_size
         batches = MicroBatches(steps, work.examples, size=size, pad=0)
         quiet = replace(work.resources, save_every=0, report_to="none")
-        once = replace(work.training, epochs=1)
+        once = replace(work.training, epochs=1, learning_rate=TIMED_RATE)
         with tempfile.TemporaryDirectory() as folder:
             Trainer(
                 self._model,

@@ -100,7 +100,7 @@ def applied(advice: Recommendation, training: Training, rounds: int, layers: int
         advice: the recommendation.
         training: the plan as given.
         rounds: number of rounds, over which the recommended epochs are spread.
-        layers: number of layers of the model. A recommended layer that it does not have is left out.
+        layers: number of layers of the model. A recommended layer is at most the last but one.
     """
     default, changes = Training(training.objective), {}
     parameters = dict(training.parameters)
@@ -108,8 +108,8 @@ def applied(advice: Recommendation, training: Training, rounds: int, layers: int
         if name in _CHOSEN:
             if getattr(training, name) == getattr(default, name):
                 changes[name] = value
-        elif name != "objective" and not (name == "layer" and value >= layers - 1):
-            parameters.setdefault(name, value)
+        elif name != "objective":
+            parameters.setdefault(name, min(value, max(0, layers - 2)) if name == "layer" else value)
     return replace(training, **changes, parameters=parameters)
 
 

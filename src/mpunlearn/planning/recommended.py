@@ -66,12 +66,10 @@ def recommended(objective: ObjectiveName, parameters: int) -> Recommendation:
     return next(row for row in TABLE if (row.objective, row.size) == (objective, size))
 
 
-def _tiny(
-    objective: ObjectiveName, learning_rate: float, gamma: float | None = None, **others: float
-) -> Recommendation:
+def _tiny(objective: ObjectiveName, learning_rate: float, gamma: float, note: str = "") -> Recommendation:
     """A row of the sweep on the demo's world."""
-    values = {**({} if gamma is None else {"gamma": gamma}), **others}
-    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, values)
+    layer = {"layer": 0} if objective == "rmu" else {}
+    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, {"gamma": gamma, **layer}, note)
 
 
 def _both(objective: ObjectiveName, *values: Any, **others: Any) -> list[Recommendation]:
@@ -108,7 +106,19 @@ TABLE: list[Recommendation] = [
     *_both("altpo", 2e-5, 32, 10, f"{_REPOSITORY}/community/methods/AltPO/run.sh; https://huggingface.co/open-unlearning",
            {"alpha": 2.0, "beta": 0.1},
            "the middle of OpenUnlearning's grid: learning rate 1e-5 to 5e-5, alpha 1 to 5, beta 0.05 to 0.5; 5 or 10 epochs"),
+    _tiny("grad-ascent", 3e-4, 1.0),
+    _tiny("grad-diff", 1e-3, 0.1),
     _tiny("npo", 1e-3, 0.1),
+    _tiny("dpo", 3e-3, 0.1, "in the sweep it hardly unlearned at any setting"),
+    _tiny("simnpo", 1e-3, 1.0),
+    _tiny("undial", 1e-3, 1.0),
+    _tiny("satimp", 3e-3, 1.0, "in the sweep it hardly unlearned at any setting"),
+    _tiny("wga", 1e-3, 1.0),
+    _tiny("ngdiff", 3e-4, 1.0),
+    _tiny("rmu", 3e-3, 1.0),
+    _tiny("ce-u", 3e-4, 1.0, "in the sweep it damaged the retain set at every setting that unlearned"),
+    _tiny("pdu", 1e-3, 0.1),
+    _tiny("altpo", 1e-3, 0.1),
 ]  # fmt: skip
 """All recommendations: one for each objective and size class."""
 

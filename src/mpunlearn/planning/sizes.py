@@ -274,12 +274,15 @@ def run_disk(shapes: Shapes, training: Training, *, copies: int, rounds: int, co
         copy: the size of a copy, with its tokenizer.
         references: whether the client keeps the copies of round 1.
     """
-    update, theta = shapes.update_bytes(training), shapes.theta_bytes
-    before = theta if rounds > 1 else 0
-    after = theta if rounds > 1 else shapes.model_bytes
+    update, theta, final = shapes.update_bytes(training), shapes.theta_bytes, shapes.model_bytes
     kept = copies * copy if references else 0
     trained = max(copies * copy + update, copy + copies * update)
-    return before + kept + max(trained, copies * update + after)
+    inner = max(trained, copies * update + theta)  # a round that ends with a float32 model
+    last = max(trained, copies * update + final)
+    peaks = {"first": inner if rounds > 1 else last, "last": theta + last if rounds > 1 else 0}
+    if rounds > 2:
+        peaks["middle"] = theta + inner
+    return kept + max(peaks.values())
 
 
 def network_disk(
