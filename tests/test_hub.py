@@ -13,7 +13,7 @@ from tests.fake_hub import Hub, fake_hub
 from mpunlearn import Training, preprocess
 from mpunlearn.cli import main
 from mpunlearn.errors import FileError, PlanError
-from mpunlearn.hub import push
+from mpunlearn.hub.push import push
 from mpunlearn.server.plan import RunPlan
 
 SECRET_LEVEL = 0.04321
@@ -134,7 +134,7 @@ def test_an_upload_that_is_refused_is_one_line_without_the_token(run: Path) -> N
 
 
 def test_a_dry_run_uploads_nothing(run: Path, reports: list[str], capsys, monkeypatch) -> None:
-    monkeypatch.setattr("mpunlearn.hub._upload", None)
+    monkeypatch.setattr("mpunlearn.hub.push._upload", None)
     assert main(["push", str(run / "final"), "owner/forgetful", *reports, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "model-index" in printed

@@ -78,7 +78,7 @@ VERBS = {
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
     "plan": Verb("planning.plan", BOTH, "print what a run would do and need, and write its options to run.yaml"),
     "ask": Verb("evaluation.ask", BOTH, "show how several models answer the same questions, side by side"),
-    "push": Verb("hub", BOTH, "upload an unlearned model to the Hugging Face Hub, with a model card"),
+    "push": Verb("hub.push", BOTH, "upload an unlearned model to the Hugging Face Hub, with a model card"),
     "doctor": Verb("doctor.doctor", BOTH, "check whether this machine can start a run, and say what to do if not"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),

@@ -16,7 +16,7 @@ from mpunlearn.errors import DataError, FileError, PlanError
 from mpunlearn.options import parse
 from mpunlearn.planning import cut
 from mpunlearn.planning.plan import applied, plan
-from mpunlearn.planning.recommended import CLASSES, TABLE, recommended, size_class, table
+from mpunlearn.planning.recommended import CLASSES, TABLE, recommendation, size_class, table
 from mpunlearn.protocol.objectives import ObjectiveName
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -74,14 +74,14 @@ def test_the_documentation_has_the_same_table() -> None:
     assert table() in (DOCS / "hyperparameters.md").read_text()
 
 
-def test_what_was_given_counts_more_than_what_is_recommended() -> None:
-    advice = recommended("npo", 1_240_000_000)
+def test_what_was_given_counts_more_than_what_is_recommendation() -> None:
+    advice = recommendation("npo", 1_240_000_000)
     training = Training("npo", learning_rate=2e-4, epochs=7, parameters={"beta": 0.5})
     chosen = applied(advice, training, 5, 16)
     assert (chosen.learning_rate, chosen.epochs, chosen.parameters["beta"]) == (2e-4, 7, 0.5)
     assert (chosen.batch_size, chosen.alpha) == (advice.batch_size, 1.0)
     assert applied(advice, Training("npo"), 1, 16).epochs == 10
-    assert applied(recommended("rmu", 10**9), Training("rmu"), 5, 4).parameters["layer"] == 2
+    assert applied(recommendation("rmu", 10**9), Training("rmu"), 5, 4).parameters["layer"] == 2
 
 
 def test_the_options_are_accepted_by_both_ways_to_run(given) -> None:
@@ -93,13 +93,13 @@ def test_the_options_are_accepted_by_both_ways_to_run(given) -> None:
     for arguments in (by_run, by_server):
         assert arguments["rounds"] == 3
         assert arguments["perturbation"] == perturbation
-        assert arguments["training"] == applied(recommended("simnpo", result.parameters), training, 3, 2)
-    assert given["out"].read_text().count(recommended("simnpo", result.parameters).source) == 1
+        assert arguments["training"] == applied(recommendation("simnpo", result.parameters), training, 3, 2)
+    assert given["out"].read_text().count(recommendation("simnpo", result.parameters).source) == 1
 
 
 def test_a_preset_and_the_programs_own_defaults(given, capsys) -> None:
     data = ["--forget", str(given["forget"]), "--retain", str(given["retain"]), "--out", str(given["out"])]
-    arguments = ["plan", str(given["checkpoint"]), *data, "--preset", "lean", "--no-tuned", "--seconds", "0"]
+    arguments = ["plan", str(given["checkpoint"]), *data, "--preset", "lean", "--no-recommended", "--seconds", "0"]
     assert main(arguments) == 0
     written = yaml.safe_load(given["out"].read_text())
     assert (written["copies"], written["rounds"], written["epochs"]) == (1, 1, 10)

@@ -116,8 +116,8 @@ def store(url: str) -> Finding:
         sent.write_bytes(secrets.token_bytes(1024))
         try:
             opened = Store(url)
+            file = opened.put(sent, f"{key}/probe")
             try:
-                file = opened.put(sent, f"{key}/probe")
                 opened.fetch(f"{key}/probe", file, Path(scratch) / "received")
             finally:
                 opened.remove(key)

@@ -12,7 +12,7 @@ from mpunlearn.client.resources import Resources
 from mpunlearn.errors import FileError, PlanError
 from mpunlearn.files import as_path, write_bytes
 from mpunlearn.lm.sources import Data
-from mpunlearn.planning.recommended import Recommendation, recommended
+from mpunlearn.planning.recommended import Recommendation, recommendation
 from mpunlearn.planning.report import RunEstimate
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.perturbation import Perturbation
@@ -30,7 +30,7 @@ def plan(
     out: str | Path = "run.yaml",
     rounds: int = 5,
     clients: int = 1,
-    tuned: bool = True,
+    recommended: bool = True,
     seconds: float = SECONDS,
     perturbation: Perturbation | None = None,
     training: Training | None = None,
@@ -46,8 +46,8 @@ def plan(
         out: A new file for the options, for --config of `run` and of `server start`.
         rounds: Number of rounds R.
         clients: Number of clients, for a run over a network.
-        tuned: Use the hyperparameters that are recommended for the size of the model, instead of those left at the
-            program's defaults.
+        recommended: Use the hyperparameters that are recommended for the size of the model, instead of those that are left
+            at the program's defaults.
         seconds: About how long measuring on this machine may take. With 0, nothing is measured, and no time estimated.
         perturbation: Number of copies, noise level, reparameterization.
         training: The objective and its hyperparameters.
@@ -78,7 +78,7 @@ def plan(
     source = Checkpoint(as_path(checkpoint, "checkpoint"))
     shapes = Shapes.of_checkpoint(source)
     perturbation, training, resources = perturbation or Perturbation(), training or Training(), resources or Resources()
-    advice = recommended(training.objective, shapes.parameters) if tuned else None
+    advice = recommendation(training.objective, shapes.parameters) if recommended else None
     if advice is not None:
         training = applied(advice, training, rounds, shapes.architecture.layers)
     client = Client(forget=forget, retain=retain, training=training, data=data, resources=resources)

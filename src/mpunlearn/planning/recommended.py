@@ -60,7 +60,7 @@ def size_class(parameters: int) -> SizeClass:
     return "tiny" if parameters < TINY else "small" if parameters <= SMALL else "large"
 
 
-def recommended(objective: ObjectiveName, parameters: int) -> Recommendation:
+def recommendation(objective: ObjectiveName, parameters: int) -> Recommendation:
     """The recommendation for an objective and a number of parameters."""
     size = size_class(parameters)
     return next(row for row in TABLE if (row.objective, row.size) == (objective, size))
