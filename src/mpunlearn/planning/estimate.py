@@ -108,5 +108,5 @@ def _training_memory(shapes: Shapes, work: Work) -> TrainingMemory:
 def _minutes(rates: Rates, work: Work, copies: int, rounds: int) -> Minutes:
     server = rounds * (rates.publish + rates.aggregate)
     loads = 2 if work.losses.reference_model else 1
-    client = rounds * copies * (loads * rates.load + len(work.steps) * rates.step + rates.write)
+    client = rounds * copies * (loads * rates.load + rates.setup + len(work.steps) * rates.step + rates.write)
     return Minutes(server / 60, (client + copies * rates.reference) / 60, rates.what)

@@ -7,6 +7,7 @@ the number of floating-point operations. As many examples of a step are timed as
 Everything is written to a temporary folder, with a lineage of its own. Nothing of it is published.
 """
 
+import importlib
 import logging
 import os
 import tempfile
@@ -35,6 +36,10 @@ from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 
+MAX_STEPS = 20
+"""Steps that are timed at most."""
+BRIEF_SECONDS = 1.0
+"""What takes less is timed again."""
 TIMED_RATE = 1e-7
 """Learning rate while steps are timed: the weights stay what they are, whatever the plan says."""
 T = TypeVar("T")
@@ -61,6 +66,8 @@ class Rates:
     """Post-Process of their updates."""
     load: float
     """Loading one copy."""
+    setup: float
+    """What a training does once, besides its steps."""
     step: float
     """One optimizer step."""
     reference: float
@@ -91,6 +98,8 @@ def measure(
     Raises:
         MPUError: as for `preprocess`, `unlearn` and `postprocess`.
     """
+    for name in ("aggregate", "copies", "lineage"):  # the first call would load them
+        importlib.import_module(f"mpunlearn.server.{name}")
     resident = _resident_bytes()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=place, prefix=".mpunlearn-plan-") as scratch, _silent():
@@ -113,6 +122,7 @@ def measure(
         publish=publish * scale,
         aggregate=aggregate * scale,
         load=client.load * scale,
+        setup=client.setup,
         step=client.step,
         reference=client.reference,
         write=client.write * scale,
@@ -137,6 +147,8 @@ class _Client:
         work = replace(work, examples=examples)
         self._work = work
         self.load, self._model = _timed(lambda: load_model(copy))
+        if self.load < BRIEF_SECONDS:  # the first time also loads modules
+            self.load, self._model = _timed(lambda: load_model(copy))
         selected = select(self._model, training.train, training.token_local)
         if rank := training.lora_rank:
             alpha = training.lora_alpha if training.lora_alpha is not None else 2.0 * rank
@@ -144,6 +156,7 @@ class _Client:
         self._reference: Any = None
         if work.losses.reference_model:
             self._reference = self._model if training.lora_rank else load_model(copy)
+        self.setup = 0.0
         self.examples, self.step = self._time_step(seconds)
         self.reference = self._time_reference() if "reference_nll" in work.losses.needs else 0.0
         self.write = 0.0
@@ -157,20 +170,21 @@ class _Client:
 
     def _time_step(self, seconds: float) -> tuple[int, float]:
         """How many forget examples of a step were timed, and how long a whole step takes on the whole model."""
-        longest = max(self._work.steps, key=len)
+        steps = sorted(self._work.steps, key=len, reverse=True)
         end = time.monotonic() + seconds
-        self._train([longest[:1]])  # the first step also sets things up
-        one, _ = _timed(lambda: self._train([longest[:1]]))
-        count = max(1, min(len(longest), int(seconds / 3 / one)))
-        times: list[float] = []
-        number = 0
-        while not times or (time.monotonic() + times[-1] < end and number < 20):
-            picks = self._work.steps[number % len(self._work.steps)][:count]
-            took, _ = _timed(lambda picks=picks: self._train([picks]))  # type: ignore[misc]
-            times.append(took / self._flops(self._small.shapes, picks))
-            number += 1
-        per_flop = sorted(times)[len(times) // 2]
-        whole = sum(self._flops(self._shapes, step) for step in self._work.steps) / len(self._work.steps)
+        self._train([steps[0][:1]])  # the first step also loads modules
+        one, _ = _timed(lambda: self._train([steps[0][:1]]))
+        count = max(1, min(len(steps[0]), int(seconds / 3 / one)))
+        first = [steps[0][:count]]
+        alone, _ = _timed(lambda: self._train(first))
+        more = max(1, min(len(steps), MAX_STEPS, int((end - time.monotonic()) / alone) - 1))
+        several = first + [steps[number % len(steps)][:count] for number in range(more)]
+        together, _ = _timed(lambda: self._train(several))
+        # The difference leaves out what a training does only once.
+        took = max(together - alone, 0.1 * together)
+        per_flop = took / sum(self._flops(self._small.shapes, picks) for picks in several[1:])
+        whole = sum(self._flops(self._shapes, step) for step in steps) / len(steps)
+        self.setup = max(0.0, alone - per_flop * self._flops(self._small.shapes, first[0]))
         return count, per_flop * whole
 
     def _train(self, steps: list[list[Pick]]) -> None:
