@@ -75,6 +75,7 @@ def pushed(hub: Hub, *arguments: str, token: str = "hf_right") -> subprocess.Com
     return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_bytes_arrive_and_the_card_can_be_read(run: Path, reports: list[str], tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
@@ -120,6 +121,7 @@ def test_the_bytes_arrive_and_the_card_can_be_read(run: Path, reports: list[str]
         assert secret not in text, secret
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_refused_is_one_line_without_the_token(run: Path) -> None:
     with fake_hub() as hub:
         done = pushed(hub, str(run), "owner/forgetful", token="hf_wrong")
