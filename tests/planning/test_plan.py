@@ -15,7 +15,7 @@ from mpunlearn.cli import VERBS, main
 from mpunlearn.errors import DataError, FileError, PlanError
 from mpunlearn.options import parse
 from mpunlearn.planning import cut
-from mpunlearn.planning.plan import applied, plan
+from mpunlearn.planning.plan import applied, plan, run_yaml
 from mpunlearn.planning.recommended import CLASSES, TABLE, recommendation, size_class, table
 from mpunlearn.protocol.objectives import ObjectiveName
 
@@ -95,6 +95,14 @@ def test_the_options_are_accepted_by_both_ways_to_run(given) -> None:
         assert arguments["perturbation"] == perturbation
         assert arguments["training"] == applied(recommendation("simnpo", result.parameters), training, 3, 2)
     assert given["out"].read_text().count(recommendation("simnpo", result.parameters).source) == 1
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.objective}-{row.size}")
+def test_every_recommendation_is_accepted_as_a_file(tmp_path: Path, row) -> None:
+    training = applied(row, Training(row.objective), 5, 16)
+    (tmp_path / "run.yaml").write_text(run_yaml(5, Perturbation(), training, row))
+    for verb, arguments in (("run", ("m", "--forget", "f", "--out", "o")), ("server start", ("m", "--run", "r"))):
+        assert accepted(verb, tmp_path / "run.yaml", *arguments)["training"] == training
 
 
 def test_a_preset_and_the_programs_own_defaults(given, capsys) -> None:

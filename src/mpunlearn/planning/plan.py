@@ -14,6 +14,7 @@ from mpunlearn.files import as_path, write_bytes
 from mpunlearn.lm.sources import Data
 from mpunlearn.planning.recommended import Recommendation, recommendation
 from mpunlearn.planning.report import RunEstimate
+from mpunlearn.protocol.objectives import HYPERPARAMETERS
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.perturbation import Perturbation
 
@@ -127,7 +128,7 @@ def run_yaml(rounds: int, perturbation: Perturbation, training: Training, advice
             for name, value in values.items()
             if value is not None and (name in always or value != getattr(default, name))
         }
-    chosen |= training.parameters
+    chosen |= {name: HYPERPARAMETERS[name][0](value) for name, value in training.parameters.items()}
     head = "# Options of `mpunlearn run` and `mpunlearn server start`, written by `mpunlearn plan`.\n"
     if advice is not None:
         head += f"# Hyperparameters from: {advice.source}\n" + (f"# Note: {advice.note}\n" if advice.note else "")
