@@ -98,6 +98,19 @@ def test_a_state_that_others_can_enter_or_that_is_a_link(run: Path) -> None:
     assert failures(run) == {"permissions"}
 
 
+def test_a_lineage_that_others_can_enter(tmp_path: Path) -> None:
+    lineage = Path(os.environ["XDG_DATA_HOME"]) / "mpunlearn" / "lineages" / "0123"
+    lineage.mkdir(parents=True, mode=0o700)
+    (lineage / "secret.key").write_bytes(os.urandom(32))
+    (lineage / "secret.key").chmod(0o600)
+    assert not failures()
+    lineage.chmod(0o750)
+    assert failures() == {"lineages"}
+    lineage.chmod(0o700)
+    (lineage / "secret.key").chmod(0o604)
+    assert failures() == {"lineages"}
+
+
 @pytest.mark.parametrize(
     ("begin", "end", "status", "text"),
     [

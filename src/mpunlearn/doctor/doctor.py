@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mpunlearn.doctor import machine, parties
 from mpunlearn.doctor.findings import Finding, Health, failed, ok, warning
 from mpunlearn.errors import MPUError, NotReadyError, PlanError
-from mpunlearn.files import as_path
+from mpunlearn.files import as_path, data_folder
 
 if TYPE_CHECKING:
     from mpunlearn.server.plan import RunPlan
@@ -70,6 +70,9 @@ def doctor(
         ("disk", lambda: machine.disk(here)),
         ("clock", lambda: machine.clock(here)),
     ]
+    lineages = Path(plan.lineage) if plan is not None and plan.lineage else data_folder() / "lineages"
+    if invitation is None and lineages.is_dir():
+        checks.append(("lineages", lambda: parties.permissions(lineages, "lineages")))
     if folder is not None:
         checks.append(("permissions", lambda: parties.permissions(folder, "permissions")))
         checks.append(("certificates", lambda: parties.certificates(folder)))

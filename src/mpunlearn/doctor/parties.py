@@ -32,14 +32,15 @@ def permissions(folder: Path, name: str) -> Finding:
     """Whether only the owner can read the keys and the state below a folder.
 
     Args:
-        folder: the directory of a run or of a client.
+        folder: the directory of a run, of a client, or of lineages.
         name: the name of the check.
     """
     if not folder.is_dir():
         return failed(name, f"{folder} is not a directory", "give the directory of a run, or of a client")
     keys = sorted({path for pattern in KEYS for path in folder.glob(pattern)})
-    folders = [path for path in map(folder.joinpath, PRIVATE) if path.is_dir()]
-    for path in [*keys, *folders]:
+    folders = {path for path in map(folder.joinpath, PRIVATE) if path.is_dir()}
+    folders |= {key.parent for key in keys if key.name == "secret.key"}
+    for path in [*keys, *sorted(folders)]:
         about = path.lstat()
         mode = 0o700 if path.is_dir() else 0o600
         if stat.S_ISLNK(about.st_mode):
