@@ -320,7 +320,17 @@ def test_help_of_every_command(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "run --help", "server start --help", "evaluate --help", "client join --help"]
+    "arguments",
+    [
+        "--help",
+        "run --help",
+        "server start --help",
+        "evaluate --help",
+        "client join --help",
+        "plan --help",
+        "ask --help",
+        "push --help",
+    ],
 )
 def test_help_loads_no_heavy_library(arguments: str) -> None:
     script = (

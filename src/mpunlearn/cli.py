@@ -4,8 +4,8 @@ Options, types and help texts come from the functions' signatures and docstrings
 and the Python API share one text. The modules of the commands import nothing heavy at the top level, so `--help` does
 not load PyTorch.
 
-Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 130
-interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
+Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 4
+`doctor` found that a run cannot start, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
 """
 
 import difflib
@@ -82,6 +82,10 @@ VERBS = {
     "record open": Verb("record", BOTH, "prove that texts were in the committed forget set"),
     "record add": Verb("record", BOTH, "sign that a run was evaluated, audited, replicated or withdrawn"),
     "report": Verb("report.report", BOTH, "write the report of a run as HTML pages"),
+    "plan": Verb("planning.plan", BOTH, "print what a run would do and need, and write its options to run.yaml"),
+    "ask": Verb("evaluation.ask", BOTH, "show how several models answer the same questions, side by side"),
+    "push": Verb("hub.push", BOTH, "upload an unlearned model to the Hugging Face Hub, with a model card"),
+    "doctor": Verb("doctor.doctor", BOTH, "check whether this machine can start a run, and say what to do if not"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
     "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),
@@ -177,7 +181,7 @@ def _print(result: Any, as_json: bool) -> None:
         print(json.dumps(value, indent=2, ensure_ascii=False))
     elif isinstance(result, str | Path):
         print(result)
-    elif hasattr(result, "copies"):
+    elif hasattr(result, "summary"):
         say(result.summary())
         print(*result.copies, sep="\n")
     elif hasattr(result, "table"):

@@ -96,3 +96,9 @@ class AuditError(ReportedError):
 
 class RecordError(ReportedError):
     """A record, or a file that it lists, does not verify."""
+
+
+class NotReadyError(ReportedError):
+    """A check of `doctor` found something that prevents a run."""
+
+    exit_code = 4

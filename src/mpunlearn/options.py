@@ -194,7 +194,7 @@ def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], opt
     for option in options.values():
         default = configured.get(option.name, None if optional and option.default is REQUIRED else option.default)
         hint, how = _for_cyclopts(option)
-        how["show_default"] = option.default not in (False, None, REQUIRED)
+        how["show_default"] = option.default not in (False, None, REQUIRED, ())
         about = cyclopts.Parameter(help=option.help, group=groups[option.group], **how)
         annotation = Annotated[hint, about]  # type: ignore[valid-type]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if option.positional else inspect.Parameter.KEYWORD_ONLY
@@ -215,6 +215,8 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
     if Path in members:
         return (Path | None if option.default is None else Path), {"metavar": "PATH", "negative": ()}
     if get_origin(hint) is Sequence:
+        if get_args(hint) == (str,):
+            return list[str], {"metavar": "TEXT", "negative": ()}
         return list[Path], {"metavar": "PATH ...", "negative": (), "consume_multiple": not option.positional}
     if any(get_origin(member) is tuple for member in members):
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
@@ -295,7 +297,7 @@ def _from_yaml(option: Option, value: Any, path: Path) -> Any:
     if Path in members and isinstance(value, str):
         return Path(value)
     if get_origin(option.hint) is Sequence and isinstance(value, list):
-        return [Path(str(item)) for item in value]
+        return [str(item) if get_args(option.hint) == (str,) else Path(str(item)) for item in value]
     if any(get_origin(member) is tuple for member in members) and isinstance(value, str):
         value = value.split(",")
     try:

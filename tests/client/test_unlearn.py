@@ -15,6 +15,7 @@ from tests.perturbations import without_offset
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.client import client as client_module
 from mpunlearn.client.client import Client
+from mpunlearn.client.resources import Resources
 from mpunlearn.client.trainer import Trainer
 from mpunlearn.client.unlearn import unlearn
 from mpunlearn.errors import CheckpointError, DataError, DisclosureWarning, PlanError
@@ -180,6 +181,16 @@ def test_with_lora_the_reference_is_the_base_under_the_switched_off_adapter(
 
     monkeypatch.setattr(client_module, "Trainer", with_a_second_model)
     assert distance(switched, update_of(path, examples, tmp_path / "frozen", **options)) < 1e-5
+
+
+def test_a_switched_off_adapter_and_recomputed_activations(save_tiny, tmp_path: Path, examples) -> None:
+    """Switching the adapter on again must not make its fixed factor trainable: the backward pass would find other tensors."""
+    path, options = save_tiny(), {"objective": "undial", "lora_rank": 2}
+    stored, recomputed = (
+        update_of(path, examples, tmp_path / str(on), Resources(gradient_checkpointing=on), **options)
+        for on in (False, True)
+    )
+    assert distance(stored, recomputed) < 1e-5
 
 
 def test_kl_holds_the_model_to_its_reference(save_tiny, tmp_path: Path, examples) -> None:

@@ -107,6 +107,15 @@ class Client:
         sets = {"forget": self._forget, "retain": self._retain}
         return {name: [text_digest(record_text(record)) for record in records] for name, records in sets.items()}
 
+    def planned(self, model: Path) -> tuple[list[list[Pick]], Examples]:
+        """The optimizer steps of the first round, and the examples as the tokenizer of a model encodes them.
+
+        Raises:
+            MPUError: as for `unlearn`.
+        """
+        encoded = self._encode(model)
+        return self._steps(encoded, None), encoded.examples(ReferenceNLL())
+
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
         """Unlearns on one published copy and writes the update, like the function `unlearn`."""
         copy, out = as_path(copy, "copy"), as_path(out, "--out")

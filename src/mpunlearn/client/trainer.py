@@ -205,8 +205,11 @@ class Trainer:
         model: Any = self._model
         training = model.training
         model.eval()
+        trainable = {id(parameter) for parameter in self._parameters}
         with model.disable_adapter():
             outputs = forward(model, batch, layer)
+        for parameter in model.parameters():  # peft also makes the fixed inner factors trainable again
+            parameter.requires_grad_(id(parameter) in trainable)
         model.train(training)
         return outputs
 

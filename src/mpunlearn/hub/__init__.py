@@ -1,0 +1,1 @@
+"""Publishing an unlearned model on the Hugging Face Hub."""
