@@ -1,0 +1,172 @@
+"""LoRA adapters, as PEFT saves them, are valid updates. PEFT itself says what each of them means."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.interop.reference import check
+
+from mpunlearn import Perturbation, postprocess, preprocess
+from mpunlearn.errors import UpdateError
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of its own defaults
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "plain": ("llama", {}, {"target_modules": "all-linear"}),
+    "rank-stabilized": ("qwen2", {}, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {},
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 2},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 20, "up_proj": 3},
+        },
+    ),
+    "head in full": ("gpt_neox", {}, {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
+    "norm in full": ("gemma", {"head_dim": 8}, {"target_modules": ["o_proj"], "modules_to_save": ["input_layernorm"]}),
+    "biases": ("phi", {}, {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+    "embedding": ("llama", {}, {"target_modules": ["embed_tokens", "k_proj"]}),
+    "fused": ("phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "experts": (
+        "qwen3_moe",
+        {"num_experts": 3, "moe_intermediate_size": 12, "head_dim": 8},
+        {"target_modules": ["v_proj"]},
+    ),
+}
+
+
+def adapters(copies: list[Path], out: Path, **options: Any) -> list[Path]:
+    """An adapter of each copy, with random factors and weights, saved by PEFT."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    for copy in copies:
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **options})
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(copy), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(out / copy.name)
+    return [out / copy.name for copy in copies]
+
+
+def merged(copies: list[Path], given: list[Path], out: Path) -> list[Path]:
+    """What PEFT makes of the adapters, as whole checkpoints."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    for copy, adapter in zip(copies, given, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+        peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out / copy.name)
+    return [out / copy.name for copy in copies]
+
+
+def publish(model: Path, tmp_path: Path) -> list[Path]:
+    return preprocess(
+        model, state=tmp_path / "state", out=tmp_path / "copies", perturbation=Perturbation(copies=2)
+    ).copies
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_is_the_update_that_peft_merges(save_tiny, tmp_path: Path, case: str) -> None:
+    model_type, sizes, options = CASES[case]
+    model = save_tiny(model_type=model_type, num_key_value_heads=4, **sizes)
+    copies = publish(model, tmp_path)
+    given = adapters(copies, tmp_path / "adapters", **options)
+    whole = merged(copies, given, tmp_path / "merged")
+    check(model, tmp_path / "state", copies, given, whole, tmp_path / "final")
+
+
+def test_a_bfloat16_adapter_of_a_bfloat16_copy(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny(dtype=torch.bfloat16)
+    copies = publish(model, tmp_path)
+    given = adapters(copies, tmp_path / "adapters", target_modules="all-linear")
+    for adapter in given:
+        file = adapter / "adapter_model.safetensors"
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    whole = merged(copies, given, tmp_path / "merged")
+    check(model, tmp_path / "state", copies, given, whole, tmp_path / "final")
+
+
+def test_the_copy_is_known_from_its_config_when_the_base_is_elsewhere(save_tiny, tmp_path: Path) -> None:
+    """A client trains elsewhere: the adapter names a path that the server does not have."""
+    model = save_tiny()
+    copies = publish(model, tmp_path)
+    given = adapters(copies, tmp_path / "adapters", target_modules=["q_proj"])
+    for adapter in given:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/not/here"}))
+    with pytest.raises(UpdateError, match=r"copy that copy's config\.json into this directory"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+    for copy, adapter in zip(copies, given, strict=True):
+        shutil.copy(copy / "config.json", adapter)
+    whole = merged(copies, given, tmp_path / "merged")
+    check(model, tmp_path / "state", copies, given, whole, tmp_path / "final")
+
+
+def test_two_copies_are_never_confused(save_tiny, tmp_path: Path) -> None:
+    copies = publish(save_tiny(), tmp_path)
+    given = adapters(copies, tmp_path / "adapters", target_modules=["q_proj"])
+    shutil.copy(copies[1] / "config.json", given[0])
+    with pytest.raises(UpdateError, match="is that of copy 2 of 2.*is copy 1 of 2"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+    (given[0] / "config.json").unlink()
+    with pytest.raises(UpdateError, match="copy 1, and so does"):
+        postprocess([given[0], given[0]], state=tmp_path / "state", out=tmp_path / "final")
+    shutil.copy(copies[0] / "model.safetensors", given[0])
+    with pytest.raises(UpdateError, match="both an adapter and a whole model"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True.*merge_and_unload"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"an_option_of_next_year": 3}, "an_option_of_next_year"),
+        ({"peft_type": "LOHA"}, "expected peft_type LORA, found 'LOHA'"),
+        ({"lora_alpha": "6"}, "lora_alpha: expected a number"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern.*regular expressions"),
+    ],
+)
+def test_an_adapter_that_is_no_product_of_two_factors_is_refused(
+    save_tiny, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    copies = publish(save_tiny(), tmp_path)
+    given = adapters(copies, tmp_path / "adapters", target_modules=["q_proj"])
+    config = json.loads((given[1] / "adapter_config.json").read_text())
+    (given[1] / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UpdateError, match=message):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_shared_embedding_and_a_missing_factor_are_refused(save_tiny, tmp_path: Path) -> None:
+    copies = publish(save_tiny(model_type="gemma", head_dim=8), tmp_path)
+    given = adapters(copies, tmp_path / "tied", target_modules=["embed_tokens"])
+    with pytest.raises(UpdateError, match="which the LM head shares"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+    given = adapters(copies, tmp_path / "adapters", target_modules=["q_proj"])
+    file = given[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if "0.self_attn.q_proj.lora_A" not in name}, file)
+    with pytest.raises(UpdateError, match="without"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
+
+
+def test_an_adapter_of_a_model_that_is_no_copy(save_tiny, tmp_path: Path) -> None:
+    model = save_tiny()
+    publish(model, tmp_path)
+    given = adapters([model], tmp_path / "adapters", target_modules=["q_proj"])
+    with pytest.raises(UpdateError, match="does not say which copy"):
+        postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
