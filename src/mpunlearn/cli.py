@@ -142,7 +142,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with _output(prog, general.quiet):
+        with _output(prog, logging.ERROR if general.quiet else logging.DEBUG if general.verbose else logging.INFO):
             _print(function(**values), general.json)
     except MPUError as error:
         if isinstance(error, AuditError) and error.report is not None:
@@ -187,8 +187,8 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _output(prog: str, quiet: bool) -> Iterator[None]:
-    """Sends log lines and warnings to standard error immediately while a command runs."""
+def _output(prog: str, level: int) -> Iterator[None]:
+    """Sends log lines of that level and warnings to standard error immediately while a command runs."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
@@ -198,9 +198,9 @@ def _output(prog: str, quiet: bool) -> Iterator[None]:
         else:
             print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
-    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    handlers, propagate, level_before = logger.handlers, logger.propagate, logger.level
     logger.handlers, logger.propagate = [_Lines()], False
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show
@@ -209,7 +209,7 @@ def _output(prog: str, quiet: bool) -> Iterator[None]:
             yield
     finally:
         logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+        logger.setLevel(level_before)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpunlearn.client.resources import Resources
+from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import FileError, PlanError, StateError
 from mpunlearn.files import as_path
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training, pin
 from mpunlearn.schema import parse
@@ -53,10 +53,10 @@ class ClientPlan:
 def run(
     checkpoint: str | Path,
     *,
-    forget: str | Path,
+    forget: Source,
     out: str | Path,
-    retain: str | Path | None = None,
-    decoys: str | Path | None = None,
+    retain: Source | None = None,
+    decoys: Source | None = None,
     base: str | Path | None = None,
     stand_in: str | Path | None = None,
     lineage: str | Path | None = None,
@@ -68,6 +68,7 @@ def run(
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
+    callback: Callback | None = None,
 ) -> Path:
     """Runs all rounds with both parties in one process. Repeat the same command to resume an interrupted run.
 
@@ -77,7 +78,7 @@ def run(
     Args:
         checkpoint: The server's model, a Hugging Face checkpoint directory.
         forget: The data to forget: a file, a folder saved by `datasets`, a benchmark such as tofu/forget10, or
-            hub:OWNER/NAME.
+            hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
         out: The run's directory. If it holds an unfinished run with the same options, that run is resumed.
         retain: The data to retain, in the same formats. Required by objectives with a retain term.
         decoys: Data of the same kind that the model knows, in the same formats. It is unlearned along with the forget set,
@@ -96,6 +97,7 @@ def run(
         training: The objective and its hyperparameters.
         data: Columns and locations of the examples.
         resources: Memory, precision, checkpoints and experiment trackers of training.
+        callback: Called after every optimizer step with its number and the losses.
 
     Returns:
         The unlearned checkpoint, OUT/final.
@@ -135,6 +137,7 @@ def run(
         training=plan.training,
         data=data,
         resources=resources,
+        callback=callback,
     )
     check_models(plan)
     _check_out(out, plan)

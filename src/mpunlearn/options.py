@@ -1,9 +1,10 @@
 """Derives the options of a command from the signature and docstring of its function, and parses them with cyclopts.
 
 A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass, with the
-attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. Any option can
-also be set in a file with `--config FILE.yaml`, and several at once with `--preset` (see `presets`). The command line takes
-precedence over the file, and the file over the preset.
+attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. A parameter that
+takes a Python object, such as a callback, is none. Any option can also be set in a file with `--config FILE.yaml`, and
+several at once with `--preset` (see `presets`). The command line takes precedence over the file, and the file over the
+preset.
 """
 
 import dataclasses
@@ -68,6 +69,8 @@ class General:
     """Print the result as JSON to standard output."""
     quiet: bool = False
     """Show errors and warnings only, no progress."""
+    verbose: bool = False
+    """Also show what is loaded, on which device, and how long it takes."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if kind := _dataclass_of(parameter.annotation):
             options += _fields(kind, GROUPS[kind.__name__])
+            continue
+        if _python_only(parameter.annotation):
             continue
         positional, default = parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter.default
         if isinstance(default, str) and Path in _members(parameter.annotation):
@@ -174,6 +179,8 @@ def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[s
     """The arguments of the function, with the fields of each dataclass collected into an instance."""
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if _python_only(parameter.annotation):
+            continue
         kind = _dataclass_of(parameter.annotation)
         if kind is None:
             arguments[name] = given[name]
@@ -219,7 +226,8 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
     if any(get_origin(member) is tuple for member in members):
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
     if bool in members:
-        return hint, {"negative": ()} if option.group == GENERAL else {}
+        alias = {"alias": "-v"} if option.name == "verbose" else {}
+        return hint, {"negative": (), **alias} if option.group == GENERAL else {}
     if len(members) > 1 and get_origin(members[1]) is Literal:
         return hint, {"metavar": f"NUMBER|{'|'.join(get_args(members[1]))}", "negative": ()}
     metavars = {int: "INTEGER", float: "NUMBER", str: option.name.replace("_", "-").upper()}
@@ -343,6 +351,11 @@ def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], pro
         return f"unexpected {', '.join(map(repr, tokens))}; {see}"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[0].lower()}{text[1:]}" + ("" if text.endswith("?") else f"; {see}")
+
+
+def _python_only(annotation: Any) -> bool:
+    """Whether a parameter takes a Python object, such as a model or a function, and so is no option."""
+    return all(member is Any or get_origin(member) is Callable for member in _members(annotation))
 
 
 def _dataclass_of(annotation: Any) -> type[Any] | None:

@@ -239,7 +239,7 @@ def refusals(tmp_path: Path, copies: list[Path], updates: list[Path], how: str) 
     if how == "bad card":
         return with_card(copy="2"), "Card.copy: expected an integer"
     if how == "not a directory":
-        return [*updates[:2], tmp_path / "nothing"], "neither an update, nor a trained checkpoint"
+        return [*updates[:2], tmp_path / "nothing"], "neither an update nor a trained checkpoint"
     if how == "pickle":
         file.unlink()
         torch.save(tensors, bad / "update.bin")

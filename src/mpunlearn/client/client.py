@@ -17,7 +17,7 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spe
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
-from mpunlearn.client.resources import Resources
+from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.client.trainer import History, Trainer, check_resources
 from mpunlearn.client.weights import adapt, check_layer, select, shard, write_update
 from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
@@ -36,7 +36,7 @@ from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_d
 from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
 from mpunlearn.lm.records import Record, read_records, records_digest, with_alternates
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 
@@ -58,14 +58,16 @@ class Client:
     def __init__(
         self,
         *,
-        forget: str | Path,
-        retain: str | Path | None = None,
-        decoys: str | Path | None = None,
+        forget: Source,
+        retain: Source | None = None,
+        decoys: Source | None = None,
         memory: str | Path | None = None,
         training: Training | None = None,
         data: Data | None = None,
         resources: Resources | None = None,
+        callback: Callback | None = None,
     ) -> None:
+        self._callback = callback
         self.training, self._resources = training or Training(), resources or Resources()
         data = data or Data()
         self.losses = Losses(self.training.resolved())
@@ -82,10 +84,9 @@ class Client:
             raise DataError(
                 f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
-        self._forget = read_records(as_path(forget, "--forget"), data, "forget")
-        with_retain = retain is not None and bool(objective.alpha)
-        self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
-        self._decoys = read_records(as_path(decoys, "--decoys"), data, "forget") if decoys is not None else []
+        self._forget = read_records(forget, data, "forget")
+        self._retain = read_records(retain, data, "retain") if retain is not None and objective.alpha else []
+        self._decoys = read_records(decoys, data, "forget") if decoys is not None else []
         _check_decoys(self._decoys, self._forget, self._retain)
         self._unlearned = [*self._forget, *self._decoys]
         if self.losses.alternates:
@@ -184,6 +185,7 @@ class Client:
             reference=reference,
             first_epoch=(round_number - 1) * training.epochs,
             folder=folder,
+            callback=None if self._callback is None else partial(_report_step, self._callback, card),
             name=f"unlearning with {training.objective}" + (f", round {card.round}, copy {card.copy}" if card else ""),
         )
 
@@ -269,6 +271,11 @@ class Client:
                 NothingUnlearnedWarning,
                 stacklevel=3,
             )
+
+
+def _report_step(callback: Callback, card: Card | None, step: int, values: dict[str, float]) -> None:
+    """Calls the user's callback, which also learns the round and the copy."""
+    callback(step, values if card is None else {"round": card.round, "copy": card.copy, **values})
 
 
 def _check_decoys(decoys: list[Record], forget: list[Record], retain: list[Record]) -> None:

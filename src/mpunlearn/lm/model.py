@@ -12,6 +12,8 @@ Not covered: sharding over several processes (see `client.weights`). With severa
 until it is sharded.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from mpunlearn.lm.examples import IGNORED, Example, collate
 from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.processes import processes
 
+logger = logging.getLogger(__name__)
 _BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 """The implementations of attention and experts within transformers; any other would be downloaded from the Hub."""
 
@@ -52,6 +55,7 @@ def load_model(path: Path) -> Any:
         raise UnloadableError(
             f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
         )
+    begun = time.monotonic()
     with quiet(), _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -60,7 +64,10 @@ def load_model(path: Path) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
-    return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
+    millions, device = sum(parameter.numel() for parameter in model.parameters()) / 1e6, model.device
+    logger.debug("%s: %.1f M parameters on %s, loaded in %.1f s", path, millions, device, time.monotonic() - begun)
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:

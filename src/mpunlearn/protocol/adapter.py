@@ -66,8 +66,10 @@ class Adapter(TensorDirectory):
         self._config = read_json(path / CONFIG)
         try:
             self._check_config()
-            self._alpha = typed(float, self._config.get("lora_alpha"), "lora_alpha")
-            self._alphas = typed(dict[str, float], self._config.get("alpha_pattern") or {}, "alpha_pattern")
+            self._alpha: float = typed(float, self._config.get("lora_alpha"), "lora_alpha")
+            self._alphas: dict[str, float] = typed(
+                dict[str, float], self._config.get("alpha_pattern") or {}, "alpha_pattern"
+            )
         except SchemaError as error:
             raise UpdateError(f"{path / CONFIG}: {error}") from None
         self._scales: dict[str, float] = {}

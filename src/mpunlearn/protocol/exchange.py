@@ -121,9 +121,7 @@ class ReceivedUpdate:
                 tensors = Checkpoint(path)
                 card = Card.of(tensors.config)
         except (FileError, SchemaError) as error:
-            raise UpdateError(
-                f"{path}: neither an update, nor a trained checkpoint, nor a PEFT adapter: {error}"
-            ) from error
+            raise UpdateError(f"{path}: neither an update nor a trained checkpoint or adapter: {error}") from error
         if card is None:
             raise UpdateError(
                 f"{path}: does not say which copy it was trained from; copy the entry {CARD!r} of the published "
