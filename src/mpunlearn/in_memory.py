@@ -56,7 +56,9 @@ def publish(
 ) -> Copies:
     """Publishes the copies of the next round of a model in memory, like `preprocess`.
 
-    Example, with a model and a tokenizer of transformers, and a list of texts:
+    Example:
+        With a model and a tokenizer of transformers, and a list of texts:
+
         >>> training = mpunlearn.Training(objective="grad-ascent", epochs=1, learning_rate=1e-3)
         >>> copies = mpunlearn.publish(model, tokenizer=tokenizer, state="state")
         >>> updates = (

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_overloads
 
 from mpunlearn.errors import SchemaError
 from mpunlearn.presets import NEEDED, PRESETS
@@ -95,11 +95,9 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
     """All options of a command, in the order of the help text."""
     texts = _parameter_texts(function)
     options: list[Option] = []
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for name, parameter in _parameters(function).items():
         if kind := _dataclass_of(parameter.annotation):
             options += _fields(kind, GROUPS[kind.__name__])
-            continue
-        if _python_only(parameter.annotation):
             continue
         positional, default = parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter.default
         if isinstance(default, str) and Path in _members(parameter.annotation):
@@ -178,9 +176,7 @@ def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tupl
 def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the function, with the fields of each dataclass collected into an instance."""
     arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if _python_only(parameter.annotation):
-            continue
+    for name, parameter in _parameters(function).items():
         kind = _dataclass_of(parameter.annotation)
         if kind is None:
             arguments[name] = given[name]
@@ -353,9 +349,15 @@ def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], pro
     return f"{text[0].lower()}{text[1:]}" + ("" if text.endswith("?") else f"; {see}")
 
 
-def _python_only(annotation: Any) -> bool:
-    """Whether a parameter takes a Python object, such as a model or a function, and so is no option."""
-    return all(member is Any or get_origin(member) is Callable for member in _members(annotation))
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that are options: those of the first overload, without any that take only Python objects."""
+    overloads = get_overloads(function) or [function]
+    parameters = inspect.signature(overloads[0], eval_str=True).parameters
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if any(member is not Any and get_origin(member) is not Callable for member in _members(parameter.annotation))
+    }
 
 
 def _dataclass_of(annotation: Any) -> type[Any] | None:
@@ -369,7 +371,7 @@ def _dataclass_of(annotation: Any) -> type[Any] | None:
 def _summary(function: Callable[..., Any]) -> str:
     """The part of a docstring before its sections."""
     text = inspect.getdoc(function) or ""
-    return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0].replace("`", "")
+    return re.split(r"\n\n(?:Args|Example|Returns|Raises):", text)[0].replace("`", "")
 
 
 def _parameter_texts(function: Callable[..., Any]) -> dict[str, str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @overload
 def forget(
-    checkpoint: Any,
+    checkpoint: str | Path | Any,
     *,
     forget: Source,
     out: str | Path,
@@ -67,7 +67,9 @@ def forget(
 ) -> Any:
     """Unlearns in one place and writes the unlearned model.
 
-    Example, with a model and a tokenizer of transformers:
+    Example:
+        With a model and a tokenizer of transformers:
+
         >>> training = mpunlearn.Training(objective="npo", alpha=0, epochs=2, learning_rate=1e-3)
         >>> texts = [{"question": "Who wrote it?", "answer": "Ada did."}]
         >>> unlearned = mpunlearn.forget(model, tokenizer=tokenizer, forget=texts, training=training)
