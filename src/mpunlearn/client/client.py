@@ -33,7 +33,7 @@ from mpunlearn.client.weights import adapt, check_layer, select, shard, write_up
 from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
-from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
+from mpunlearn.lm.model import load_model, load_tokenizer, model_device, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
 from mpunlearn.lm.records import Record, read_records, records_digest, with_alternates
 from mpunlearn.lm.sources import Data, Source
@@ -66,8 +66,13 @@ class Client:
         data: Data | None = None,
         resources: Resources | None = None,
         callback: Callback | None = None,
+        device: str | None = None,
     ) -> None:
-        self._callback = callback
+        self._callback, self._device = callback, device
+        if device is not None:
+            model_device(device)
+            if processes() > 1:
+                raise PlanError("--device: several processes use the GPU of their rank; leave the option out")
         self.training, self._resources = training or Training(), resources or Resources()
         data = data or Data()
         self.losses = Losses(self.training.resolved())
@@ -113,7 +118,7 @@ class Client:
         encoded = self._encode(source.path)
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
-        model = load_model(source.path)
+        model = load_model(source.path, self._device)
         selected = select(model, self.training.train, self.training.token_local)
         steps = self._steps(encoded, card)
         if is_main():
@@ -245,7 +250,7 @@ class Client:
                 f"{self.training.objective} compares the model with the copy of round 1, which is not in the --memory "
                 "directory; restore it, or start a new run"
             )
-        reference = load_model(path if first_round or cache is None else cache.checkpoint)
+        reference = load_model(path if first_round or cache is None else cache.checkpoint, self._device)
         shard(reference)
         return reference
 

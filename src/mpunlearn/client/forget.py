@@ -31,6 +31,7 @@ def forget(
     out: str | Path,
     tokenizer: Any = None,
     retain: Source | None = None,
+    device: str | None = None,
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
@@ -46,6 +47,7 @@ def forget(
     out: None = None,
     tokenizer: Any = None,
     retain: Source | None = None,
+    device: str | None = None,
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
@@ -60,6 +62,7 @@ def forget(
     out: str | Path | None = None,
     tokenizer: Any = None,
     retain: Source | None = None,
+    device: str | None = None,
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
@@ -82,6 +85,7 @@ def forget(
         out: A new directory for the unlearned model. Only for a model in memory, it can be left out.
         tokenizer: The tokenizer of a model in memory.
         retain: The data to retain, in the same formats. Required by objectives with a retain term.
+        device: Device of the training, such as cpu or cuda (default: a GPU if there is one).
         training: The objective and its hyperparameters.
         data: Columns and locations of the examples.
         resources: Memory, precision, checkpoints and experiment trackers of training.
@@ -101,7 +105,13 @@ def forget(
     target = as_path(out, "--out") if out is not None else None
     if target is not None and target.exists():
         raise FileError(f"{target}: already exists; choose another directory for the model, or remove this one")
-    options: dict[str, Any] = {"training": training, "data": data, "resources": resources, "callback": callback}
+    options: dict[str, Any] = {
+        "device": device,
+        "training": training,
+        "data": data,
+        "resources": resources,
+        "callback": callback,
+    }
     if isinstance(checkpoint, str | os.PathLike):
         if target is None:
             raise PlanError("--out: is missing; give a new directory for the unlearned model")

@@ -22,6 +22,7 @@ def unlearn(
     retain: Source | None = None,
     decoys: Source | None = None,
     memory: str | Path | None = None,
+    device: str | None = None,
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
@@ -39,6 +40,7 @@ def unlearn(
             and hide which of the texts it consists of.
         memory: The client's own directory for what later rounds need from round 1. Objectives with a reference model
             need it from round 2 on.
+        device: Device of the training, such as cpu or cuda (default: a GPU if there is one).
         training: The objective and its hyperparameters.
         data: How to read the examples.
         resources: Memory, precision, checkpoints and trackers.
@@ -63,5 +65,6 @@ def unlearn(
         data=data,
         resources=resources,
         callback=callback,
+        device=device,
     )
     return client.unlearn(copy, out)

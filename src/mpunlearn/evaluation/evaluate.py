@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpunlearn.errors import FileError
 from mpunlearn.files import as_path, cache_folder, write_json
@@ -63,6 +63,9 @@ def evaluate(
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> Evaluation:
     """Evaluates a checkpoint on a benchmark.
 
@@ -84,6 +87,10 @@ def evaluate(
         cache: A folder for cached measurements, so that no model is measured twice (default: mpunlearn/evaluations in
             the user's cache folder).
         data_root: Folder with local mirrors of benchmarks, which are used instead of the Hub.
+        batch_size: Maximum number of sequences in a batch (default: as many as fit into 8192 tokens). It changes results
+            only by rounding.
+        device: Device of the model, such as cpu or cuda (default: a GPU if there is one).
+        precision: Dtype of the weights. The narrow ones need half the memory, and change the results a little.
 
     Returns:
         Metrics of the checkpoint and of the retrained model, curves, and the values for every example.
@@ -116,14 +123,16 @@ def evaluate(
         relearn_rate=relearn_rate,
         tasks=tasks,
         tasks_folder=tasks_folder,
+        precision=precision,
     )
+    machine = measurement.Machine(device, batch_size)
     examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, Data(data_root=data_root))
     model = measurement.Subject.of(checkpoint)
     retrained = measurement.Subject.of(retain_model) if retain_model is not None else None
-    own = measurement.measured(model, examples, settings, folder, reference=retrained)
+    own = measurement.measured(model, examples, settings, folder, retrained, machine)
     measurements = {"model": own}
     if retrained is not None:
-        measurements["retrained"] = measurement.measured(retrained, examples, settings, folder)
+        measurements["retrained"] = measurement.measured(retrained, examples, settings, folder, machine=machine)
     other = measurements.get("retrained")
     evaluation = Evaluation(
         metrics=measurement.summarize(examples, own, other),
@@ -143,6 +152,7 @@ def evaluate(
             "data_digest": measurement.benchmark_digest(examples),
             "decoding": "greedy",
             **dataclasses.asdict(settings),
+            **dataclasses.asdict(machine),
             "versions": measurement.versions(),
         },
     )
