@@ -72,6 +72,7 @@ def run(
 ) -> Path:
     """Runs all rounds with both parties in one process. Repeat the same command to resume an interrupted run.
 
+    A run, also a finished one, goes on with more rounds if the command is repeated with a larger number of rounds.
     In each round, the server publishes perturbed copies of the model, the client unlearns on each copy, and the server
     aggregates the updates.
 
@@ -79,7 +80,7 @@ def run(
         checkpoint: The server's model, a Hugging Face checkpoint directory.
         forget: The data to forget: a file, a folder saved by `datasets`, a benchmark such as tofu/forget10, or
             hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
-        out: The run's directory. If it holds an unfinished run with the same options, that run is resumed.
+        out: The run's directory. If it holds a run with the same options, or with fewer rounds, that run is resumed.
         retain: The data to retain, in the same formats. Required by objectives with a retain term.
         decoys: Data of the same kind that the model knows, in the same formats. It is unlearned along with the forget set,
             and hides which of the data that set consists of.
@@ -89,7 +90,9 @@ def run(
             to the model.
         lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
             (default: in the user's data folder, found by the model's digest).
-        rounds: Number of rounds R.
+        rounds: Number of rounds R. With more rounds than before, a finished run goes on from its final model, which has
+            the dtypes of the original; if these are float32, the result is that of a run with so many rounds from the
+            start.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
         device: Device of the server's computations, cpu or cuda. Training uses a GPU whenever there is one.
@@ -143,11 +146,12 @@ def run(
     _check_out(out, plan)
     if not pinned.exists():
         _check_room(out, plan, client)
-    plan.pin(pinned)
+    plan.pin(pinned, extend=True)
     pin(out / "client" / "plan.json", parse(ClientPlan, client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)
     with locked(server):
+        work.extend()
         for number in progress(range(1, rounds + 1), "rounds"):
             _round(number, work, out / "exchange", client, keep_exchange)
     if not final.is_dir():

@@ -8,7 +8,7 @@ from mpunlearn.errors import PlanError, StateError
 from mpunlearn.files import as_path, read_json
 from mpunlearn.protocol.flower.keys import ClientKeys
 from mpunlearn.protocol.plan import Training, pin
-from mpunlearn.schema import read
+from mpunlearn.schema import read, write
 from mpunlearn.server.federation import Federation
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import check_eta
@@ -94,8 +94,17 @@ class RunPlan:
             plan = replace(plan, perturbation=replace(plan.perturbation, common_noise=0.0))
         return plan
 
-    def pin(self, path: Path) -> None:
-        """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""
+    def pin(self, path: Path, extend: bool = False) -> None:
+        """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`.
+
+        Args:
+            path: the file of the plan.
+            extend: whether this plan may have more rounds than the existing run's, which it then replaces.
+        """
+        if extend and path.exists():
+            pinned = _read_pinned(type(self), path)
+            if pinned.rounds < self.rounds and replace(pinned, rounds=self.rounds) == self:
+                write(path, self)
         pin(path, self, _read_pinned)
 
 
