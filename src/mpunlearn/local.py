@@ -81,7 +81,8 @@ def run(
         forget: The data to forget: a file, a folder saved by `datasets`, a benchmark such as tofu/forget10, or
             hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
         out: The run's directory. If it holds a run with the same options, or with fewer rounds, that run is resumed.
-        retain: The data to retain, in the same formats. Required by objectives with a retain term.
+        retain: The data to retain, in the same formats. Required by objectives with a retain term. Without such data, give
+            auto: the answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set.
         decoys: Data of the same kind that the model knows, in the same formats. It is unlearned along with the forget set,
             and hides which of the data that set consists of.
         base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the

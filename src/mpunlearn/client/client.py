@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+from mpunlearn.client.auto_retain import AutoRetain
 from mpunlearn.client.batches import Examples, MicroBatches, Pick, optimizer_steps
 from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spelling
 from mpunlearn.client.objectives import Losses
@@ -52,7 +53,7 @@ class Client:
     """The data owner's side of a run.
 
     The constructor checks everything that can be checked before a model is loaded. Arguments and errors are those of
-    the function `unlearn`.
+    the function `unlearn`; `drawn` is the file for the examples of `--retain auto`, instead of the default.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Client:
         resources: Resources | None = None,
         callback: Callback | None = None,
         device: str | None = None,
+        drawn: Path | None = None,
     ) -> None:
         self._callback, self._device = callback, device
         if device is not None:
@@ -90,7 +92,10 @@ class Client:
                 f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
         self._forget = read_records(forget, data, "forget")
-        self._retain = read_records(retain, data, "retain") if retain is not None and objective.alpha else []
+        self._drawn = drawn
+        self._auto = AutoRetain.parse(retain, data, self.training.seed, self.training.max_length)
+        given = retain is not None and objective.alpha and self._auto is None
+        self._retain = read_records(retain, data, "retain") if given and retain is not None else []
         self._decoys = read_records(decoys, data, "forget") if decoys is not None else []
         _check_decoys(self._decoys, self._forget, self._retain)
         self._unlearned = [*self._forget, *self._decoys]
@@ -104,7 +109,8 @@ class Client:
     def digests(self) -> dict[str, str | None]:
         """SHA-256 (hex) of the forget set, of the retain set, and of the decoys; None without decoys."""
         decoys = records_digest(self._decoys) if self._decoys else None
-        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain), "decoys": decoys}
+        retain = records_digest(self._retain) if self._auto is None else self._auto.digest
+        return {"forget": records_digest(self._forget), "retain": retain, "decoys": decoys}
 
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
         """Unlearns on one published copy and writes the update, like the function `unlearn`."""
@@ -115,6 +121,8 @@ class Client:
         card = Card.of(source.config)
         if "layer" in self.losses.objective.parameters:
             check_layer(source.path, int(self.losses.objective.parameters["layer"]))
+        if self._auto is not None and self.losses.objective.alpha and not self._retain:
+            self._retain = self._auto.draw(source.path, self._unlearned, self._drawn_file(out, card), self._device)
         encoded = self._encode(source.path)
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
@@ -140,6 +148,24 @@ class Client:
         if is_main():
             self._report(history, card, cache)
         return out
+
+    def _drawn_file(self, out: Path, card: Card | None) -> Path:
+        """The file for the examples of `--retain auto`.
+
+        Raises:
+            PlanError: without a memory, other copies would be trained with other examples.
+            DataError: the examples of round 1 are gone.
+        """
+        if self._memory is None and card is not None:
+            raise PlanError(
+                f"--retain auto: {card} must be trained with the same examples as the other copies; give --memory, or a file"
+            )
+        if self._memory is None:
+            return self._drawn or out.with_name(f"{out.name}.retain.jsonl")
+        file = self._memory / "retain.jsonl"
+        if card is not None and card.round > 1 and not file.is_file():
+            raise DataError(f"{file}: the retain set of round 1 is gone; restore it, or start a new run")
+        return file
 
     def _steps(self, encoded: "_Encoded", card: Card | None) -> list[list[Pick]]:
         """The optimizer steps of a copy's round."""

@@ -84,7 +84,9 @@ def forget(
             hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
         out: A new directory for the unlearned model. Only for a model in memory, it can be left out.
         tokenizer: The tokenizer of a model in memory.
-        retain: The data to retain, in the same formats. Required by objectives with a retain term.
+        retain: The data to retain, in the same formats. Required by objectives with a retain term. Without such data, give
+            auto: the answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set. They are
+            written to OUT.retain.jsonl.
         device: Device of the training, such as cpu or cuda (default: a GPU if there is one).
         training: The objective and its hyperparameters.
         data: Columns and locations of the examples.
@@ -116,16 +118,21 @@ def forget(
         if target is None:
             raise PlanError("--out: is missing; give a new directory for the unlearned model")
         source = Checkpoint(as_path(checkpoint, "checkpoint"))
-        return _write(source, target, Client(forget=forget, retain=retain, **options))
+        return _write(source, target, Client(forget=forget, retain=retain, drawn=_drawn(target), **options))
     if tokenizer is None:
         raise PlanError("a model in memory needs its tokenizer; give tokenizer=…")
     from mpunlearn.lm.memory import load_like, save_model
 
-    client = Client(forget=forget, retain=retain, **options)
+    client = Client(forget=forget, retain=retain, drawn=_drawn(target) if target else None, **options)
     with tempfile.TemporaryDirectory(prefix="mpunlearn-") as folder:
         saved = save_model(checkpoint, Path(folder) / "model", tokenizer)
         result = _write(Checkpoint(saved), target or Path(folder) / "result", client)
         return load_like(result, type(checkpoint), checkpoint.device) if target is None else result
+
+
+def _drawn(target: Path) -> Path:
+    """The file for the examples of `--retain auto`, beside the result."""
+    return target.with_name(f"{target.name}.retain.jsonl")
 
 
 def _write(source: "Checkpoint", target: Path, client: "Client") -> Path:

@@ -35,7 +35,8 @@ def unlearn(
         forget: What to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or
             hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
         out: A new directory for the update.
-        retain: What to keep, in the same form. Objectives with a retain term need it.
+        retain: What to keep, in the same form. Objectives with a retain term need it. Without such data, give auto: the
+            answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set.
         decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
             and hide which of the texts it consists of.
         memory: The client's own directory for what later rounds need from round 1. Objectives with a reference model
