@@ -169,7 +169,8 @@ def _print(result: Any, as_json: bool) -> None:
     elif isinstance(result, str | Path):
         print(result)
     elif hasattr(result, "copies"):
-        say(result.summary())
+        for line in result.summary().splitlines():
+            say(line)
         print(*result.copies, sep="\n")
     elif hasattr(result, "table"):
         print(result.table())

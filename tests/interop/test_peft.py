@@ -84,6 +84,21 @@ def test_an_adapter_is_the_update_that_peft_merges(save_tiny, tmp_path: Path, ca
     check(model, tmp_path / "state", copies, given, whole, tmp_path / "final")
 
 
+def test_the_client_audits_an_adapter_as_the_update_that_it_is(save_tiny, tmp_path: Path) -> None:
+    from mpunlearn.client.audit.subject import Subject
+
+    (copy, other) = publish(save_tiny(), tmp_path)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    (given,) = adapters([copy], tmp_path / "adapters", **options)
+    (whole,) = merged([copy], [given], tmp_path / "merged")
+    one, two = Subject(copy, given), Subject(copy, whole)
+    assert one.names == two.names == {"lm_head.weight", *(f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))}
+    for name in one.names:
+        torch.testing.assert_close(one.delta(name), two.delta(name), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UpdateError, match="belongs to copy 1 of 2"):
+        Subject(other, given)
+
+
 def test_a_bfloat16_adapter_of_a_bfloat16_copy(save_tiny, tmp_path: Path) -> None:
     model = save_tiny(dtype=torch.bfloat16)
     copies = publish(model, tmp_path)

@@ -7,7 +7,8 @@ examples are drawn at random from a larger set instead, such as `auto:hub:OWNER/
 
 What repeats the forget set is left out, or training would restore it: any example that shares `SHARED_WORDS` consecutive
 words with it, or contains a whole question or answer of at least two words. Anything said in other words is not noticed,
-so a retain set of your own is better where there is one.
+so a retain set of your own is better where there is one. A model that was trained on answers only, and never on text with
+questions, asks nonsense; for such a model, give a source.
 
 In a run, the examples come from the first copy that the client trains on, the only model that it has, and stay the same
 for all copies and rounds. They are written to a file, so that they can be inspected, and given as --retain to repeat the
