@@ -91,9 +91,9 @@ def run(
             to the model.
         lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
             (default: in the user's data folder, found by the model's digest).
-        rounds: Number of rounds R. With more rounds than before, a finished run goes on from its final model, which has
-            the dtypes of the original; if these are float32, the result is that of a run with so many rounds from the
-            start.
+        rounds: Number of rounds R. With more rounds than before, a finished run goes on from its final model, which it
+            replaces. That model has the dtypes of the original; if these are float32, the result is the same as with so
+            many rounds from the start, otherwise it was rounded once more.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
         device: Device of the server's computations, cpu or cuda. Training uses a GPU whenever there is one.

@@ -5,13 +5,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.conftest import tiny_model
 from tests.interop.reference import check
 
 from mpunlearn import Perturbation, postprocess, preprocess
 from mpunlearn.errors import UpdateError
+from mpunlearn.protocol.exchange import CARD, ReceivedUpdate
+
+
+def peft_options() -> list[str]:
+    """The names of PEFT's own options."""
+    import dataclasses
+
+    import peft
+
+    return [field.name for field in dataclasses.fields(peft.LoraConfig)]
+
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of its own defaults
 
@@ -164,6 +178,39 @@ def test_an_adapter_that_is_no_product_of_two_factors_is_refused(
     with pytest.raises(UpdateError, match=message):
         postprocess(given, state=tmp_path / "state", out=tmp_path / "final")
     assert not (tmp_path / "final").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of a copy whose weights are not needed, and so are not there."""
+    folder = tmp_path_factory.mktemp("adapter")
+    card = {"run": "0" * 32, "round": 1, "copy": 1, "copies": 2}
+    config = tiny_model("llama").config.to_dict()
+    (folder / "config.json").write_text(json.dumps({**config, CARD: card}, default=str))
+    factors = {"A": torch.ones(4, 32), "B": torch.ones(32, 4)}
+    names = {letter: f"base_model.model.model.layers.0.self_attn.q_proj.lora_{letter}.weight" for letter in "AB"}
+    save_file({names[letter]: value for letter, value in factors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("x" * 5000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+)
+
+
+@hypothesis.given(st.dictionaries(st.sampled_from([*peft_options(), "new"]), VALUES, max_size=4))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_any_configuration_is_read_or_refused(adapter: Path, changes: dict[str, Any]) -> None:
+    plain = {"peft_type": "LORA", "lora_alpha": 6, "r": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps({**plain, **changes}))
+    try:
+        update = ReceivedUpdate.open(adapter)
+    except UpdateError:
+        return
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert set(update.tensors.tensors) == {f"{name}.lora_A", f"{name}.lora_B"}
+    assert bool(update.tensors.read(f"{name}.lora_B").isfinite().all())
 
 
 def test_a_shared_embedding_and_a_missing_factor_are_refused(save_tiny, tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ class Client:
         self._forget = read_records(forget, data, "forget")
         self._drawn = drawn
         self._auto = AutoRetain.parse(retain, data, self.training.seed, self.training.max_length)
-        given = retain is not None and objective.alpha and self._auto is None
-        self._retain = read_records(retain, data, "retain") if given and retain is not None else []
+        given = retain if objective.alpha and self._auto is None else None
+        self._retain = read_records(given, data, "retain") if given is not None else []
         self._decoys = read_records(decoys, data, "forget") if decoys is not None else []
         _check_decoys(self._decoys, self._forget, self._retain)
         self._unlearned = [*self._forget, *self._decoys]

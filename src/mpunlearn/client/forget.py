@@ -3,6 +3,9 @@
 The same objectives and the same training as in `unlearn`, without a second party: no copies, no noise, one result. A
 model owner that may see the text needs no more than this. It also makes a stand-in for `preprocess`: a model that has
 forgotten everything private that the client of the next run has no business with.
+
+A Python program can give a model in memory and gets a new one. The given model is not changed, so that a failure in the
+middle of the training costs nothing; while the training lasts, both need memory.
 """
 
 import os

@@ -159,4 +159,7 @@ def _stored_name(name: str, architecture: Architecture) -> str:
 def base_folder(config: Mapping[str, Any]) -> Path | None:
     """The local directory that an adapter's configuration names as its base, or None if there is none."""
     base = config.get("base_model_name_or_path")
-    return Path(base) if isinstance(base, str) and base and Path(base).is_dir() else None
+    try:
+        return Path(base) if isinstance(base, str) and base and Path(base).is_dir() else None
+    except OSError:  # no possible path
+        return None
