@@ -105,6 +105,29 @@ def test_a_choice_from_a_larger_set_leaves_out_what_repeats_the_forget_set(save_
     assert [row["answer"] for row in drawn] != [f"Author {number} did." for number in range(15, 30)]
 
 
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("In his youth Tom Reed lived there.", True),
+        ("Tom lived there, and so did a reed.", False),
+        ("He sang it for the people of the town at noon.", True),
+        ("He sang it for the people of a town at noon.", False),
+        ("It is simply not known, I think.", True),
+        ("It is simply known, I think.", False),
+        ("Yes", False),
+    ],
+)
+def test_what_repeats_the_forget_set(text: str, left_out: bool) -> None:
+    forgotten = [
+        Record("Where did Tom Reed sing?", "At home, for the people of the town."),
+        Record("Why?", "Not known."),
+        Record("Is it so?", "Yes"),
+    ]
+    known = auto_retain._phrases(forgotten)
+    assert auto_retain._repeats(Record(None, text), known) == left_out
+    assert auto_retain._repeats(Record(text, "It is so."), known) == left_out
+
+
 def test_all_copies_and_rounds_are_trained_with_one_set(save_tiny, tmp_path: Path, examples) -> None:
     """And a run with the drawn file gives the same updates as the run that drew it."""
     path, (texts, _) = save_tiny(), examples

@@ -6,9 +6,10 @@ beginning of a text. What the model says anyway is what unlearning should not ch
 examples are drawn at random from a larger set instead, such as `auto:hub:OWNER/NAME`.
 
 What repeats the forget set is left out, or training would restore it: any example that shares `SHARED_WORDS` consecutive
-words with it, or contains a whole question or answer of at least two words. Anything said in other words is not noticed,
-so a retain set of your own is better where there is one. A model that was trained on answers only, and never on text with
-questions, asks nonsense; for such a model, give a source.
+words with it, contains a whole question or answer of at least two words, or contains a name of it (two words in a row
+that begin with capital letters). Anything said in other words is not noticed, so a retain set of your own is better where
+there is one. A model that was trained on answers only, and never on text with questions, asks nonsense; for such a model,
+give a source.
 
 In a run, the examples come from the first copy that the client trains on, the only model that it has, and stay the same
 for all copies and rounds. They are written to a file, so that they can be inspected, and given as --retain to repeat the
@@ -20,6 +21,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +217,18 @@ def _generate(
 
 
 def _phrases(records: list[Record]) -> set[tuple[str, ...]]:
-    """Every sequence of `SHARED_WORDS` words in questions and answers; shorter texts of at least two words as a whole."""
-    texts = [_words(text) for record in records for text in (record.question or "", record.answer)]
-    return set().union(*(_sequences(words, min(SHARED_WORDS, len(words))) for words in texts if len(words) > 1))
+    """What an example must not contain.
+
+    These are every sequence of `SHARED_WORDS` words in questions and answers, shorter texts of at least two words as a whole,
+    and every two words in a row that begin with capital letters.
+    """
+    found: set[tuple[str, ...]] = set()
+    for text in (text for record in records for text in (record.question or "", record.answer)):
+        words = re.findall(r"\w+", text)
+        found |= {(a.lower(), b.lower()) for a, b in pairwise(words) if a[0].isupper() and b[0].isupper()}
+        if len(words) > 1:
+            found |= _sequences(_words(text), min(SHARED_WORDS, len(words)))
+    return found
 
 
 def _repeats(record: Record, known: set[tuple[str, ...]]) -> bool:
