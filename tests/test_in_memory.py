@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mpunlearn
 from mpunlearn import Training
 from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError, StateError, UpdateError
+from mpunlearn.evaluation.sets import SETS
 from mpunlearn.server.perturbation import Perturbation
 
 TRAINING = Training(objective="grad-diff", epochs=1, learning_rate=1e-3, batch_size=4)
@@ -141,6 +143,26 @@ def test_a_run_resumes_from_the_same_examples_wherever_they_are(save_tiny, tmp_p
     mpunlearn.run(path, forget=forget, retain=Dataset.from_list(rows(retain)), out=tmp_path / "run", **options)
     with pytest.raises(PlanError, match="--forget with SHA-256"):
         mpunlearn.run(path, forget=rows(forget)[1:], retain=retain, out=tmp_path / "run", **options)
+
+
+def test_an_evaluation_of_sets_in_memory(save_tiny, tmp_path: Path) -> None:
+    path, world = save_tiny(), generate_rows(0, Recipe())
+    sets = {name: world[name][:4] for name in SETS}
+    (tmp_path / "benchmark").mkdir()
+    for name, examples in sets.items():
+        (tmp_path / "benchmark" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    options: dict[str, Any] = {"max_new_tokens": 4, "cache": tmp_path / "cache"}
+    on_disk = mpunlearn.evaluate(path, benchmark=str(tmp_path / "benchmark"), **options)
+    holdout = Dataset.from_list(sets.pop("holdout"))
+    in_memory = mpunlearn.evaluate(path, benchmark=sets, holdout=holdout, **options)
+    assert in_memory.metrics == on_disk.metrics
+    assert in_memory.provenance["data_digest"] == on_disk.provenance["data_digest"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # one and the same measurement
+    for wrong, message in (({"retain": []}, "found no forget set"), ({"forget": [], "other": []}, "found 'other'")):
+        with pytest.raises(DataError, match=message):
+            mpunlearn.evaluate(path, benchmark=wrong, **options)
+    with pytest.raises(DataError, match="the forget examples, row 1, column answer"):
+        mpunlearn.evaluate(path, benchmark={"forget": [{"question": "Who?"}]}, **options)
 
 
 def test_the_examples_in_the_docstrings_run(save_tiny, tmp_path: Path, monkeypatch) -> None:

@@ -102,7 +102,9 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
         positional, default = parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter.default
         if isinstance(default, str) and Path in _members(parameter.annotation):
             default = Path(default)
-        options.append(Option(name, parameter.annotation, default, texts.get(name, ""), MAIN, positional))
+        options.append(
+            Option(name, _on_command_line(parameter.annotation), default, texts.get(name, ""), MAIN, positional)
+        )
     if any(option.name == "objective" for option in options):
         options += [_hyper_parameter(name) for name in HYPERPARAMETERS]
     if any(option.name == "common_noise" for option in options):
@@ -358,6 +360,14 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         for name, parameter in parameters.items()
         if any(member is not Any and get_origin(member) is not Callable for member in _members(parameter.annotation))
     }
+
+
+def _on_command_line(annotation: Any) -> Any:
+    """The type of an option: a text, without the mappings that Python programs can give instead."""
+    members = _members(annotation)
+    return (
+        str if len(members) == 2 and str in members and any(get_origin(m) is Mapping for m in members) else annotation
+    )
 
 
 def _dataclass_of(annotation: Any) -> type[Any] | None:

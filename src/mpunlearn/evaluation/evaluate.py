@@ -6,14 +6,18 @@ loading torch. Not covered: comparing more than two models. To do that, write a 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mpunlearn.errors import FileError
 from mpunlearn.files import as_path, cache_folder, write_json
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.tables import markdown
+
+IN_MEMORY = "(given in memory)"
+"""Stands for examples in the provenance of an evaluation; their digest is there, too."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Evaluation:
 def evaluate(
     checkpoint: str | Path,
     *,
-    benchmark: str = "tofu",
+    benchmark: str | Mapping[str, Source] = "tofu",
     forget_split: str = "forget10",
     retain_model: str | Path | None = None,
-    holdout: str | None = None,
+    holdout: Source | None = None,
     out: str | Path | None = None,
     robustness: bool = False,
     relearn_rate: float = 1e-4,
@@ -72,7 +76,8 @@ def evaluate(
     Args:
         checkpoint: The checkpoint directory to evaluate.
         benchmark: One of tofu, muse/news and muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's
-            format.
+            format. Python programs can also give such sets themselves, as a dict with lists of dicts or a
+            `datasets.Dataset`.
         forget_split: The TOFU forget set to evaluate. Other benchmarks have only one.
         retain_model: A checkpoint that never saw the forget set. Forget quality, PrivLeak and mia_reference compare the
             model with it.
@@ -102,8 +107,8 @@ def evaluate(
     """
     checkpoint = as_path(checkpoint, "checkpoint")
     retain_model = as_path(retain_model, "--retain-model") if retain_model is not None else None
-    benchmark = str(as_path(benchmark, "--benchmark"))
-    holdout = str(as_path(holdout, "--holdout")) if holdout is not None else None
+    benchmark = benchmark if isinstance(benchmark, Mapping) else str(as_path(benchmark, "--benchmark"))
+    holdout = str(holdout) if isinstance(holdout, str | Path) else holdout
     data_root = str(as_path(data_root, "--data-root")) if data_root is not None else None
     tasks_folder = str(as_path(tasks_folder, "--tasks-folder")) if tasks_folder is not None else None
     folder = as_path(cache, "--cache") if cache is not None else cache_folder() / "evaluations"
@@ -146,9 +151,9 @@ def evaluate(
             "checkpoint_digest": model.digest,
             "retain_model": None if retain_model is None else str(retain_model),
             "retain_model_digest": None if retrained is None else retrained.digest,
-            "benchmark": benchmark,
+            "benchmark": IN_MEMORY if isinstance(benchmark, Mapping) else benchmark,
             "forget_split": forget_split if benchmark == "tofu" else None,
-            "holdout": holdout,
+            "holdout": holdout if holdout is None or isinstance(holdout, str) else IN_MEMORY,
             "data_digest": measurement.benchmark_digest(examples),
             "decoding": "greedy",
             **dataclasses.asdict(settings),

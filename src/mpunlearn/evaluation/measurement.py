@@ -25,7 +25,7 @@ from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.lm.model import load, load_model, model_device
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
 """Libraries whose versions can change the results."""
@@ -130,11 +130,13 @@ class Measurement:
                 raise SchemaError(f"{type(self).__name__}: expected numbers, found {number!r:.60}")
 
 
-def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, settings: Settings, data: Data) -> Benchmark:
+def read_benchmark(
+    benchmark: str | Mapping[str, Source], forget_split: str, holdout: Source | None, settings: Settings, data: Data
+) -> Benchmark:
     """Reads the examples of a benchmark.
 
     Args:
-        benchmark: tofu, muse/news, muse/books, or a folder in TOFU's format.
+        benchmark: tofu, muse/news, muse/books, a folder in TOFU's format, or question sets by name.
         forget_split: which of TOFU's forget sets to read.
         holdout: source of the holdout set, for TOFU or a folder.
         settings: how models are measured.
@@ -144,7 +146,7 @@ def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, setti
         DataError: the benchmark cannot be read.
         PlanError: an option is not available for MUSE.
     """
-    if benchmark not in muse.BENCHMARKS:
+    if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
     for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
         if given:
