@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast fuzz check benchmarks claim clean
+.PHONY: demo network-demo test test-fast browser fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -15,11 +15,21 @@ network-demo: $(READY)
 	$(BIN)/mpunlearn network-demo --out $(or $(OUT),mpu-network-demo) --seed $(or $(SEED),0)
 
 # Three at a time, also on two cores: the tests of the network wait for other programs most of the time.
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/pytest -n 3 --dist worksteal
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+# The tests of the report need a Chromium; without one they are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		if command -v $$name > /dev/null; then exit 0; fi; \
+	done; \
+	if test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null && exit 0; \
+	fi; \
+	echo "no Chromium: the tests of the report's pages are skipped; install the package chromium to run them"
 
 # Ten minutes for each target; SECONDS=60 for less.
 fuzz: $(READY)

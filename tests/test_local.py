@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def test_both_sides_are_apart_on_disk_and_little_is_left(save_tiny, tmp_path: Pa
     final = run(path, perturbation=without_offset(copies=2), **options)
     assert sorted(p.name for p in out.iterdir()) == ["client", "exchange", "final", "server"]
     assert list((out / "exchange").iterdir()) == []
-    assert sorted(p.name for p in (out / "server").iterdir()) == ["plan.json", "state"]
-    assert sorted(p.name for p in (out / "client").iterdir()) == ["memory", "plan.json"]
+    assert sorted(p.name for p in (out / "server").iterdir()) == ["identity.key", "plan.json", "state"]
+    kept = ["commitments.json", "identity.key", "memory", "plan.json", "record.json"]
+    assert sorted(p.name for p in (out / "client").iterdir() if not p.name.endswith(".lock")) == kept
     assert all((out / side).stat().st_mode & 0o077 == 0 for side in ("server", "client", "final"))
     digest = hashlib.sha256(forget.read_bytes()).hexdigest().encode()
     assert not any(digest in file.read_bytes() for file in (out / "server").rglob("*") if file.is_file())
@@ -91,7 +93,8 @@ def test_a_finished_run_goes_on_with_more_rounds(save_tiny, tmp_path: Path, exam
         with pytest.raises(PlanError, match="--eta 1.0, not 0.5.*--rounds [13], not 4"):
             run(path, out=out, rounds=4, eta=0.5, **options)
         assert checkpoint_digest(run(path, out=out, rounds=3, **options)) == expected
-        assert sorted(p.name for p in (out / "server").iterdir()) == ["plan.json", "state"]
+        assert {p.name for p in (out / "server").iterdir()} >= {"plan.json", "extended.json", "state"}
+        assert not list((out / "server").glob("round-*"))
         assert len(ServerState(out / "server" / "state").rounds) == 3
 
 
@@ -217,10 +220,22 @@ def undisturbed(context, save_tiny, tmp_path: Path, examples):
 def with_the_secret_of(done: Path, out: Path) -> Path:
     """A directory for a run with the same secret as another: its state without the rounds."""
     shutil.copytree(done / "server" / "state", out / "server" / "state")
-    for record in (out / "server" / "state").glob("round-*.json"):
-        record.unlink()
+    for name in ("round-*.json", "record.json", "commitments.json"):
+        for file in (out / "server" / "state").glob(name):
+            file.unlink()
     (out / "server").chmod(0o700)
     return out
+
+
+def assert_complete(out: Path, rounds: int, copies: int) -> None:
+    """The record of a run verifies, and no event is lost or doubled."""
+    from mpunlearn.protocol.record.verification import verify
+
+    found = verify([out])
+    assert found.problems == []
+    assert found.bundle.absent == []
+    kinds = Counter(event.event.kind for event in found.bundle.events)
+    assert kinds == {"published": rounds * copies, "updated": rounds * copies, "aggregated": rounds}
 
 
 @pytest.mark.slow
@@ -241,6 +256,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(context, undisturbed, tm
             process.join()
             kills += 1
         assert checkpoint_digest(out / "final") == expected
+        assert_complete(out, rounds=3, copies=3)
         assert sorted(p.name for p in out.iterdir()) == ["client", "exchange", "final", "server"]
         shutil.rmtree(out)
 
@@ -260,6 +276,7 @@ def test_a_run_killed_in_the_narrowest_places_ends_with_the_same_bytes(context, 
         process.join()
         assert process.exitcode == 0
         assert checkpoint_digest(out / "final") == expected
+        assert_complete(out, rounds=3, copies=3)
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ client's dependencies.
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
+from mpunlearn.version import __version__ as __version__
+
 __all__ = [
     "Client",
     "Data",

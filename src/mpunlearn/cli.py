@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpunlearn import __version__
-from mpunlearn.errors import AuditError, DisclosureWarning, MPUError, NothingUnlearnedWarning
+from mpunlearn.errors import DisclosureWarning, MPUError, NothingUnlearnedWarning, ReportedError
 from mpunlearn.options import ParseError, parse
 from mpunlearn.progress import logger, say
 
@@ -76,10 +76,19 @@ VERBS = {
     "forget": Verb("client.forget", BOTH, "unlearn in one place, without a second party"),
     "run": Verb("local", BOTH, "run all rounds with both parties in one process", AGAIN),
     "evaluate": Verb("evaluation.evaluate", BOTH, "measure what a model still knows and can still do"),
+    "record show": Verb("record", BOTH, "show what happened in a run, and the number of its record"),
+    "record verify": Verb("record", BOTH, "check signatures, order and all files at hand against the record"),
+    "record merge": Verb("record", BOTH, "merge the records of both parties"),
+    "record open": Verb("record", BOTH, "prove that texts were in the committed forget set"),
+    "record add": Verb("record", BOTH, "sign that a run was evaluated, audited, replicated or withdrawn"),
+    "report": Verb("report.report", BOTH, "write the report of a run as HTML pages"),
     "demo": Verb("demo.local", TRY, "unlearn four fictitious authors and compare with retraining"),
     "network-demo": Verb("demo.network", TRY, "the same demo with two processes over a network"),
     "example": Verb("demo.example", TRY, "write a small model and data to experiment with"),
 }
+
+PREFIXES = ("server", "client", "record")
+"""First words of commands with two words."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"mpunlearn {__version__}")
         return 0
-    if arguments[0] in ("server", "client") and (len(arguments) < 2 or arguments[1] in ("-h", "--help")):
+    if arguments[0] in PREFIXES and (len(arguments) < 2 or arguments[1] in ("-h", "--help")):
         print(overview(arguments[0]))
         return 0
-    words = 2 if arguments[0] in ("server", "client") else 1
+    words = 2 if arguments[0] in PREFIXES else 1
     name = " ".join(arguments[:words])
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, 1)
@@ -145,7 +154,7 @@ def _call(name: str, arguments: list[str]) -> int:
         with _output(prog, logging.ERROR if general.quiet else logging.DEBUG if general.verbose else logging.INFO):
             _print(function(**values), general.json)
     except MPUError as error:
-        if isinstance(error, AuditError) and error.report is not None:
+        if isinstance(error, ReportedError) and error.report is not None:
             _print(error.report, general.json)
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -75,12 +75,12 @@ class DamagedError(NetworkError):
     """A transferred file is missing or differs from the one that its sender signed."""
 
 
-class AuditError(MPUError):
-    """An audit measured a value beyond a limit that the user set.
+class ReportedError(MPUError):
+    """A check failed, and there is a report of it.
 
     Args:
-        message: which limits, and what was measured.
-        report: the report of the audit, which the command line prints before the message.
+        message: what failed.
+        report: the report, which the command line prints before the message.
     """
 
     exit_code = 3
@@ -88,3 +88,11 @@ class AuditError(MPUError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class AuditError(ReportedError):
+    """An audit measured a value beyond a limit that the user set."""
+
+
+class RecordError(ReportedError):
+    """A record, or a file that it lists, does not verify."""

@@ -34,6 +34,7 @@ from mpunlearn.server.perturbation import Perturbation
 
 if TYPE_CHECKING:
     from mpunlearn.client.client import Client
+    from mpunlearn.client.recording import Recording
     from mpunlearn.server.plan import RunPlan
     from mpunlearn.server.rounds import Rounds
 
@@ -63,6 +64,7 @@ def run(
     rounds: int = 5,
     eta: float = 1.0,
     keep_exchange: bool = False,
+    keep_models: bool = False,
     device: str = "cpu",
     perturbation: Perturbation | None = None,
     training: Training | None = None,
@@ -96,6 +98,8 @@ def run(
             many rounds from the start, otherwise it was rounded once more.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
+        keep_models: Keep the model after every round, OUT/server/round-1 and so on, instead of deleting it when the next
+            round is closed. They can be evaluated, for a report over rounds.
         device: Device of the server's computations, cpu or cuda. Training uses a GPU whenever there is one.
         perturbation: Number of copies, noise level, reparameterization.
         training: The objective and its hyperparameters.
@@ -111,6 +115,7 @@ def run(
         MPUError: As `preprocess`, `unlearn` and `postprocess` do.
     """
     from mpunlearn.client.client import Client
+    from mpunlearn.client.recording import Recording
     from mpunlearn.lm.processes import processes
     from mpunlearn.server.plan import RunPlan, check_models, resolved
     from mpunlearn.server.rounds import Rounds
@@ -146,15 +151,18 @@ def run(
     check_models(plan)
     _check_out(out, plan)
     if not pinned.exists():
-        _check_room(out, plan, client)
+        _check_room(out, plan, client, keep_models)
     plan.pin(pinned, extend=True)
     pin(out / "client" / "plan.json", parse(ClientPlan, client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)
+    recording = Recording(out / "client", client.text_digests, out / "client" / "plan.json")
     with locked(server):
         work.extend()
         for number in progress(range(1, rounds + 1), "rounds"):
-            _round(number, work, out / "exchange", client, keep_exchange)
+            _round(number, work, out / "exchange", client, recording, keep_exchange)
+            if not keep_models:
+                work.tidy(number)
     if not final.is_dir():
         raise StateError(
             f"{out}: the run is complete, but its final model was removed; start a new run with another --out"
@@ -162,7 +170,9 @@ def run(
     return final
 
 
-def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep_exchange: bool) -> None:
+def _round(
+    number: int, rounds: "Rounds", exchange: Path, client: "Client", recording: "Recording", keep_exchange: bool
+) -> None:
     """Does whatever is missing of one round, and removes files that are no longer needed."""
     folder = exchange / f"round-{number}"
     if not rounds.closed(number):
@@ -172,12 +182,12 @@ def _round(number: int, rounds: "Rounds", exchange: Path, client: "Client", keep
             copy = folder / "copies" / update.name
             if not update.exists():
                 client.unlearn(copy, update)
+            recording.updated(copy, update)
             if not keep_exchange:
                 shutil.rmtree(copy, ignore_errors=True)
         rounds.aggregate(number, updates)
     if not keep_exchange:
         shutil.rmtree(folder, ignore_errors=True)
-    rounds.tidy(number)
 
 
 def _check_out(out: Path, plan: "RunPlan") -> None:
@@ -197,11 +207,11 @@ def _check_out(out: Path, plan: "RunPlan") -> None:
         raise PlanError(f"--out {out}: contains files that do not belong to a run; choose a new directory")
 
 
-def _check_room(out: Path, plan: "RunPlan", client: "Client") -> None:
+def _check_room(out: Path, plan: "RunPlan", client: "Client", keep_models: bool) -> None:
     """Checks that there is enough disk space for the run.
 
-    At its peak, a run holds the copies or the updates of one round, θ before and after the round, and the copies of
-    round 1 if the client keeps them as reference models.
+    At its peak, a run holds the copies or the updates of one round, θ before and after the round (or after all rounds, if
+    they are kept), and the copies of round 1 if the client keeps them as reference models.
 
     Raises:
         FileError: there is less free space than that.
@@ -214,7 +224,8 @@ def _check_room(out: Path, plan: "RunPlan", client: "Client") -> None:
     copy = entries * FLOAT_DTYPES[dtype].itemsize if dtype else sum(info.nbytes for info in tensors)
     update = theta = 4 * entries
     references = copies * copy if client.losses.reference_model else 0
-    needed = copies * max(copy, update) + min(copy, update) + theta * min(plan.rounds, 2) + references
+    models = plan.rounds if keep_models else min(plan.rounds, 2)
+    needed = copies * max(copy, update) + min(copy, update) + theta * models + references
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

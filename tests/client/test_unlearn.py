@@ -223,7 +223,7 @@ def as_round(copy: Path, number: int, out: Path) -> Path:
     """The same published copy, as if it were of another round."""
     import shutil
 
-    shutil.copytree(copy, out)
+    shutil.copytree(copy, out, ignore=shutil.ignore_patterns("event.json"))
     config = json.loads((out / "config.json").read_text())
     config["mpunlearn"]["round"] = number
     (out / "config.json").write_text(json.dumps(config))

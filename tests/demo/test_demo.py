@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from mpunlearn.audit.report import ONE
 from mpunlearn.checkpoint import Checkpoint
@@ -59,7 +60,9 @@ def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = demo(out=out)
     assert json.loads((out / "result.json").read_text()) == result.to_json()
-    assert sorted(path.name for path in out.iterdir()) == ["client", "exchange", "final", "result.json", "server"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "client", "evaluations", "exchange", "final", "report-client.html", "report-server.html", "result.json", "server",
+    ]  # fmt: skip
     original, retrained, noise_free, paper, lean, hardened = result.models
     # The original knows everything; the retrained model everything but the forget set.
     assert min(original.forget.probability, original.retain.probability) > 0.95
@@ -84,6 +87,17 @@ def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     assert result.audit.behaviors[ONE].probability > 0.9
     assert "| MPU, hardened |" in result.text()
     assert learned(result.audit) in result.text()
+    # The report is about the hardened run, and has the figure over rounds; only the client's page quotes texts.
+    assert result.pages == {party: str(out / f"report-{party}.html") for party in ("server", "client")}
+    assert all(page in result.text() for page in result.pages.values())
+    server, client = ((out / f"report-{party}.html").read_text() for party in ("server", "client"))
+    for label in ("MPU, this run", "noise-free", "single copy"):
+        assert f"{label}: from {original.forget.probability:.3f} (round 0) to " in server
+    assert f"retrained model: {retrained.forget.probability:.3f}." in server
     world = models.trained_world(0)
+    questions = [json.loads(line)["question"] for line in world.data("forget").read_text().splitlines()]
+    assert sum(escape(question) in client for question in questions) == 4
+    assert not any(escape(question) in server for question in questions)
+    assert sorted(path.name for path in (out / "server").iterdir()) == ["audit.json", "plan.json", "state"]
     assert set(Checkpoint(out / "final").tensors) == set(Checkpoint(world.original).tensors)
     assert len(read_records(world.data("forget"))) == 40

@@ -31,6 +31,12 @@ from mpunlearn.protocol.exchange import ReceivedUpdate
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.messages import Finished, Job, Result, Sealed, seal
 from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.record.artifacts import FileDigest
+from mpunlearn.protocol.record.bundle import Bundle
+from mpunlearn.protocol.record.canonical import file_bytes
+from mpunlearn.protocol.record.commitments import Commitments, Leaf
+from mpunlearn.protocol.record.events import Event, SignedEvent, parse_statement
+from mpunlearn.protocol.record.log import read_event
 from mpunlearn.server.plan import RunPlan
 
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="mpunlearn-fuzz-")
@@ -122,6 +128,22 @@ def _plan(data: bytes) -> None:
     RunPlan.read(_file("plan.json", data))
 
 
+def _event(data: bytes) -> None:
+    read_event(_file("event.json", data))
+
+
+def _statement(data: bytes) -> None:
+    """What an event says, as if the signature were valid; and what follows from it."""
+    event = parse_statement(data)
+    bundle = Bundle([SignedEvent(event, {})], [])
+    assert bundle.to_bytes()
+    assert bundle.state()
+
+
+def _commitments(data: bytes) -> None:
+    assert all(len(root) == 64 for root in Commitments.read(_file("commitments.json", data)).roots().values())
+
+
 def _policy(data: bytes) -> None:
     Policy.read(_file("policy.toml", data))
 
@@ -191,6 +213,16 @@ max_learning_rate = 1e-3
 [audit]
 require = ["spelling<0.1"]
 """
+EVENT = Event(
+    kind="updated",
+    run="0" * 32,
+    server="1" * 64,
+    signer=IDENTITY.public,
+    created_at="2026-11-25T12:00:00Z",
+    after=[f"sha256:{'2' * 64}"],
+    content={"round": 1, "copy": 1, "commitments": {"forget": "3" * 64}},
+    files=[FileDigest("update.json", "4" * 64)],
+).sign(IDENTITY)
 TARGETS = {
     "message": Target(
         _message,
@@ -210,6 +242,9 @@ TARGETS = {
         [json.dumps({"format": 1, "mpunlearn": {"run": "0" * 32, "round": 1, "copy": 1, "copies": 3}}).encode()],
     ),
     "plan": Target(_plan, [json.dumps(asdict(RunPlan("model"))).encode()]),
+    "event": Target(_event, [file_bytes(EVENT.envelope)]),
+    "statement": Target(_statement, [EVENT.event.statement()]),
+    "commitments": Target(_commitments, [Commitments({"forget": [Leaf("0" * 64, "1" * 64)] * 3}).to_bytes()]),
     "policy": Target(_policy, [_POLICY.encode()]),
     "records": Target(
         _records,

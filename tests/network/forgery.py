@@ -16,6 +16,7 @@ from tests.network.federation import Net
 from mpunlearn import Training
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.messages import File, Job, Result, Sealed, seal
+from mpunlearn.protocol.record.artifacts import EVENT_FILE
 
 TRAINING = Training(objective="simnpo", epochs=1, batch_size=4, learning_rate=1e-3).to_json()
 """The plan of the scene's run."""
@@ -151,9 +152,9 @@ def job_with(net: Net, identity: Identity | None = None, **changes: Any) -> byte
     return seal(message, identity or net.coordinator.identity, payloads(net) if "files" not in changes else [])
 
 
-def given(net: Net, folder: Path) -> Path:
-    """Hands over copy 1 as it lies in a folder now."""
+def given(net: Net, folder: Path, event: bool = False) -> Path:
+    """Hands over copy 1 as it lies in a folder now, with or without the event that says how it was."""
     _, job = job_of(net)
-    files = [folder / file.name for file in job.files]
+    files = [folder / file.name for file in job.files if event or file.name != EVENT_FILE]
     listed = [File(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return hand_over(net, seal(unchecked(Job, **{**vars(job), "files": listed}), net.coordinator.identity, files))

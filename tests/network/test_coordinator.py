@@ -208,9 +208,9 @@ def test_a_copy_is_never_left_out_of_a_clients_average(world, tmp_path: Path, mo
     aggregated: list[Path] = []
     aggregate = Rounds.aggregate
 
-    def watched(rounds: Rounds, number: int, updates: Sequence[Path]) -> None:
+    def watched(rounds: Rounds, number: int, updates: Sequence[Path], sent: Sequence[tuple[int, Path]]) -> None:
         aggregated.extend(updates)
-        aggregate(rounds, number, updates)
+        aggregate(rounds, number, updates, sent)
 
     monkeypatch.setattr(Rounds, "aggregate", watched)
     until(net)

@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from mpunlearn.protocol.flower.courier.mail import Mail
 from mpunlearn.protocol.flower.courier.spool import exchange
 from mpunlearn.protocol.flower.keys import certificates, client_keys, read_invitation, read_keys
 from mpunlearn.protocol.flower.programs import environment, free_port, script
+from mpunlearn.protocol.record.verification import verify
 from mpunlearn.server.network.coordinator import Coordinator
 from mpunlearn.server.plan import RunPlan
 
@@ -109,6 +111,10 @@ def test_every_program_is_killed_once_and_the_result_is_the_same(stage: Stage, t
     for name in ("server", "work-a", "work-b"):
         assert stage.running[name].wait(60) == 0, stage.log(name)
     assert checkpoint_digest(tmp_path / "run" / "final") == expected
+    found = verify([tmp_path / "run", tmp_path / "a", tmp_path / "b"])
+    assert (found.problems, found.bundle.absent) == ([], [])
+    kinds = Counter(event.event.kind for event in found.bundle.events)
+    assert kinds == {"published": 6, "updated": 12, "aggregated": 3}
 
 
 @pytest.mark.slow

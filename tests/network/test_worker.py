@@ -30,7 +30,9 @@ from mpunlearn.client.network.bounds import PlanBounds
 from mpunlearn.client.network.policy import AuditPolicy
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
+from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.messages import File, Job, Result, seal
+from mpunlearn.protocol.record.log import Log, event_of
 
 UNREADABLE: dict[str, tuple[Callable[[Net], bytes], str]] = {
     "a stranger's job": (lambda net: job_with(net, stranger()), "signed by"),
@@ -329,3 +331,23 @@ def test_decoys_are_unlearned_by_the_worker_too(scene: Scene, tmp_path: Path) ->
         updates.append(load_file(net.folder / "work-0/updates/round-1-copy-1/update.safetensors"))
     assert updates[0].keys() == updates[1].keys()
     assert not any(torch.equal(value, updates[1][name]) for name, value in updates[0].items())
+
+
+def test_a_copy_that_is_not_the_one_in_its_event_is_refused(scene: Scene, tmp_path: Path) -> None:
+    """The job's digests are right, but the event is about other files, or a stranger's."""
+    net = scene.net(tmp_path / "changed")
+    folder = net.folder / "server/exchange/round-1/copies/copy-1"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_cache": False}))
+    assert answer(net, given(net, folder, event=True)).refusal == "the copy's event does not verify"
+    net = scene.net(tmp_path / "stranger")
+    folder = net.folder / "server/exchange/round-1/copies/copy-1"
+    signed, stranger = event_of(folder), Identity.at(tmp_path / "stranger.key")
+    assert signed is not None
+    Log(tmp_path / "record.json", stranger, signed.event.run, stranger.public).attest(
+        "published", folder, signed.event.content
+    )
+    assert answer(net, given(net, folder, event=True)).refusal == "the copy's event does not match the job"
+    net = scene.net(tmp_path / "honest")
+    folder = net.folder / "server/exchange/round-1/copies/copy-1"
+    assert answer(net, given(net, folder, event=True)).refusal is None

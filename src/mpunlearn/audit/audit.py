@@ -103,6 +103,7 @@ def audit(
         )
 
     from mpunlearn.audit.assess import Texts, assess
+    from mpunlearn.protocol.record.log import append_result
 
     texts = None
     if text is not None:
@@ -110,6 +111,8 @@ def audit(
         texts = Texts(as_path(text, "--text"), known, repair_epochs, repair_rate, max_length, data or Data())
     result = assess(subject, texts, floor)
     _write(target, result)
+    if target is not None and run is not None:
+        append_result("audited", Path(run) / "final", target)
     values = result.values()
     if failed := violated(requirements, values):
         found = ", ".join(f"{limit.name} is {values[limit.name]:.3g}" for limit in failed)

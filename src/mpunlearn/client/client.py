@@ -36,10 +36,11 @@ from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
 from mpunlearn.lm.model import load_model, load_tokenizer, model_device, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
-from mpunlearn.lm.records import Record, read_records, records_digest, with_alternates
+from mpunlearn.lm.records import Record, read_records, record_text, records_digest, with_alternates
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.record.commitments import text_digest
 
 MIN_DROP = 0.05
 """The client warns if training lowers the probability of the forget answers by less than this fraction."""
@@ -111,6 +112,15 @@ class Client:
         decoys = records_digest(self._decoys) if self._decoys else None
         retain = records_digest(self._retain) if self._auto is None else self._auto.digest
         return {"forget": records_digest(self._forget), "retain": retain, "decoys": decoys}
+
+    @property
+    def text_digests(self) -> dict[str, list[str]]:
+        """SHA-256 (hex) of each text of the forget set and of the retain set, for the record of the run.
+
+        Texts that the model wrote (`--retain auto`) are left out: they are not the client's, and not known from the start.
+        """
+        sets = {"forget": self._forget, "retain": [] if self._auto is not None else self._retain}
+        return {name: [text_digest(record_text(record)) for record in records] for name, records in sets.items()}
 
     def unlearn(self, copy: str | Path, out: str | Path) -> Path:
         """Unlearns on one published copy and writes the update, like the function `unlearn`."""

@@ -39,8 +39,8 @@ def unlearn(
             answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set.
         decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
             and hide which of the texts it consists of.
-        memory: The client's own directory for what later rounds need from round 1. Objectives with a reference model
-            need it from round 2 on.
+        memory: The client's own directory for what later rounds need from round 1, and for the record of the run, which
+            the update is then signed for. Objectives with a reference model need it from round 2 on.
         device: Device of the training, such as cpu or cuda (default: a GPU if there is one).
         training: The objective and its hyperparameters.
         data: How to read the examples.
@@ -54,8 +54,12 @@ def unlearn(
         FileError: The copy cannot be read, or `out` exists or cannot be written.
         DataError: Examples cannot be read, or are missing.
         PlanError: An option has an impossible value, or --train selects nothing.
+        RecordError: The copy's event.json does not verify. Remove that file if you changed the copy on purpose.
     """
     from mpunlearn.client.client import Client
+    from mpunlearn.client.recording import Recording
+    from mpunlearn.lm.processes import is_main
+    from mpunlearn.protocol.record.log import event_of
 
     client = Client(
         forget=forget,
@@ -68,4 +72,9 @@ def unlearn(
         callback=callback,
         device=device,
     )
-    return client.unlearn(copy, out)
+    if memory is not None:
+        event_of(Path(copy))  # a copy that is not the one that the server signed is noticed before hours of training
+    update = client.unlearn(copy, out)
+    if memory is not None and is_main():
+        Recording(Path(memory), client.text_digests).updated(Path(copy), update)
+    return update

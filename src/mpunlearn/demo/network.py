@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mpunlearn.errors import FileError, NetworkError
 from mpunlearn.files import as_path
 from mpunlearn.progress import say
+from mpunlearn.report.data import ORIGINAL, RETRAINED, THIS_RUN
 
 if TYPE_CHECKING:
     from mpunlearn.demo.table import Line
@@ -35,12 +36,17 @@ class NetworkDemoResult:
     final: str
     """The unlearned checkpoint."""
     out: str
+    pages: dict[str, str]
+    """Party → its page of the report."""
 
     def text(self) -> str:
-        """The table, and where the results are."""
+        """The table, and where the results and the report are."""
         from mpunlearn.demo.table import table
 
-        end = f"Took {self.seconds['all']:.0f} s. The parties' folders are {self.out}/server and {self.out}/client"
+        end = (
+            f"Took {self.seconds['all']:.0f} s. The parties' folders are {self.out}/server and {self.out}/client\n"
+            f"The report: {' and '.join(self.pages.values())}"
+        )
         return f"{table(self.models)}\n{end}"
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
     """Unlearns between two processes over Flower on this machine, and compares the result with retraining.
 
     Args:
-        out: A new directory for both parties' folders.
+        out: A new directory for both parties' folders and the report.
         seed: Seed for the fictitious data and the models.
 
     Returns:
@@ -64,8 +70,10 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
     """
     from mpunlearn.demo.example import example
     from mpunlearn.demo.models import trained_world
-    from mpunlearn.demo.table import measure_in
+    from mpunlearn.demo.reporting import write_answers, write_metrics
+    from mpunlearn.demo.table import line_of, metrics_of, sets_of
     from mpunlearn.protocol.flower.programs import free_port
+    from mpunlearn.report.report import report
 
     folder, begin = as_path(out, "--out"), time.monotonic()
     if folder.exists():
@@ -89,10 +97,18 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
                 with suppress(subprocess.TimeoutExpired):
                     program.wait(20)
     seconds, final = time.monotonic() - started, folder / "server" / "final"
-    lines = [measure_in(world, "original", world.original), measure_in(world, "retrained", world.retrained)]
-    lines.append(measure_in(world, "MPU over a network, hardened", final, seconds=seconds))
+    lines = []
+    for label, name, checkpoint, spent in (
+        (ORIGINAL, ORIGINAL, world.original, None),
+        (RETRAINED, RETRAINED, world.retrained, None),
+        (THIS_RUN, "MPU over a network, hardened", final, seconds),
+    ):
+        write_metrics(folder, label, metrics := metrics_of(checkpoint, sets_of(world)))
+        lines.append(line_of(name, metrics, seconds=spent))
+    write_answers(folder / "client", world, final)
+    pages = report(folder).pages
     times = {"unlearning": seconds, "all": time.monotonic() - begin}
-    return NetworkDemoResult(lines, times, str(final), str(folder))
+    return NetworkDemoResult(lines, times, str(final), str(folder), pages)
 
 
 def _start(folder: Path, name: str, arguments: list[str]) -> subprocess.Popen[str]:

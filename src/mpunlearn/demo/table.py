@@ -39,13 +39,17 @@ class Line:
     """How long unlearning took; None for a model that did not unlearn."""
 
 
+def sets_of(world: TrainedWorld) -> dict[str, Questions]:
+    """The forget and the retain set of a world."""
+    sets = read_sets(str(world.path / "data"), "", None, Data())
+    return {split: sets[split] for split in ("forget", "retain")}
+
+
 def measure_in(
     world: TrainedWorld, name: str, checkpoint: Path, left: float | None = None, seconds: float | None = None
 ) -> Line:
     """Evaluates a model on the forget and the retain set of a world."""
-    sets = read_sets(str(world.path / "data"), "", None, Data())
-    selected = {split: sets[split] for split in ("forget", "retain")}
-    return measure(name, checkpoint, selected, left, seconds, max_new_tokens=MAX_NEW_TOKENS)
+    return measure(name, checkpoint, sets_of(world), left, seconds, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def measure(
@@ -57,10 +61,22 @@ def measure(
     max_new_tokens: int,
 ) -> Line:
     """Evaluates a model on a forget and a retain set."""
+    return line_of(name, metrics_of(checkpoint, sets, max_new_tokens), left, seconds)
+
+
+def metrics_of(
+    checkpoint: Path, sets: Mapping[str, Questions], max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[str, float]:
+    """The metrics of a model on a forget and a retain set, without model utility, which needs more sets."""
     model, tokenizer = load(checkpoint)
-    scores = tofu.summarize(tofu.measure(model, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False))
+    found = tofu.summarize(tofu.measure(model, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False))
+    return {name: value for name, value in found.items() if name != "model_utility"}
+
+
+def line_of(name: str, metrics: Mapping[str, float], left: float | None = None, seconds: float | None = None) -> Line:
+    """A line of the table from the metrics of a model."""
     forget, retain = (
-        Answers(scores[f"{split}_Q_A_Prob"], scores[f"{split}_Q_A_ROUGE"]) for split in ("forget", "retain")
+        Answers(metrics[f"{split}_Q_A_Prob"], metrics[f"{split}_Q_A_ROUGE"]) for split in ("forget", "retain")
     )
     return Line(name, forget, retain, left, seconds)
 

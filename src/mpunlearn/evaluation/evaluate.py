@@ -83,7 +83,8 @@ def evaluate(
             model with it.
         holdout: Questions that no model was trained on, for membership inference (default: holdout.jsonl in the
             benchmark's folder, if it exists). Not available for MUSE, which has its own.
-        out: A new file for the full result as JSON.
+        out: A new file for the full result as JSON. If the checkpoint is the result of a run on this machine, the run's
+            record gets its digest.
         robustness: Also measure curves under relearning and quantization. Not available for MUSE.
         relearn_rate: The learning rate for relearning.
         tasks: Tasks of lm-eval that measure general ability, separated by commas. They need the extra lm-eval.
@@ -118,6 +119,7 @@ def evaluate(
 
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.evaluation import measurement
+    from mpunlearn.protocol.record.log import append_result
 
     for model_path in (checkpoint, retain_model):
         if model_path is not None:
@@ -170,6 +172,7 @@ def evaluate(
                 f"--out {out}: cannot be written: {error.strerror}; run again with another file (the measurements are "
                 "cached)"
             ) from error
+        append_result("evaluated", checkpoint, out)
     return evaluation
 
 

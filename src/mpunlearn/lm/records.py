@@ -89,6 +89,12 @@ def records_digest(records: list[Record]) -> str:
     return hashlib.sha256(json.dumps([astuple(record)[:-1] for record in records]).encode()).hexdigest()
 
 
+def record_text(record: Record) -> str:
+    """The text of an example as one string, for commitments: its fields as JSON, without alternate answers."""
+    fields = {"question": record.question, "answer": record.answer, "history": record.history}
+    return json.dumps({key: value for key, value in fields.items() if value}, ensure_ascii=False, sort_keys=True)
+
+
 def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int) -> list[Record]:
     """The records with at least one alternate answer each: their own, or a randomly chosen refusal.
 

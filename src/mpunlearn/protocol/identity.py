@@ -26,7 +26,8 @@ class Identity:
     """
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
-        self._key = key
+        self.key = key
+        """The private key."""
         raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
         self.public = raw.hex()
         """The public key, 64 hexadecimal digits."""
@@ -53,7 +54,7 @@ class Identity:
 
     def sign(self, body: str) -> str:
         """Signs a message body; returns the signature, hexadecimal."""
-        return self._key.sign(body.encode()).hex()
+        return self.key.sign(body.encode()).hex()
 
 
 def verify(body: str, key: str, signature: str) -> None:

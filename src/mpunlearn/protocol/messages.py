@@ -30,8 +30,10 @@ MAX_HEADER_BYTES = 4_000_000
 MAX_INLINE_BYTES = 64_000_000
 """Maximum total size of the files inside a message; larger files need a store."""
 RUN = re.compile(r"[0-9a-f]{32}")
-COPY_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-UPDATE_FILE = re.compile(r"update\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json")
+COPY_FILE = re.compile(r"config\.json|event\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+UPDATE_FILE = re.compile(
+    r"update\.json|event\.json|update(-\d{5}-of-\d{5})?\.safetensors|update\.safetensors\.index\.json"
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ reparameterization T_k inverted; w_k are the weights of the copy design, and η 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -83,12 +83,13 @@ class Aggregation:
         self._trained = self._check_tensors(architecture)
         """Original names of the tensors that the updates change."""
 
-    def write(self, out: Path, specs: Specs) -> dict[str, list[str]]:
+    def write(self, out: Path, specs: Specs, finish: Callable[[Path], None]) -> dict[str, list[str]]:
         """Writes θ + η Δ̄ into a new directory.
 
         Args:
             out: the new directory.
             specs: dtype and shape of every tensor of the result.
+            finish: called with the complete directory before it becomes visible.
 
         Returns:
             SHA-256 of each slice of each tensor of the result.
@@ -119,6 +120,7 @@ class Aggregation:
             for copy, update in enumerate(self._updates):
                 norm = sum(squares[copy] for _, squares, _ in results)
                 check_norm(update.tensors.path, norm, of_model, NORM_TOLERANCE)
+            finish(folder)
         digests: dict[str, list[str]] = {}
         for (_, rows), (*_, digest) in zip(slices, results, strict=True):
             digests.setdefault(rows.name, []).append(digest)

@@ -36,6 +36,7 @@ def postprocess(
     checkpoint: str | Path | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    identity: str | Path | None = None,
 ) -> Path:
     """Aggregates the updates of the open round into a new checkpoint.
 
@@ -49,6 +50,7 @@ def postprocess(
         dtype: Storage dtype of the result (default: that of each tensor in the run's first checkpoint). Between rounds,
             float32 preserves small changes that bfloat16 would round away.
         device: Device of the computation, cpu or cuda. Their results agree up to float32 rounding.
+        identity: File of the Ed25519 key that signs the run's record, as for `preprocess`.
 
     Returns:
         `out`.
@@ -58,11 +60,34 @@ def postprocess(
         StateError: No round was published from this state, the checkpoint has changed, or the state is in use.
         FileError: The checkpoint cannot be read, or `out` exists or cannot be written.
     """
+    return aggregate(
+        updates, state=state, out=out, eta=eta, checkpoint=checkpoint, dtype=dtype, device=device, identity=identity
+    )
+
+
+def aggregate(
+    updates: Sequence[str | Path],
+    *,
+    state: str | Path,
+    out: str | Path,
+    eta: float,
+    checkpoint: str | Path | None,
+    dtype: str | None,
+    device: str,
+    identity: str | Path | None,
+    sent: Sequence[tuple[int, Path]] | None = None,
+) -> Path:
+    """`postprocess` for updates that are averages of several clients'; otherwise like that function.
+
+    Args:
+        sent: the updates that the clients sent, each with the number of its copy, for the run's record.
+    """
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
     from mpunlearn.server.aggregate import Aggregation, match
     from mpunlearn.server.lineage import Lineage, model_digest, open_offset
     from mpunlearn.server.publisher import Publisher
+    from mpunlearn.server.recording import Recording
     from mpunlearn.server.state import ServerState, locked
     from mpunlearn.server.stream import arithmetic_device
 
@@ -84,7 +109,10 @@ def postprocess(
         publisher = Publisher(server.secret, record, architecture, arithmetic, offset)
         received = match(updates, server.run, record)
         specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in roles}
-        digests = Aggregation(source, record, architecture, publisher, received, eta).write(out, specs)
+        recording = Recording(state, server.run, as_path(identity, "--identity") if identity else None)
+        used = sent or [(update.card.copy, update.tensors.path) for update in received]
+        work = Aggregation(source, record, architecture, publisher, received, eta)
+        digests = work.write(out, specs, lambda folder: recording.aggregated(folder, record.round, used))
         if record.offset is not None and record.offset.lineage is not None:
             Lineage(Path(record.offset.lineage)).adopt(model_digest(digests))
         server.close()

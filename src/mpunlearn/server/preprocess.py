@@ -74,6 +74,7 @@ def preprocess(
     stand_in: str | Path | None = None,
     lineage: str | Path | None = None,
     device: str = "cpu",
+    identity: str | Path | None = None,
     perturbation: Perturbation | None = None,
 ) -> Published:
     """Publishes the copies of the next round.
@@ -90,6 +91,8 @@ def preprocess(
         lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
             (default: in the user's data folder, found by the model's digest).
         device: Device of the computation, cpu or cuda. Their results agree up to float32 rounding.
+        identity: File of the Ed25519 key that signs the run's record (default: STATE/identity.key). It is created if it
+            does not exist.
         perturbation: Number of copies, noise level, reparameterization.
 
     Returns:
@@ -100,11 +103,39 @@ def preprocess(
         UnsupportedModelError: The model's family or number format cannot be handled exactly.
         StateError: The state or the lineage is damaged or in use, or the round has other inputs than the run.
     """
+    return publish(
+        checkpoint,
+        state=state,
+        out=out,
+        base=base,
+        stand_in=stand_in,
+        lineage=lineage,
+        device=device,
+        identity=identity,
+        perturbation=perturbation,
+    )
+
+
+def publish(
+    checkpoint: str | Path,
+    *,
+    state: str | Path,
+    out: str | Path,
+    base: str | Path | None,
+    stand_in: str | Path | None,
+    lineage: str | Path | None,
+    device: str,
+    identity: str | Path | None,
+    perturbation: Perturbation | None,
+    plan: Path | None = None,
+) -> Published:
+    """`preprocess` for a run with a plan file, which the run's record names; otherwise like that function."""
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint, dtype_name
     from mpunlearn.server.copies import write_copies
     from mpunlearn.server.lineage import open_offset
     from mpunlearn.server.noise import measure
+    from mpunlearn.server.recording import Recording
     from mpunlearn.server.state import RoundRecord, ServerState, inputs_digest, locked
     from mpunlearn.server.stream import arithmetic_device
 
@@ -140,6 +171,12 @@ def preprocess(
         )
         with server.opened(record, out) as pinned, new_directory(out) as folder:
             rounding = write_copies(source, architecture, server, pinned, folder, arithmetic, open_offset(offset))
+            recording = Recording(state, server.run, as_path(identity, "--identity") if identity else None, plan)
+            copies = [folder / f"copy-{copy}" for copy in range(1, perturbation.copies + 1)]
+            models = {"model": source.path, "base": base, "stand_in": stand_in}
+            recording.published(
+                copies, number, {name: Path(path) for name, path in models.items() if path is not None}, perturbation
+            )
         server.measured(rounding)
     return Published(number, [out / f"copy-{copy}" for copy in range(1, perturbation.copies + 1)], rounding, offset)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mpunlearn.progress import say
 from mpunlearn.server.plan import RunPlan
-from mpunlearn.server.postprocess import postprocess
-from mpunlearn.server.preprocess import preprocess
+from mpunlearn.server.postprocess import aggregate
+from mpunlearn.server.preprocess import publish
 from mpunlearn.server.state import ServerState
 
 
@@ -33,6 +33,11 @@ class Rounds:
     def state(self) -> Path:
         """Directory of the secret state."""
         return self.folder / "state"
+
+    @property
+    def identity(self) -> Path:
+        """File of the server's key, which signs the record."""
+        return self.folder / "identity.key"
 
     def theta(self, number: int) -> Path:
         """Path of the model after round `number`; round 0 is the original model."""
@@ -58,8 +63,9 @@ class Rounds:
 
     def publish(self, number: int, out: Path) -> None:
         """Publishes the copies of a round, unless they already exist."""
+        plan = self.folder / "plan.json"
         if not out.exists():
-            preprocess(
+            publish(
                 self.theta(number - 1),
                 state=self.state,
                 out=out,
@@ -67,13 +73,21 @@ class Rounds:
                 stand_in=self.plan.stand_in,
                 lineage=self.plan.lineage,
                 device=self.plan.device,
+                identity=self.identity,
                 perturbation=self.plan.perturbation,
+                plan=plan if plan.is_file() else None,
             )
 
-    def aggregate(self, number: int, updates: Sequence[Path]) -> None:
-        """Aggregates the updates of all copies of a round into the next model, replacing an incomplete one."""
+    def aggregate(self, number: int, updates: Sequence[Path], sent: Sequence[tuple[int, Path]] | None = None) -> None:
+        """Aggregates the updates of all copies of a round into the next model, replacing an incomplete one.
+
+        Args:
+            number: the round.
+            updates: one update per copy.
+            sent: the updates that clients sent, each with its copy, if `updates` are averages of them.
+        """
         shutil.rmtree(self.theta(number), ignore_errors=True)
-        postprocess(
+        aggregate(
             updates,
             state=self.state,
             out=self.theta(number),
@@ -81,6 +95,8 @@ class Rounds:
             checkpoint=self.theta(number - 1),
             dtype=None if number == self.plan.rounds else "float32",
             device=self.plan.device,
+            identity=self.identity,
+            sent=sent,
         )
 
     def tidy(self, number: int) -> None:

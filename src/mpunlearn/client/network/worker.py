@@ -8,6 +8,7 @@ itself, but leaves that to a process of its own (see `process` and `handling`), 
 
     WORK/identity.key           the client's Ed25519 key
     WORK/run.json               the run that this client takes part in, with its plan
+    WORK/record.json            the record of the run, with WORK/commitments.json (see `client.recording`)
     WORK/memory/                what the client keeps from round 1 (see `client.reference`)
     WORK/copies/                the copy that is being trained
     WORK/updates/               finished updates, until the round after next begins
@@ -38,10 +39,11 @@ from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.process import Process
 from mpunlearn.client.network.spool import Spool
 from mpunlearn.client.plausibility.examine import Texts
+from mpunlearn.client.recording import Recording
 from mpunlearn.client.resources import Resources
-from mpunlearn.errors import MessageError, MPUError, NetworkError, PlanError, RefusalError
+from mpunlearn.errors import MessageError, MPUError, NetworkError, PlanError, RecordError, RefusalError
 from mpunlearn.files import as_path, new_directory
-from mpunlearn.lm.records import Record, read_records
+from mpunlearn.lm.records import Record, read_records, record_text
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say as say_line
 from mpunlearn.protocol.exchange import Card
@@ -57,6 +59,9 @@ from mpunlearn.protocol.messages import (
     seal,
 )
 from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.record.artifacts import EVENT_FILE
+from mpunlearn.protocol.record.commitments import text_digest
+from mpunlearn.protocol.record.log import event_of
 from mpunlearn.protocol.transfer import file_entry, put, receive
 from mpunlearn.schema import older, parse, read, write
 
@@ -147,6 +152,8 @@ class Worker:
         self._process = Process(
             lambda report: Handling(folder, policy, examined, options, audit, report), policy.process, say
         )
+        sets = {name: [text_digest(record_text(record)) for record in given[name]] for name in ("forget", "retain")}
+        self._recording = Recording(folder, sets, folder / "run.json")
         self._retry_at: dict[str, float] = {}
         self.connected = False
         """Whether a message from the server has arrived."""
@@ -267,7 +274,8 @@ class Worker:
         updates = self._folder / "updates"
         target = updates / f"round-{job.round}-copy-{job.copy}"
         newest = self._register(job, target.name)
-        if target.exists() and (self._audit is None or self._audit.measured(target.name)):
+        signed = (target / EVENT_FILE).exists() or all(file.name != EVENT_FILE for file in job.files)
+        if target.exists() and signed and (self._audit is None or self._audit.measured(target.name)):
             return target
         old = [update for update in updates.glob("round-*") if int(update.name.split("-")[1]) < newest - 1]
         for path in [*old, *(self._folder / "copies").glob("*")]:
@@ -276,9 +284,11 @@ class Worker:
         limits, training = self._policy.process, json.dumps(job.training)
         card = json.dumps(asdict(Card(job.run, job.round, job.copy, job.copies)))
         self._process.call("examine", limits.examine_minutes * 60, str(copy), card, training)
+        _check_event(copy, job, self._policy.server_key)
         if not target.exists():
             self._say(f"{what}: unlearning")
             self._process.call("train", limits.train_hours * 3600, str(copy), str(target), training)
+        self._recording.updated(copy, target)
         if self._audit is not None:
             self._say(f"{what}: auditing the update")
             max_length = str(parse(Training, job.training).max_length)
@@ -325,6 +335,25 @@ class Worker:
     def close(self) -> None:
         """Ends the process that handles copies."""
         self._process.stop()
+
+
+def _check_event(copy: Path, job: Job, server: str) -> None:
+    """Checks that the event of a copy, if it has one, is the server's and about the copy that the job announces.
+
+    Raises:
+        RefusalError: it is not.
+    """
+    if not (copy / EVENT_FILE).is_file():
+        return
+    try:
+        event = event_of(copy)
+    except RecordError as error:
+        raise RefusalError("the copy's event does not verify") from error
+    assert event is not None
+    content = event.event.content
+    found = (event.event.kind, event.event.signer, event.event.run, content.get("round"), content.get("copy"))
+    if found != ("published", server, job.run, job.round, job.copy):
+        raise RefusalError("the copy's event does not match the job")
 
 
 def _records(source: str | Path | None, data: Data | None, name: str) -> list[Record]:

@@ -311,6 +311,7 @@ class Coordinator:
         clients = self.roster.clients
         weights = dict(zip(clients, self._federation.weights or [1.0] * len(clients), strict=True))
         updates = []
+        sent = [(copy, self.folder.update(number, client, copy)) for client, copy in pairs]
         for copy in range(1, self._copies + 1):
             senders = [client for client, assigned in pairs if assigned == copy]
             paths = [self.folder.update(number, client, copy) for client in senders]
@@ -318,7 +319,7 @@ class Coordinator:
                 target = self.folder.averages(number) / f"copy-{copy}"
                 paths = [average(paths, [weights[client] for client in senders], target)]
             updates += paths
-        self._rounds.aggregate(number, updates)
+        self._rounds.aggregate(number, updates, sent)
         self._clear(number)
         self._say(f"round {number} of {self._plan.rounds} is complete")
 

@@ -140,7 +140,7 @@ class Jobs:
             nonce=secrets.token_hex(16),
         )
         if self._store is not None:
-            slots = range(4 + 4 * sum(file.size for file in files) // 5_000_000_000)
+            slots = range(5 + 4 * sum(file.size for file in files) // 5_000_000_000)
             job = replace(job, slots=[self._store.slot(self.slot(job, slot)) for slot in slots])
         payloads = [self._folder.copy(number, copy) / file.name for file in files if file.url is None]
         data = seal(job, self._identity, payloads)

@@ -9,6 +9,7 @@ from mpunlearn.checkpoint import checkpoint_files
 from mpunlearn.errors import PlanError
 from mpunlearn.protocol.messages import MAX_INLINE_BYTES, File
 from mpunlearn.protocol.plan import Training
+from mpunlearn.protocol.record.artifacts import EVENT_FILE
 from mpunlearn.protocol.transfer import Store, file_entry
 from mpunlearn.schema import read, write
 from mpunlearn.server.network.folder import RunFolder
@@ -75,7 +76,7 @@ class Publication:
         return len(copies)
 
     def _put(self, number: int, run: str, copy: Path) -> list[File]:
-        paths = checkpoint_files(copy)
+        paths = [*checkpoint_files(copy), *copy.glob(EVENT_FILE)]
         size = max(sum(path.stat().st_size for path in paths), update_bytes(copy, self._training))
         if self._store is not None:
             return [self._store.put(path, key(run, number, copy.name, path.name)) for path in paths]

@@ -8,14 +8,17 @@ no trace.
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpunlearn.errors import DamagedError, MessageError, UpdateError
+from mpunlearn.errors import DamagedError, MessageError, RecordError, UpdateError
 from mpunlearn.files import new_directory
 from mpunlearn.progress import printable
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.messages import Job, Result, Sealed
+from mpunlearn.protocol.record.artifacts import EVENT_FILE
+from mpunlearn.protocol.record.log import event_of
 from mpunlearn.protocol.transfer import Store, receive
 from mpunlearn.server.network.folder import RunFolder
 from mpunlearn.server.network.jobs import Jobs
+from mpunlearn.server.recording import belongs
 from mpunlearn.server.rounds import Rounds
 from mpunlearn.server.updates import examine, planned_tensors, update_bytes
 
@@ -100,7 +103,12 @@ class Results:
                     factored=bool(training.lora_rank),
                     expected=planned_tensors(copy, training),
                 )
-        except (MessageError, UpdateError, DamagedError) as error:
+                event = event_of(folder)
+                if event is not None and not (
+                    event.event.signer == client and belongs(event, job.run, number, job.copy)
+                ):
+                    raise MessageError(f"{EVENT_FILE} is not this client's, or not about this update")
+        except (MessageError, UpdateError, DamagedError, RecordError) as error:
             return Rejected(str(error))
         return Accepted(result.job, job)
 
@@ -134,7 +142,7 @@ class Results:
 
 
 def _check_names(names: list[str], most: int) -> None:
-    """Checks that files are update.json and either one safetensors file or an index and all of its shards.
+    """Checks that files are update.json, one safetensors file or an index and all of its shards, and perhaps the event.
 
     Args:
         names: names of the files.
@@ -143,6 +151,7 @@ def _check_names(names: list[str], most: int) -> None:
     Raises:
         MessageError: one is missing or unexpected, or there are too many.
     """
+    names = [name for name in names if name != EVENT_FILE]
     shards = len(names) - 2
     complete = {"update.json", "update.safetensors.index.json"}
     complete |= {f"update-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, min(shards, most) + 1)}

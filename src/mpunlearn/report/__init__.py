@@ -1,0 +1,1 @@
+"""The report of a run: one self-contained HTML page for each party, made of JSON files only."""
