@@ -11,10 +11,8 @@ from mpunlearn.report.data import RecordSummary
 if TYPE_CHECKING:
     from mpunlearn.protocol.record.events import Event
 
+_ROUNDS = ("published", "updated", "aggregated")
 _SENTENCES = {
-    "published": "The server published copy {copy} of round {round}.",
-    "updated": "The client signed its update of copy {copy} of round {round}.",
-    "aggregated": "The server aggregated the updates of round {round}.",
     "evaluated": "The result was evaluated.",
     "audited": "The run was audited.",
     "replicated": "The run was replicated.",
@@ -31,15 +29,35 @@ def record_summary(folder: Path) -> RecordSummary | None:
         found = verify([folder])
     except RecordError:
         return None
-    events = tuple((_time(event.event), _sentence(event.event)) for event in found.bundle.events)
+    events = [event.event for event in found.bundle.events]
     absent = [f"{len(found.bundle.absent)} events that others name are not here."] if found.bundle.absent else []
     problems = (*(problem[0].upper() + problem[1:] + "." for problem in found.problems), *absent)
-    return RecordSummary(f"mpu:{found.bundle.number}", events, found.valid, problems)
+    happened = (
+        *_rounds(events),
+        *((_time(event), _SENTENCES[event.kind]) for event in events if event.kind in _SENTENCES),
+    )
+    return RecordSummary(f"mpu:{found.bundle.number}", happened, found.valid, problems)
 
 
-def _sentence(event: "Event") -> str:
-    places = {name: event.content.get(name, "?") for name in ("round", "copy")}
-    return _SENTENCES[event.kind].format(**places)
+def _rounds(events: "list[Event]") -> list[tuple[str, str]]:
+    """What happened in each round: the time of its last event, and a sentence."""
+    happened = []
+    rounds = sorted({event.content["round"] for event in events if event.kind in _ROUNDS and "round" in event.content})
+    for number in rounds:
+        own = [event for event in events if event.kind in _ROUNDS and event.content.get("round") == number]
+        copies, updates = (sum(event.kind == kind for event in own) for kind in _ROUNDS[:2])
+        done = any(event.kind == "aggregated" for event in own)
+        parts = [_counted(copies, "copy was published", "copies were published")] if copies else []
+        parts += (
+            [_counted(updates, "update was signed by a client", "updates were signed by clients")] if updates else []
+        )
+        parts += ["the updates were aggregated"] if done else []
+        happened.append((_time(own[-1]), f"Round {number}: {', '.join(parts)}."))
+    return happened
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _time(event: "Event") -> str:
