@@ -220,6 +220,9 @@ def test_progress_lines_and_quiet(here: Path, capsys) -> None:
     assert "forget loss" in loud.err
     assert "retain loss" in loud.err
     assert "\r" not in loud.err
+    assert "parameters on" not in loud.err
+    assert main(f"{RUN} --out verbose --rounds 1 -v".split()) == 0
+    assert re.search(r"copy-1: 0\.\d M parameters on (cpu|cuda:0) in torch.float32, loaded in", capsys.readouterr().err)
     assert main(f"{RUN} --out quiet --rounds 1 --quiet".split()) == 0
     quiet = capsys.readouterr()
     assert quiet.out == "quiet/final\n"

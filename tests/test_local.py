@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mpunlearn.client.unlearn import unlearn
 from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError, StateError
 from mpunlearn.local import run
 from mpunlearn.protocol.plan import Training
+from mpunlearn.server.plan import RunPlan
 from mpunlearn.server.state import ServerState, locked
 
 QUICK = Training(objective="npo", epochs=1, batch_size=3, learning_rate=1e-3, max_length=64)
@@ -68,12 +70,43 @@ def test_both_sides_are_apart_on_disk_and_little_is_left(save_tiny, tmp_path: Pa
         run(path, perturbation=without_offset(copies=2), **options)
     with pytest.raises(PlanError, match="--copies 2, not 3"):
         run(path, perturbation=without_offset(copies=3), **options)
-    with pytest.raises(PlanError, match="--rounds 3, not 4"):
-        run(path, perturbation=without_offset(copies=2), **{**options, "rounds": 4})
+    with pytest.raises(PlanError, match="--rounds 3, not 2"):
+        run(path, perturbation=without_offset(copies=2), **{**options, "rounds": 2})
     forget.write_text(forget.read_text() + forget.read_text())
     with pytest.raises(PlanError, match="--forget with SHA-256 .*, not with SHA-256"):
         run(path, perturbation=without_offset(copies=2), **options)
     assert checkpoint_digest(final) == digest
+
+
+def test_a_finished_run_goes_on_with_more_rounds(save_tiny, tmp_path: Path, examples) -> None:
+    """To the same bytes as with so many rounds from the start, also if it is killed before the final model is moved."""
+    path, (forget, retain) = save_tiny(), examples
+    options = {"forget": forget, "retain": retain, "perturbation": without_offset(copies=2), "training": QUICK}
+    done = run(path, out=tmp_path / "r", rounds=1, **options)
+    assert checkpoint_digest(run(path, out=tmp_path / "r", rounds=1, **options)) == checkpoint_digest(done)
+    longer = with_the_secret_of(tmp_path / "r", tmp_path / "longer")
+    expected = checkpoint_digest(run(path, out=longer, rounds=3, **options))
+    killed = Path(shutil.copytree(tmp_path / "r", tmp_path / "killed"))
+    plan = RunPlan.read(killed / "server" / "plan.json")
+    replace(plan, rounds=3).pin(killed / "server" / "plan.json", extend=True)
+    for out in (tmp_path / "r", killed):
+        with pytest.raises(PlanError, match="--eta 1.0, not 0.5.*--rounds [13], not 4"):
+            run(path, out=out, rounds=4, eta=0.5, **options)
+        assert checkpoint_digest(run(path, out=out, rounds=3, **options)) == expected
+        assert {p.name for p in (out / "server").iterdir()} >= {"plan.json", "extended.json", "state"}
+        assert not list((out / "server").glob("round-*"))
+        assert len(ServerState(out / "server" / "state").rounds) == 3
+
+
+def test_a_run_of_a_bfloat16_model_goes_on_from_its_rounded_result(save_tiny, tmp_path: Path, examples, caplog) -> None:
+    path, (forget, retain) = save_tiny(dtype=torch.bfloat16), examples
+    options = {"forget": forget, "retain": retain, "perturbation": without_offset(copies=2), "training": QUICK}
+    done = checkpoint_digest(run(path, out=tmp_path / "r", rounds=1, **options))
+    with caplog.at_level("INFO", logger="mpunlearn"):
+        final = run(path, out=tmp_path / "r", rounds=2, **options)
+    assert "going on after round 1 from the final model" in caplog.text
+    assert checkpoint_digest(final) != done
+    assert {info.dtype for info in Checkpoint(final).tensors.values()} == {torch.bfloat16}
 
 
 def test_impossible_runs_write_nothing(save_tiny, tmp_path: Path, examples) -> None:

@@ -35,11 +35,13 @@ def test_a_type_checker_sees_the_signatures(tmp_path: Path) -> None:
         "Perturbation(copies=None)": "expected",
         "from mpunlearn import runn": "has no attribute",
         'reveal_type(run("model", forget="f", out="o"))': 'Revealed type is "pathlib.Path"',
+        'reveal_type(forget("model", forget=["text"], out="o"))': 'Revealed type is "pathlib.Path"',
+        'reveal_type(forget(object(), tokenizer=object(), forget=["text"]))': 'Revealed type is "Any"',
         'reveal_type(evaluate("model").metrics["forget_Q_A_Prob"])': 'Revealed type is "float"',
     }
     file = tmp_path / "user.py"
     fine = (
-        "from mpunlearn import Perturbation, Training, evaluate, run\n\n"
+        "from mpunlearn import Perturbation, Training, evaluate, forget, run\n\n"
         'run("m", forget="f", out="o", training=Training("npo", epochs=3), perturbation=Perturbation(copies=2))\n'
     )
     file.write_text(fine + "".join(f"{line}\n" for line in lines))

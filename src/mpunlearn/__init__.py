@@ -5,7 +5,8 @@ noisy, reparameterized copies of its model, the client unlearns its text on each
 reparameterizations and averages the updates so that the first-order effect of the noise cancels.
 
 The functions are also the commands of the command line: `preprocess`, `postprocess` and `describe` for the server,
-`unlearn` for the client, `run` for both in one process, and `evaluate`. Their options are grouped in `Perturbation`,
+`unlearn` for the client, `run` for both in one process, `forget` for one party alone, and `evaluate`. For models in
+memory there are `publish` and `aggregate`, and `forget` takes such a model, too. Their options are grouped in `Perturbation`,
 `Training`, `Data` and `Resources`. Names are imported lazily, so using the server's functions does not load the
 client's dependencies.
 """
@@ -22,12 +23,14 @@ __all__ = [
     "Perturbation",
     "Resources",
     "Training",
+    "aggregate",
     "calibrate",
     "describe",
     "evaluate",
     "forget",
     "postprocess",
     "preprocess",
+    "publish",
     "run",
     "unlearn",
 ]
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from mpunlearn.client.unlearn import unlearn
     from mpunlearn.errors import DisclosureWarning, MPUError
     from mpunlearn.evaluation.evaluate import evaluate
+    from mpunlearn.in_memory import aggregate, publish
     from mpunlearn.lm.sources import Data
     from mpunlearn.local import run
     from mpunlearn.protocol.plan import Training
@@ -56,12 +60,14 @@ else:
         "Perturbation": "server.perturbation",
         "Resources": "client.resources",
         "Training": "protocol.plan",
+        "aggregate": "in_memory",
         "calibrate": "calibration",
         "describe": "server.describe",
         "evaluate": "evaluation.evaluate",
         "forget": "client.forget",
         "postprocess": "server.postprocess",
         "preprocess": "server.preprocess",
+        "publish": "in_memory",
         "run": "local",
         "unlearn": "client.unlearn",
     }

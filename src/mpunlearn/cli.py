@@ -155,7 +155,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with _output(prog, general.quiet):
+        with _output(prog, logging.ERROR if general.quiet else logging.DEBUG if general.verbose else logging.INFO):
             _print(function(**values), general.json)
     except MPUError as error:
         if isinstance(error, ReportedError) and error.report is not None:
@@ -182,7 +182,8 @@ def _print(result: Any, as_json: bool) -> None:
     elif isinstance(result, str | Path):
         print(result)
     elif hasattr(result, "summary"):
-        say(result.summary())
+        for line in result.summary().splitlines():
+            say(line)
         print(*result.copies, sep="\n")
     elif hasattr(result, "table"):
         print(result.table())
@@ -200,8 +201,8 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _output(prog: str, quiet: bool) -> Iterator[None]:
-    """Sends log lines and warnings to standard error immediately while a command runs."""
+def _output(prog: str, level: int) -> Iterator[None]:
+    """Sends log lines of that level and warnings to standard error immediately while a command runs."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
@@ -211,9 +212,9 @@ def _output(prog: str, quiet: bool) -> Iterator[None]:
         else:
             print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
-    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    handlers, propagate, level_before = logger.handlers, logger.propagate, logger.level
     logger.handlers, logger.propagate = [_Lines()], False
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show
@@ -222,7 +223,7 @@ def _output(prog: str, quiet: bool) -> Iterator[None]:
             yield
     finally:
         logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+        logger.setLevel(level_before)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpunlearn.client.resources import Resources
+from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import FileError, PlanError, StateError
 from mpunlearn.files import as_path
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.progress import progress
 from mpunlearn.protocol.plan import Training, pin
 from mpunlearn.schema import parse
@@ -54,10 +54,10 @@ class ClientPlan:
 def run(
     checkpoint: str | Path,
     *,
-    forget: str | Path,
+    forget: Source,
     out: str | Path,
-    retain: str | Path | None = None,
-    decoys: str | Path | None = None,
+    retain: Source | None = None,
+    decoys: Source | None = None,
     base: str | Path | None = None,
     stand_in: str | Path | None = None,
     lineage: str | Path | None = None,
@@ -70,18 +70,21 @@ def run(
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
+    callback: Callback | None = None,
 ) -> Path:
     """Runs all rounds with both parties in one process. Repeat the same command to resume an interrupted run.
 
+    A run, also a finished one, goes on with more rounds if the command is repeated with a larger number of rounds.
     In each round, the server publishes perturbed copies of the model, the client unlearns on each copy, and the server
     aggregates the updates.
 
     Args:
         checkpoint: The server's model, a Hugging Face checkpoint directory.
         forget: The data to forget: a file, a folder saved by `datasets`, a benchmark such as tofu/forget10, or
-            hub:OWNER/NAME.
-        out: The run's directory. If it holds an unfinished run with the same options, that run is resumed.
-        retain: The data to retain, in the same formats. Required by objectives with a retain term.
+            hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
+        out: The run's directory. If it holds a run with the same options, or with fewer rounds, that run is resumed.
+        retain: The data to retain, in the same formats. Required by objectives with a retain term. Without such data, give
+            auto: the answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set.
         decoys: Data of the same kind that the model knows, in the same formats. It is unlearned along with the forget set,
             and hides which of the data that set consists of.
         base: The public checkpoint that the model was fine-tuned from. If given, the noise level is relative to the
@@ -90,7 +93,9 @@ def run(
             to the model.
         lineage: Directory of the secret key of the common noise, shared by all runs of the model and of its successors
             (default: in the user's data folder, found by the model's digest).
-        rounds: Number of rounds R.
+        rounds: Number of rounds R. With more rounds than before, a finished run goes on from its final model, which it
+            replaces. That model has the dtypes of the original; if these are float32, the result is the same as with so
+            many rounds from the start, otherwise it was rounded once more.
         eta: Server step size η.
         keep_exchange: Keep the copies and updates of every round instead of deleting them when the round is closed.
         keep_models: Keep the model after every round, OUT/server/round-1 and so on, instead of deleting it when the next
@@ -100,6 +105,7 @@ def run(
         training: The objective and its hyperparameters.
         data: Columns and locations of the examples.
         resources: Memory, precision, checkpoints and experiment trackers of training.
+        callback: Called after every optimizer step with its number and the losses.
 
     Returns:
         The unlearned checkpoint, OUT/final.
@@ -140,17 +146,19 @@ def run(
         training=plan.training,
         data=data,
         resources=resources,
+        callback=callback,
     )
     check_models(plan)
     _check_out(out, plan)
     if not pinned.exists():
         _check_room(out, plan, client, keep_models)
-    plan.pin(pinned)
+    plan.pin(pinned, extend=True)
     pin(out / "client" / "plan.json", parse(ClientPlan, client.digests))
     server, final = out / "server", out / "final"
     work = Rounds(plan, server, final)
     recording = Recording(out / "client", client.text_digests, out / "client" / "plan.json")
     with locked(server):
+        work.extend()
         for number in progress(range(1, rounds + 1), "rounds"):
             _round(number, work, out / "exchange", client, recording, keep_exchange)
             if not keep_models:

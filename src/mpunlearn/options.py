@@ -1,9 +1,10 @@
 """Derives the options of a command from the signature and docstring of its function, and parses them with cyclopts.
 
 A parameter of a dataclass type, such as `training: Training | None`, stands for all fields of that dataclass, with the
-attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. Any option can
-also be set in a file with `--config FILE.yaml`, and several at once with `--preset` (see `presets`). The command line takes
-precedence over the file, and the file over the preset.
+attribute docstrings of the fields as help texts. The hyperparameters of all objectives are options, too. A parameter that
+takes a Python object, such as a callback, is none. Any option can also be set in a file with `--config FILE.yaml`, and
+several at once with `--preset` (see `presets`). The command line takes precedence over the file, and the file over the
+preset.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_overloads
 
 from mpunlearn.errors import SchemaError
 from mpunlearn.presets import NEEDED, PRESETS
@@ -68,6 +69,8 @@ class General:
     """Print the result as JSON to standard output."""
     quiet: bool = False
     """Show errors and warnings only, no progress."""
+    verbose: bool = False
+    """Also show what is loaded, on which device, and how long it takes."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,16 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
     """All options of a command, in the order of the help text."""
     texts = _parameter_texts(function)
     options: list[Option] = []
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for name, parameter in _parameters(function).items():
         if kind := _dataclass_of(parameter.annotation):
             options += _fields(kind, GROUPS[kind.__name__])
             continue
         positional, default = parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter.default
         if isinstance(default, str) and Path in _members(parameter.annotation):
             default = Path(default)
-        options.append(Option(name, parameter.annotation, default, texts.get(name, ""), MAIN, positional))
+        options.append(
+            Option(name, _on_command_line(parameter.annotation), default, texts.get(name, ""), MAIN, positional)
+        )
     if any(option.name == "objective" for option in options):
         options += [_hyper_parameter(name) for name in HYPERPARAMETERS]
     if any(option.name == "common_noise" for option in options):
@@ -173,7 +178,7 @@ def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tupl
 def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the function, with the fields of each dataclass collected into an instance."""
     arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for name, parameter in _parameters(function).items():
         kind = _dataclass_of(parameter.annotation)
         if kind is None:
             arguments[name] = given[name]
@@ -221,7 +226,8 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
     if any(get_origin(member) is tuple for member in members):
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
     if bool in members:
-        return hint, {"negative": ()} if option.group == GENERAL else {}
+        alias = {"alias": "-v"} if option.name == "verbose" else {}
+        return hint, {"negative": (), **alias} if option.group == GENERAL else {}
     if len(members) > 1 and get_origin(members[1]) is Literal:
         return hint, {"metavar": f"NUMBER|{'|'.join(get_args(members[1]))}", "negative": ()}
     metavars = {int: "INTEGER", float: "NUMBER", str: option.name.replace("_", "-").upper()}
@@ -347,6 +353,25 @@ def _message(error: "cyclopts.CycloptsError", options: Mapping[str, Option], pro
     return f"{text[0].lower()}{text[1:]}" + ("" if text.endswith("?") else f"; {see}")
 
 
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that are options: those of the first overload, without any that take only Python objects."""
+    overloads = get_overloads(function) or [function]
+    parameters = inspect.signature(overloads[0], eval_str=True).parameters
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if any(member is not Any and get_origin(member) is not Callable for member in _members(parameter.annotation))
+    }
+
+
+def _on_command_line(annotation: Any) -> Any:
+    """The type of an option: a text, without the mappings that Python programs can give instead."""
+    members = _members(annotation)
+    return (
+        str if len(members) == 2 and str in members and any(get_origin(m) is Mapping for m in members) else annotation
+    )
+
+
 def _dataclass_of(annotation: Any) -> type[Any] | None:
     """The dataclass in an annotation such as `Training | None`."""
     for candidate in (annotation, *get_args(annotation)):
@@ -358,7 +383,7 @@ def _dataclass_of(annotation: Any) -> type[Any] | None:
 def _summary(function: Callable[..., Any]) -> str:
     """The part of a docstring before its sections."""
     text = inspect.getdoc(function) or ""
-    return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0].replace("`", "")
+    return re.split(r"\n\n(?:Args|Example|Returns|Raises):", text)[0].replace("`", "")
 
 
 def _parameter_texts(function: Callable[..., Any]) -> dict[str, str]:

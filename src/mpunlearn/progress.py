@@ -1,8 +1,8 @@
-"""Progress reports: bars on a terminal, log lines elsewhere, nothing with `--quiet`.
+"""Progress reports: bars on a terminal and in a notebook, log lines elsewhere, nothing with `--quiet`.
 
-Bars go to standard error. Lines go to the logger `mpunlearn`; the command line prints them to standard error, and a
-program that uses the library sees them once it configures logging. A task that takes less than `LINE_SECONDS` logs
-nothing, unless it reports values such as losses.
+Bars go to standard error, or to the cell of the notebook. Lines go to the logger `mpunlearn`; the command line prints
+them to standard error, and a program that uses the library sees them once it configures logging. A task that takes less
+than `LINE_SECONDS` logs nothing, unless it reports values such as losses; with `--verbose`, it logs how long it took.
 """
 
 import logging
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 LINE_SECONDS = 10.0
 """Minimum number of seconds between two log lines of a task."""
@@ -68,8 +68,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+        seconds = time.monotonic() - self._begun
         if self._lines and kind is None and (self._logged or self._note):
-            self._log(f"done in {time.monotonic() - self._begun:.1f} s")
+            self._log(f"done in {seconds:.1f} s")
+        elif kind is None:
+            logger.debug("%s: done in %.1f s", self._what, seconds)
 
 
 class Waiting:
@@ -119,8 +122,15 @@ class Waiting:
 
 
 def _bars() -> bool:
-    """Whether to show bars: standard error is a terminal, and progress was not silenced."""
-    return sys.stderr.isatty() and logger.isEnabledFor(logging.WARNING)
+    """Whether to show bars: standard error is a terminal or a notebook, and progress was not silenced."""
+    return (sys.stderr.isatty() or _notebook()) and logger.isEnabledFor(logging.WARNING)
+
+
+def _notebook() -> bool:
+    """Whether the code runs in a notebook, where `tqdm.auto` draws its bars into the cell."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def say(line: str) -> None:

@@ -218,8 +218,8 @@ def test_a_model_does_not_outlive_its_training(save_tiny, examples, tmp_path: Pa
     loaded: list[weakref.ref] = []
     load_model = client_module.load_model
 
-    def remembering(path: Path):
-        model = load_model(path)
+    def remembering(path: Path, device: str | None):
+        model = load_model(path, device)
         loaded.append(weakref.ref(model))
         return model
 

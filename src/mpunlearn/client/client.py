@@ -17,26 +17,27 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+from mpunlearn.client.auto_retain import AutoRetain
 from mpunlearn.client.batches import Examples, MicroBatches, Pick, optimizer_steps
 from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spelling
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
-from mpunlearn.client.resources import Resources
+from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.client.trainer import History, Trainer, check_resources
 from mpunlearn.client.weights import adapt, check_layer, select, shard, write_update
 from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
-from mpunlearn.lm.model import load_model, load_tokenizer, nll, pad_id
+from mpunlearn.lm.model import load_model, load_tokenizer, model_device, nll, pad_id
 from mpunlearn.lm.processes import is_main, processes, rank
 from mpunlearn.lm.records import Record, read_records, record_text, records_digest, with_alternates
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.record.commitments import text_digest
@@ -53,20 +54,28 @@ class Client:
     """The data owner's side of a run.
 
     The constructor checks everything that can be checked before a model is loaded. Arguments and errors are those of
-    the function `unlearn`.
+    the function `unlearn`; `drawn` is the file for the examples of `--retain auto`, instead of the default.
     """
 
     def __init__(
         self,
         *,
-        forget: str | Path,
-        retain: str | Path | None = None,
-        decoys: str | Path | None = None,
+        forget: Source,
+        retain: Source | None = None,
+        decoys: Source | None = None,
         memory: str | Path | None = None,
         training: Training | None = None,
         data: Data | None = None,
         resources: Resources | None = None,
+        callback: Callback | None = None,
+        device: str | None = None,
+        drawn: Path | None = None,
     ) -> None:
+        self._callback, self._device = callback, device
+        if device is not None:
+            model_device(device)
+            if processes() > 1:
+                raise PlanError("--device: several processes use the GPU of their rank; leave the option out")
         self.training, self._resources = training or Training(), resources or Resources()
         data = data or Data()
         self.losses = Losses(self.training.resolved())
@@ -83,10 +92,12 @@ class Client:
             raise DataError(
                 f"--objective {self.training.objective} has a retain term; give --retain, or --alpha 0 to train without it"
             )
-        self._forget = read_records(as_path(forget, "--forget"), data, "forget")
-        with_retain = retain is not None and bool(objective.alpha)
-        self._retain = read_records(as_path(retain, "--retain"), data, "retain") if with_retain else []
-        self._decoys = read_records(as_path(decoys, "--decoys"), data, "forget") if decoys is not None else []
+        self._forget = read_records(forget, data, "forget")
+        self._drawn = drawn
+        self._auto = AutoRetain.parse(retain, data, self.training.seed, self.training.max_length)
+        given = retain if objective.alpha and self._auto is None else None
+        self._retain = read_records(given, data, "retain") if given is not None else []
+        self._decoys = read_records(decoys, data, "forget") if decoys is not None else []
         _check_decoys(self._decoys, self._forget, self._retain)
         self._unlearned = [*self._forget, *self._decoys]
         if self.losses.alternates:
@@ -99,12 +110,16 @@ class Client:
     def digests(self) -> dict[str, str | None]:
         """SHA-256 (hex) of the forget set, of the retain set, and of the decoys; None without decoys."""
         decoys = records_digest(self._decoys) if self._decoys else None
-        return {"forget": records_digest(self._forget), "retain": records_digest(self._retain), "decoys": decoys}
+        retain = records_digest(self._retain) if self._auto is None else self._auto.digest
+        return {"forget": records_digest(self._forget), "retain": retain, "decoys": decoys}
 
     @property
     def text_digests(self) -> dict[str, list[str]]:
-        """SHA-256 (hex) of each text of the forget set and of the retain set, for the record of the run."""
-        sets = {"forget": self._forget, "retain": self._retain}
+        """SHA-256 (hex) of each text of the forget set and of the retain set, for the record of the run.
+
+        Texts that the model wrote (`--retain auto`) are left out: they are not the client's, and not known from the start.
+        """
+        sets = {"forget": self._forget, "retain": [] if self._auto is not None else self._retain}
         return {name: [text_digest(record_text(record)) for record in records] for name, records in sets.items()}
 
     def planned(self, model: Path) -> tuple[list[list[Pick]], Examples]:
@@ -125,10 +140,12 @@ class Client:
         card = Card.of(source.config)
         if "layer" in self.losses.objective.parameters:
             check_layer(source.path, int(self.losses.objective.parameters["layer"]))
+        if self._auto is not None and self.losses.objective.alpha and not self._retain:
+            self._retain = self._auto.draw(source.path, self._unlearned, self._drawn_file(out, card), self._device)
         encoded = self._encode(source.path)
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
-        model = load_model(source.path)
+        model = load_model(source.path, self._device)
         selected = select(model, self.training.train, self.training.token_local)
         steps = self._steps(encoded, card)
         if is_main():
@@ -150,6 +167,24 @@ class Client:
         if is_main():
             self._report(history, card, cache)
         return out
+
+    def _drawn_file(self, out: Path, card: Card | None) -> Path:
+        """The file for the examples of `--retain auto`.
+
+        Raises:
+            PlanError: without a memory, other copies would be trained with other examples.
+            DataError: the examples of round 1 are gone.
+        """
+        if self._memory is None and card is not None:
+            raise PlanError(
+                f"--retain auto: {card} must be trained with the same examples as the other copies; give --memory, or a file"
+            )
+        if self._memory is None:
+            return self._drawn or out.with_name(f"{out.name}.retain.jsonl")
+        file = self._memory / "retain.jsonl"
+        if card is not None and card.round > 1 and not file.is_file():
+            raise DataError(f"{file}: the retain set of round 1 is gone; restore it, or start a new run")
+        return file
 
     def _steps(self, encoded: "_Encoded", card: Card | None) -> list[list[Pick]]:
         """The optimizer steps of a copy's round."""
@@ -200,6 +235,7 @@ class Client:
             reference=reference,
             first_epoch=(round_number - 1) * training.epochs,
             folder=folder,
+            callback=None if self._callback is None else partial(_report_step, self._callback, card),
             name=f"unlearning with {training.objective}" + (f", round {card.round}, copy {card.copy}" if card else ""),
         )
 
@@ -259,7 +295,7 @@ class Client:
                 f"{self.training.objective} compares the model with the copy of round 1, which is not in the --memory "
                 "directory; restore it, or start a new run"
             )
-        reference = load_model(path if first_round or cache is None else cache.checkpoint)
+        reference = load_model(path if first_round or cache is None else cache.checkpoint, self._device)
         shard(reference)
         return reference
 
@@ -285,6 +321,11 @@ class Client:
                 NothingUnlearnedWarning,
                 stacklevel=3,
             )
+
+
+def _report_step(callback: Callback, card: Card | None, step: int, values: dict[str, float]) -> None:
+    """Calls the user's callback, which also learns the round and the copy."""
+    callback(step, values if card is None else {"round": card.round, "copy": card.copy, **values})
 
 
 def _check_decoys(decoys: list[Record], forget: list[Record], retain: list[Record]) -> None:

@@ -1,10 +1,16 @@
 """Options for training on the data owner's machine. The server never sees them. They change results only by rounding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from mpunlearn.errors import PlanError
 from mpunlearn.schema import check_options
+
+Callback = Callable[[int, dict[str, float]], None]
+"""Called after every optimizer step of a training with the number of the step, which starts at 1, and a dict with
+`forget_loss`, `retain_loss` and `learning_rate`, and for a published copy its `round` and `copy`. An exception ends the
+training."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mpunlearn.client.batches import Batch, MicroBatches
 from mpunlearn.client.combine import COMBINATIONS
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import make_optimizer
-from mpunlearn.client.resources import Resources
+from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import PlanError
 from mpunlearn.files import write_bytes
 from mpunlearn.lm.examples import IGNORED
@@ -66,6 +66,7 @@ class Trainer:
         first_epoch: number of epochs completed in earlier rounds of the run.
         folder: folder for checkpoints. If it contains one, training resumes from it.
         name: name of this training, for progress lines and trackers.
+        callback: called after every optimizer step.
 
     Raises:
         PlanError: options contradict each other, or transformers does not know the optimizer or scheduler.
@@ -83,6 +84,7 @@ class Trainer:
         first_epoch: int = 0,
         folder: Path,
         name: str,
+        callback: Callback | None = None,
     ) -> None:
         check_resources(training, resources)
         self._model, self._losses, self._training, self._resources = model, losses, training, resources
@@ -94,6 +96,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=resources.precision == "float16")
         self._combination = COMBINATIONS[self._objective.combine](self._objective, self._parameters)
         self._control: torch.Tensor | None = None
+        self._callback = callback
         self._done = 0
         self.history = History()
         if reference is not None and reference is not model:
@@ -114,6 +117,8 @@ class Trainer:
                 task.update(note=self.history.note())
                 if tracker is not None:
                     tracker.log(self._log(), step=self._done)
+                if self._callback is not None and is_main():
+                    self._callback(self._done, self._log())
                 if self._resources.save_every and self._done % self._resources.save_every == 0:
                     self._save()
         if tracker is not None:

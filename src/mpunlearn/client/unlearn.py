@@ -9,38 +9,43 @@ examples only once for all copies and rounds.
 
 from pathlib import Path
 
-from mpunlearn.client.resources import Resources
-from mpunlearn.lm.sources import Data
+from mpunlearn.client.resources import Callback, Resources
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.plan import Training
 
 
 def unlearn(
     copy: str | Path,
     *,
-    forget: str | Path,
+    forget: Source,
     out: str | Path,
-    retain: str | Path | None = None,
-    decoys: str | Path | None = None,
+    retain: Source | None = None,
+    decoys: Source | None = None,
     memory: str | Path | None = None,
+    device: str | None = None,
     training: Training | None = None,
     data: Data | None = None,
     resources: Resources | None = None,
+    callback: Callback | None = None,
 ) -> Path:
     """Unlearns on one published copy and writes the update.
 
     Args:
         copy: A published copy. An ordinary checkpoint also works, but no server accepts its update.
         forget: What to forget: a file, a folder that `datasets` saved, a benchmark such as tofu/forget10, or
-            hub:OWNER/NAME.
+            hub:OWNER/NAME. Python programs can also give a list of texts or dicts, or a `datasets.Dataset`.
         out: A new directory for the update.
-        retain: What to keep, in the same form. Objectives with a retain term need it.
+        retain: What to keep, in the same form. Objectives with a retain term need it. Without such data, give auto: the
+            answers of the model to its own questions, or auto:SOURCE: a random choice from a larger set.
         decoys: Texts of the same kind that the model knows, in the same form. They are unlearned along with the forget set,
             and hide which of the texts it consists of.
         memory: The client's own directory for what later rounds need from round 1, and for the record of the run, which
             the update is then signed for. Objectives with a reference model need it from round 2 on.
+        device: Device of the training, such as cpu or cuda (default: a GPU if there is one).
         training: The objective and its hyperparameters.
         data: How to read the examples.
         resources: Memory, precision, checkpoints and trackers.
+        callback: Called after every optimizer step with its number and the losses.
 
     Returns:
         `out`.
@@ -57,7 +62,15 @@ def unlearn(
     from mpunlearn.protocol.record.log import event_of
 
     client = Client(
-        forget=forget, retain=retain, decoys=decoys, memory=memory, training=training, data=data, resources=resources
+        forget=forget,
+        retain=retain,
+        decoys=decoys,
+        memory=memory,
+        training=training,
+        data=data,
+        resources=resources,
+        callback=callback,
+        device=device,
     )
     if memory is not None:
         event_of(Path(copy))  # a copy that is not the one that the server signed is noticed before hours of training

@@ -6,14 +6,18 @@ loading torch. Not covered: comparing more than two models. To do that, write a 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpunlearn.errors import FileError
 from mpunlearn.files import as_path, cache_folder, write_json
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.sources import Data, Source
 from mpunlearn.tables import markdown
+
+IN_MEMORY = "(given in memory)"
+"""Stands for examples in the provenance of an evaluation; their digest is there, too."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Evaluation:
 def evaluate(
     checkpoint: str | Path,
     *,
-    benchmark: str = "tofu",
+    benchmark: str | Mapping[str, Source] = "tofu",
     forget_split: str = "forget10",
     retain_model: str | Path | None = None,
-    holdout: str | None = None,
+    holdout: Source | None = None,
     out: str | Path | None = None,
     robustness: bool = False,
     relearn_rate: float = 1e-4,
@@ -63,13 +67,17 @@ def evaluate(
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> Evaluation:
     """Evaluates a checkpoint on a benchmark.
 
     Args:
         checkpoint: The checkpoint directory to evaluate.
         benchmark: One of tofu, muse/news and muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's
-            format.
+            format. Python programs can also give such sets themselves, as a dict with lists of dicts or a
+            `datasets.Dataset`.
         forget_split: The TOFU forget set to evaluate. Other benchmarks have only one.
         retain_model: A checkpoint that never saw the forget set. Forget quality, PrivLeak and mia_reference compare the
             model with it.
@@ -85,6 +93,10 @@ def evaluate(
         cache: A folder for cached measurements, so that no model is measured twice (default: mpunlearn/evaluations in
             the user's cache folder).
         data_root: Folder with local mirrors of benchmarks, which are used instead of the Hub.
+        batch_size: Maximum number of sequences in a batch (default: as many as fit into 8192 tokens). It changes results
+            only by rounding.
+        device: Device of the model, such as cpu or cuda (default: a GPU if there is one).
+        precision: Dtype of the weights. The narrow ones need half the memory, and change the results a little.
 
     Returns:
         Metrics of the checkpoint and of the retrained model, curves, and the values for every example.
@@ -96,8 +108,8 @@ def evaluate(
     """
     checkpoint = as_path(checkpoint, "checkpoint")
     retain_model = as_path(retain_model, "--retain-model") if retain_model is not None else None
-    benchmark = str(as_path(benchmark, "--benchmark"))
-    holdout = str(as_path(holdout, "--holdout")) if holdout is not None else None
+    benchmark = benchmark if isinstance(benchmark, Mapping) else str(as_path(benchmark, "--benchmark"))
+    holdout = str(holdout) if isinstance(holdout, str | Path) else holdout
     data_root = str(as_path(data_root, "--data-root")) if data_root is not None else None
     tasks_folder = str(as_path(tasks_folder, "--tasks-folder")) if tasks_folder is not None else None
     folder = as_path(cache, "--cache") if cache is not None else cache_folder() / "evaluations"
@@ -118,14 +130,16 @@ def evaluate(
         relearn_rate=relearn_rate,
         tasks=tasks,
         tasks_folder=tasks_folder,
+        precision=precision,
     )
+    machine = measurement.Machine(device, batch_size)
     examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, Data(data_root=data_root))
     model = measurement.Subject.of(checkpoint)
     retrained = measurement.Subject.of(retain_model) if retain_model is not None else None
-    own = measurement.measured(model, examples, settings, folder, reference=retrained)
+    own = measurement.measured(model, examples, settings, folder, retrained, machine)
     measurements = {"model": own}
     if retrained is not None:
-        measurements["retrained"] = measurement.measured(retrained, examples, settings, folder)
+        measurements["retrained"] = measurement.measured(retrained, examples, settings, folder, machine=machine)
     other = measurements.get("retrained")
     evaluation = Evaluation(
         metrics=measurement.summarize(examples, own, other),
@@ -139,12 +153,13 @@ def evaluate(
             "checkpoint_digest": model.digest,
             "retain_model": None if retain_model is None else str(retain_model),
             "retain_model_digest": None if retrained is None else retrained.digest,
-            "benchmark": benchmark,
+            "benchmark": IN_MEMORY if isinstance(benchmark, Mapping) else benchmark,
             "forget_split": forget_split if benchmark == "tofu" else None,
-            "holdout": holdout,
+            "holdout": holdout if holdout is None or isinstance(holdout, str) else IN_MEMORY,
             "data_digest": measurement.benchmark_digest(examples),
             "decoding": "greedy",
             **dataclasses.asdict(settings),
+            **dataclasses.asdict(machine),
             "versions": measurement.versions(),
         },
     )

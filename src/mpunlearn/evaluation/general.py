@@ -11,7 +11,13 @@ from mpunlearn.errors import DataError, PlanError
 
 
 def general_ability(
-    checkpoint: str | Path, tasks: Sequence[str], tasks_folder: str | Path | None = None
+    checkpoint: str | Path,
+    tasks: Sequence[str],
+    tasks_folder: str | Path | None = None,
+    *,
+    device: str | None = None,
+    precision: str = "float32",
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Every metric of every task, named task/metric, without standard errors.
 
@@ -19,6 +25,9 @@ def general_ability(
         checkpoint: a checkpoint directory.
         tasks: names that lm-eval knows, such as arc_easy.
         tasks_folder: a folder with your own task files.
+        device: device of the model (default: a GPU if there is one).
+        precision: dtype of the weights.
+        batch_size: number of sequences in a batch (default: lm-eval's own).
 
     Raises:
         PlanError: lm-eval is not installed, or has no such task.
@@ -39,10 +48,11 @@ def general_ability(
     try:
         evaluation = lm_eval.simple_evaluate(
             model="hf",
-            model_args=f"pretrained={checkpoint},dtype=float32",
+            model_args=f"pretrained={checkpoint},dtype={precision}",
             tasks=list(tasks),
             task_manager=manager,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            batch_size=batch_size,
             bootstrap_iters=0,
             log_samples=False,
             verbosity="ERROR",

@@ -14,18 +14,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpunlearn import schema
-from mpunlearn.checkpoint import checkpoint_digest
+from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
 from mpunlearn.evaluation import muse, tofu
 from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
-from mpunlearn.lm.model import load, load_model
-from mpunlearn.lm.sources import Data
+from mpunlearn.lm.model import load, load_model, model_device
+from mpunlearn.lm.sources import Data, Source
 
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
 """Libraries whose versions can change the results."""
@@ -52,6 +52,8 @@ class Settings:
     """Tasks of lm-eval, separated by commas."""
     tasks_folder: str | None
     """Folder with the user's own task files."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the model's weights."""
 
     def __post_init__(self) -> None:
         schema.check_options(self)
@@ -59,6 +61,28 @@ class Settings:
             raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
         if self.relearn_rate <= 0:
             raise PlanError(f"--relearn-rate: expected a number above 0, found {self.relearn_rate}")
+        if self.robustness and self.precision != "float32":
+            raise PlanError(f"--precision {self.precision}: --robustness trains the model, which needs float32")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where models are measured. It changes the results only by rounding, so measurements from the cache ignore it.
+
+    Raises:
+        PlanError: the device is not available, or the batch size is below 1.
+    """
+
+    device: str | None = None
+    """Device (default: a GPU if there is one)."""
+    batch_size: int | None = None
+    """Maximum number of sequences in a batch (default: as many as `probe.BATCH_TOKENS` allows)."""
+
+    def __post_init__(self) -> None:
+        schema.check_options(self)
+        model_device(self.device)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise PlanError(f"--batch-size: expected at least 1, found {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -106,11 +130,13 @@ class Measurement:
                 raise SchemaError(f"{type(self).__name__}: expected numbers, found {number!r:.60}")
 
 
-def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, settings: Settings, data: Data) -> Benchmark:
+def read_benchmark(
+    benchmark: str | Mapping[str, Source], forget_split: str, holdout: Source | None, settings: Settings, data: Data
+) -> Benchmark:
     """Reads the examples of a benchmark.
 
     Args:
-        benchmark: tofu, muse/news, muse/books, or a folder in TOFU's format.
+        benchmark: tofu, muse/news, muse/books, a folder in TOFU's format, or question sets by name.
         forget_split: which of TOFU's forget sets to read.
         holdout: source of the holdout set, for TOFU or a folder.
         settings: how models are measured.
@@ -120,7 +146,7 @@ def read_benchmark(benchmark: str, forget_split: str, holdout: str | None, setti
         DataError: the benchmark cannot be read.
         PlanError: an option is not available for MUSE.
     """
-    if benchmark not in muse.BENCHMARKS:
+    if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
     for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
         if given:
@@ -141,7 +167,12 @@ def versions() -> dict[str, str]:
 
 
 def measured(
-    subject: Subject, benchmark: Benchmark, settings: Settings, cache: Path, reference: Subject | None = None
+    subject: Subject,
+    benchmark: Benchmark,
+    settings: Settings,
+    cache: Path,
+    reference: Subject | None = None,
+    machine: Machine | None = None,
 ) -> Measurement:
     """The measurement of a model, taken from the cache or made now.
 
@@ -151,6 +182,7 @@ def measured(
         settings: how the model is measured.
         cache: the cache folder.
         reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
+        machine: device and batch size.
 
     Raises:
         UnloadableError: a model or its tokenizer cannot be loaded.
@@ -171,7 +203,7 @@ def measured(
         raise FileError(
             f"--cache {cache}: cannot be created: {error.strerror}; fix the cause, or name another folder"
         ) from error
-    measurement = _measure(subject, benchmark, settings, reference)
+    measurement = _measure(subject, benchmark, settings, reference, machine or Machine())
     schema.write(file, measurement, 0o666)
     return measurement
 
@@ -189,31 +221,45 @@ def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measure
     return {**of_benchmark(measurement.per_example, other), **measurement.general}
 
 
-def _measure(subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None) -> Measurement:
+def _measure(
+    subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None, machine: Machine
+) -> Measurement:
     tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
-    general = general_ability(subject.path, tasks, settings.tasks_folder) if tasks else {}
-    model, tokenizer = load(subject.path)
+    device, batch_size, dtype = machine.device, machine.batch_size, FLOAT_DTYPES[settings.precision]
+    options: dict[str, Any] = {"device": device, "precision": settings.precision, "batch_size": batch_size}
+    general = general_ability(subject.path, tasks, settings.tasks_folder, **options) if tasks else {}
+    model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
-        return Measurement(muse.measure(model, tokenizer, benchmark), {}, general)
-    reference_model = load_model(reference.path) if reference is not None else None
+        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size), {}, general)
     per_example = tofu.measure(
-        model, tokenizer, benchmark, max_new_tokens=settings.max_new_tokens, reference=reference_model
+        model,
+        tokenizer,
+        benchmark,
+        max_new_tokens=settings.max_new_tokens,
+        reference=load_model(reference.path, device, dtype) if reference is not None else None,
+        batch_size=batch_size,
     )
-    curves = _curves(model, tokenizer, benchmark, settings, per_example) if settings.robustness else {}
+    curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
     return Measurement(per_example, curves, general)
 
 
 def _curves(
-    model: Any, tokenizer: Any, sets: Mapping[str, Questions], settings: Settings, per_example: tofu.PerExample
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Questions],
+    settings: Settings,
+    per_example: tofu.PerExample,
+    batch_size: int | None,
 ) -> dict[str, dict[str, float]]:
     """The curves of `robustness`, by title."""
     curves = {
         "forget_Q_A_Prob by relearning steps": relearning(
-            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate
+            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, batch_size=batch_size
         )
     }
     without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
-    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=settings.max_new_tokens)
+    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}
+    rounded = quantized(model, tokenizer, without_holdout, **limits)
     full_precision = tofu.summarize(per_example)
     for metric in ("forget_Q_A_Prob", "model_utility"):
         if metric in full_precision:

@@ -67,19 +67,20 @@ def read_muse(benchmark: str, data: Data) -> MuseSets:
     )
 
 
-def measure(model: Any, tokenizer: Any, sets: MuseSets) -> PerExample:
+def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None = None) -> PerExample:
     """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
     prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
-    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS)
+    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size)
     per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
     for name, pairs in sets.knowledge.items():
         shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in sets.shots[name])
         prompts = [tokenizer(f"{shots}Question: {question}\nAnswer:")["input_ids"] for question, _ in pairs]
-        generated = [first_answer(text) for text in generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS)]
+        answers = generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS, batch_size)
+        generated = [first_answer(text) for text in answers]
         per_example.setdefault(name, {})["knowmem_ROUGE"] = _f1(pairs, generated)
     for name, texts in sets.texts.items():
         encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded])
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size)
         per_example.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(text) for text in probes]
     return per_example
 

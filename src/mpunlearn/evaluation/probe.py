@@ -48,11 +48,18 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe]:
-    """Likelihoods of the labeled tokens of each example, in the order of the examples."""
+def probe(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int | None = None) -> list[Probe]:
+    """Likelihoods of the labeled tokens of each example, in the order of the examples.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        examples: the examples.
+        batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+    """
     model.eval()
     probes: list[Probe | None] = [None] * len(examples)
-    for indices in progress(_batches([len(example.input_ids) for example in examples]), "likelihoods"):
+    for indices in progress(_batches([len(example.input_ids) for example in examples], batch_size), "likelihoods"):
         batch = collate([examples[i] for i in indices], pad_id(tokenizer))
         output = forward(model, {key: tensor.to(model.device) for key, tensor in batch.items()})
         targets = output["targets"]
@@ -72,12 +79,15 @@ def probe(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Probe
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int | None = None
+) -> list[str]:
     """Greedy continuations of tokenized prompts, as text without special tokens, in the order of the prompts."""
     model.eval()
     texts = [""] * len(prompts)
     pad = pad_id(tokenizer)
-    for indices in progress(_batches([len(prompt) + max_new_tokens for prompt in prompts]), "generating answers"):
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for indices in progress(_batches(lengths, batch_size), "generating answers"):
         longest = max(len(prompts[i]) for i in indices)
         rows = [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
@@ -102,11 +112,12 @@ def prompt_of(example: Example) -> list[int]:
     return example.input_ids[:first]
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
+def _batches(lengths: Sequence[int], size: int | None) -> list[list[int]]:
     """Groups indices into batches of similar length, each with at most `BATCH_TOKENS` tokens or a single sequence."""
+    size = len(lengths) if size is None else size
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+        if batches and len(batches[-1]) < size and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
             batches[-1].append(index)
         else:
             batches.append([index])

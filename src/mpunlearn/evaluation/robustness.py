@@ -39,6 +39,7 @@ def relearning(
     shown: int = 4,
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Fine-tunes on some of the forget examples, and measures the mean probability of the other forget answers.
 
@@ -49,6 +50,7 @@ def relearning(
         shown: number of examples to train on, the first ones of the set; every step uses all of them as its batch.
         steps: numbers of steps after which to measure.
         learning_rate: learning rate of AdamW, which trains all weights.
+        batch_size: maximum number of sequences in a batch of the measurement.
 
     Returns:
         Number of steps → mean probability.
@@ -66,7 +68,7 @@ def relearning(
     curve = {}
     for step in range(max(steps) + 1):
         if step in steps:
-            answers = probe(student, tokenizer, examples[shown:])
+            answers = probe(student, tokenizer, examples[shown:], batch_size)
             curve[str(step)] = float(np.mean([answer.probability for answer in answers]))
         student.train()
         output = forward(student, batch)
@@ -78,14 +80,22 @@ def relearning(
 
 
 def quantized(
-    model: Any, tokenizer: Any, sets: Mapping[str, Questions], *, max_new_tokens: int = 200, bits: Sequence[int] = BITS
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Questions],
+    *,
+    max_new_tokens: int = 200,
+    bits: Sequence[int] = BITS,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """The benchmark's metrics, by the number of bits that weights are rounded to. The model is not modified."""
     curve = {}
     for width in bits:
         rounded = copy.deepcopy(model)
         round_weights(rounded, width)
-        per_example = measure(rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False)
+        per_example = measure(
+            rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False, batch_size=batch_size
+        )
         curve[str(width)] = summarize(per_example)
     return curve
 

@@ -6,6 +6,7 @@ checked before a model is loaded, so that mistakes in the data are reported at o
 other columns (see `muse`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from mpunlearn.errors import DataError
 from mpunlearn.lm.examples import Example, encode
 from mpunlearn.lm.records import Record
-from mpunlearn.lm.sources import Data, read_rows
+from mpunlearn.lm.sources import Data, Source, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
@@ -65,12 +66,16 @@ class Encoded:
 
 
 def read_sets(
-    benchmark: str, forget_split: str, holdout: str | None, data: Data, forget: str | None = None
+    benchmark: str | Mapping[str, Source],
+    forget_split: str,
+    holdout: Source | None,
+    data: Data,
+    forget: str | None = None,
 ) -> dict[str, Questions]:
     """The question sets of a benchmark, by name.
 
     Args:
-        benchmark: "tofu", or a folder.
+        benchmark: "tofu", a folder, or the sets themselves by name.
         forget_split: which of TOFU's forget sets to read, such as forget10.
         holdout: a source of questions that no model was trained on, for membership inference (default: the benchmark's
             own, if it has one).
@@ -80,7 +85,13 @@ def read_sets(
     Raises:
         DataError: a set cannot be read, or is not in TOFU's format.
     """
-    if benchmark == "tofu":
+    sources: dict[str, Source]
+    if isinstance(benchmark, Mapping):
+        sources = dict(benchmark)
+        if "forget" not in sources or (unknown := sorted(set(sources) - set(SETS))):
+            found = f"found {unknown[0]!r:.40}" if "forget" in sources else "found no forget set"
+            raise DataError(f"the benchmark: expected a forget set and others of {', '.join(SETS)}, {found}")
+    elif benchmark == "tofu":
         sources = {
             "forget": f"tofu/{forget_split}_perturbed",
             "retain": "tofu/retain_perturbed",
@@ -95,16 +106,16 @@ def read_sets(
                 f"--benchmark {benchmark}: expected tofu, muse/news, muse/books, or a folder with forget.jsonl"
             )
     sources |= {"forget": forget} if forget else {}
-    sources |= {"holdout": holdout} if holdout else {}
+    sources |= {"holdout": holdout} if holdout is not None else {}
     return {name: _read(source, name, data) for name, source in sources.items()}
 
 
-def _read(source: str, name: str, data: Data) -> Questions:
+def _read(source: Source, name: str, data: Data) -> Questions:
     """Reads one set. The holdout set needs no paraphrases or wrong answers."""
     correct = "answer" if name in OPTION_SETS else "paraphrased_answer"
     required = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
     result = Questions([], [], [], [])
-    for where, row in read_rows(source, data):
+    for where, row in read_rows(source, data, "forget" if isinstance(source, str) else name):
         for column in required:
             value, expected = row.get(column), "a list of texts" if column == "perturbed_answer" else "text"
             texts = value if column == "perturbed_answer" else [value]
@@ -115,5 +126,5 @@ def _read(source: str, name: str, data: Data) -> Questions:
         result.paraphrases.append(str(row.get(correct, row["answer"])))
         result.wrong.append(row.get("perturbed_answer") or [])
     if not result:
-        raise DataError(f"{source}: contains no questions")
+        raise DataError(f"{source if isinstance(source, str) else f'the {name} examples'}: contains no questions")
     return result

@@ -38,6 +38,7 @@ def measure(
     reference: Any | None = None,
     texts: bool = True,
     membership: bool = True,
+    batch_size: int | None = None,
 ) -> PerExample:
     """The values for every example under one model.
 
@@ -49,6 +50,7 @@ def measure(
         reference: a model that never saw the forget set, for `mia_reference`.
         texts: whether to generate answers, for ROUGE.
         membership: whether to compute membership scores.
+        batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
 
     Returns:
         For each set the loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
@@ -56,7 +58,7 @@ def measure(
     """
     encoded = {name: questions.encoded(tokenizer) for name, questions in sets.items()}
     examples = [example for tokenized in encoded.values() for example in _all_examples(tokenized)]
-    probes = iter(probe(model, tokenizer, examples))
+    probes = iter(probe(model, tokenizer, examples, batch_size))
     per_example: PerExample = {}
     answers: dict[str, list[Probe]] = {}
     for name, tokenized in encoded.items():
@@ -79,14 +81,14 @@ def measure(
     if texts:
         names = [name for name in sets if name != "holdout"]
         prompts = [prompt_of(example) for name in names for example in encoded[name].answers]
-        generated = iter(generate(model, tokenizer, prompts, max_new_tokens))
+        generated = iter(generate(model, tokenizer, prompts, max_new_tokens, batch_size))
         for name in names:
             scores = [metrics.rouge_l(answer, next(generated)) for answer in sets[name].answers]
             per_example[name]["Q_A_ROUGE"] = [recall for recall, _ in scores]
     if membership and "holdout" in sets:
         for name in ("forget", "holdout"):
             per_example[name] |= membership_scores(
-                model, tokenizer, encoded[name].answers, answers[name], sets[name].answers, reference
+                model, tokenizer, encoded[name].answers, answers[name], sets[name].answers, reference, batch_size
             )
     return per_example
 
@@ -108,6 +110,7 @@ def membership_scores(
     answers: list[Probe],
     texts: list[str],
     reference: Any | None,
+    batch_size: int | None = None,
 ) -> dict[str, list[float]]:
     """The membership scores of every example, by metric. A low score suggests that the example was trained on.
 
@@ -118,6 +121,7 @@ def membership_scores(
         answers: the model's probes of these answers.
         texts: the answers as text.
         reference: a model that never saw the forget set, for `mia_reference`.
+        batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
     """
     scores = {
         "mia_loss": [metrics.loss_score(answer) for answer in answers],
@@ -127,7 +131,7 @@ def membership_scores(
         "mia_gradnorm": [gradnorm_score(model, tokenizer, example) for example in progress(examples, "gradients")],
     }
     if reference is not None:
-        pairs = zip(answers, probe(reference, tokenizer, examples), strict=True)
+        pairs = zip(answers, probe(reference, tokenizer, examples, batch_size), strict=True)
         scores["mia_reference"] = [metrics.reference_score(*pair) for pair in pairs]
     return scores
 

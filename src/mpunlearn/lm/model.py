@@ -12,6 +12,8 @@ Not covered: sharding over several processes (see `client.weights`). With severa
 until it is sharded.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,45 +24,75 @@ import torch
 import transformers
 
 from mpunlearn.checkpoint import Checkpoint
-from mpunlearn.errors import UnloadableError
+from mpunlearn.errors import PlanError, UnloadableError
 from mpunlearn.lm.allowed import allowed_config, link_tokenizer
 from mpunlearn.lm.examples import IGNORED, Example, collate
 from mpunlearn.lm.losses import answer_nll
 from mpunlearn.lm.processes import processes
 
+logger = logging.getLogger(__name__)
 _BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 """The implementations of attention and experts within transformers; any other would be downloaded from the Hub."""
 
 
-def load(path: Path) -> tuple[Any, Any]:
-    """Loads the model (float32, on this process's GPU if it has one) and the tokenizer of a checkpoint directory.
+def load(path: Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Loads the model and the tokenizer of a checkpoint directory; see `load_model` for the arguments.
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
     """
-    return load_model(path), load_tokenizer(path)
+    return load_model(path, device, dtype), load_tokenizer(path)
 
 
-def load_model(path: Path) -> Any:
-    """Loads the model of a checkpoint directory in float32, on this process's GPU if it has one.
+def model_device(name: str | None) -> torch.device:
+    """The device that `--device` names; without a name, this process's GPU if it has one, else the CPU.
+
+    Raises:
+        PlanError: it is not available on this machine, or models do not run on it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PlanError(f"--device {name}: not available on this machine ({reason}); use cpu") from None
+    if device.type == "meta":
+        raise PlanError("--device: expected a device that computes, such as cpu or cuda, found meta")
+    return device
+
+
+def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads the model of a checkpoint directory.
+
+    Args:
+        path: the checkpoint directory.
+        device: name of the device (default: this process's GPU if it has one).
+        dtype: dtype of the weights.
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
+        PlanError: the device is not available.
     """
+    target = model_device(device)
     config = Checkpoint(path).config
     if (code := _remote_code(config)) is not None:
         raise UnloadableError(
             f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
         )
+    begun = time.monotonic()
     with quiet(), _as_unloadable(path, "model"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=allowed_config(config),
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=False,
             local_files_only=True,
         )
-    return model if processes() > 1 else model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model if processes() > 1 else model.to(target)
+    millions, seconds = sum(parameter.numel() for parameter in model.parameters()) / 1e6, time.monotonic() - begun
+    logger.debug("%s: %.1f M parameters on %s in %s, loaded in %.1f s", path, millions, model.device, dtype, seconds)
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpunlearn.errors import DataError
-from mpunlearn.lm.sources import Data, read_rows, read_text
+from mpunlearn.lm.sources import Data, Source, read_rows, read_text
 
 FORMS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 """The recognized combinations of columns. The first one that a row has is used."""
@@ -66,11 +66,11 @@ class Record:
     """Where it was read from, for error messages."""
 
 
-def read_records(source: str | Path, data: Data | None = None, role: str = "forget") -> list[Record]:
+def read_records(source: Source, data: Data | None = None, role: str = "forget") -> list[Record]:
     """Reads all examples of a source.
 
     Args:
-        source: a file, a folder, a benchmark, or a dataset on the Hugging Face Hub; see `sources`.
+        source: a file, a folder, a benchmark, a dataset on the Hugging Face Hub, or the examples; see `sources`.
         data: columns, split and local mirrors.
         role: "forget" or "retain": which part of a benchmark to read if the source does not say.
 
@@ -78,9 +78,9 @@ def read_records(source: str | Path, data: Data | None = None, role: str = "forg
         DataError: the source cannot be found or read, has no rows, or has a row that is not an example.
     """
     data = data or Data()
-    records = [_record(where, row, data) for where, row in read_rows(str(source), data, role)]
+    records = [_record(where, row, data) for where, row in read_rows(source, data, role)]
     if not records:
-        raise DataError(f"{source}: contains no examples")
+        raise DataError(f"{source if isinstance(source, str | Path) else f'the {role} examples'}: contains no examples")
     return records
 
 

@@ -10,7 +10,8 @@ tried in this order:
     a dataset    on the Hugging Face Hub, as hub:OWNER/NAME or hub:OWNER/NAME:CONFIG
 
 Only the last two are ever downloaded, and nothing is downloaded if `Data.data_root` names a folder with local mirrors.
-A path that does not exist is an error and never leads to a request to the Hub, since even the path of a forget set can
+Python programs can also give the examples themselves: a list of texts or of dicts, or a `datasets.Dataset`. A path that
+does not exist is an error and never leads to a request to the Hub, since even the path of a forget set can
 be confidential.
 
 The command line needs `Data` for its options, so this module imports nothing that is slow to load. The libraries for
@@ -23,9 +24,11 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +36,8 @@ from typing import Any, NamedTuple
 from mpunlearn.errors import DataError
 from mpunlearn.schema import check_options
 
+Source = str | Path | Iterable[str | Mapping[str, Any]]
+"""Where examples come from: a path or name, or the examples themselves (a list of texts or dicts, or a `Dataset`)."""
 Row = tuple[str, dict[str, Any]]
 """The location of a row, for error messages, and the row."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
@@ -88,18 +93,20 @@ class Data:
         check_options(self)
 
 
-def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
+def read_rows(source: Source, data: Data, role: str = "forget") -> Iterator[Row]:
     """The rows of a source, whatever their columns.
 
     Args:
-        source: a file, a folder, a benchmark, or a dataset on the Hub.
+        source: a file, a folder, a benchmark, a dataset on the Hub, or the rows themselves.
         data: which split to read, and where local mirrors are.
         role: "forget" or "retain": which part of a benchmark to read if the source does not say.
 
     Raises:
         DataError: the source cannot be found or read. Damage inside a file is reported when its rows are iterated over.
     """
-    path = Path(source)
+    if not isinstance(source, str | os.PathLike):
+        return _given(source, role)
+    path, source = Path(source), os.fspath(source)
     try:
         if path.is_dir():
             return _saved(path, data.split)
@@ -125,6 +132,22 @@ def read_rows(source: str, data: Data, role: str = "forget") -> Iterator[Row]:
     if data.data_root is None:
         raise DataError(f"{source}: no such file or folder; for a dataset on the Hugging Face Hub, write hub:{source}")
     return _remote(source, on_hub, data)
+
+
+def _given(source: Any, role: str) -> Iterator[Row]:
+    """Rows that a Python program gives: texts or dicts in a list, or a `Dataset`. A text is a row with a column `text`."""
+    datasets = sys.modules.get("datasets")
+    if not isinstance(source, list | tuple) and not (
+        datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset)
+    ):
+        raise DataError(
+            f"the {role} examples: expected a path, a list of texts or dicts, or a datasets.Dataset, found an object of "
+            f"type {type(source).__name__}"
+        )
+    return (
+        (where, {"text": row} if isinstance(row, str) else _object(where, row))
+        for where, row in _rows(f"the {role} examples", source)
+    )
 
 
 class _Remote(NamedTuple):
@@ -200,7 +223,7 @@ def _saved(path: Path, split: str) -> Iterator[Row]:
     return _rows(str(path), table)
 
 
-def _rows(source: str, table: Iterable[dict[str, Any]]) -> Iterator[Row]:
+def _rows(source: str, table: Iterable[Any]) -> Iterator[Row]:
     """The rows of a table that a library reads, with its errors turned into `DataError`."""
     number = 0
     try:

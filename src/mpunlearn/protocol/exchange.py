@@ -8,6 +8,11 @@ An update is a directory with `update.json`, which contains the same card, and `
 difference Δ'_k = θ'_k - θ_k between the trained model and copy k, for the trained tensors and under the names of the
 copy. A matrix W can instead be given by two LoRA factors, W.lora_A (rank x inputs) and W.lora_B (outputs x rank), with
 Δ'_k = lora_B · lora_A. The card is public and reveals nothing about either party's secrets.
+
+Instead of an update, the server also accepts what other tools save: a checkpoint that was trained from a copy, or a PEFT
+adapter (see `adapter`). An adapter has no place for a card. It belongs to the copy whose config.json lies in the adapter's
+directory, or else to the copy that the adapter's configuration names as its base, if that is a directory on this machine.
+If both are there, they must agree.
 """
 
 import dataclasses
@@ -20,7 +25,8 @@ import torch
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, dtype_name, without_paths
 from mpunlearn.errors import CheckpointError, FileError, SchemaError, UpdateError
-from mpunlearn.files import write_json
+from mpunlearn.files import read_json, write_json
+from mpunlearn.protocol.adapter import CONFIG, Adapter, base_folder
 from mpunlearn.schema import parse, read
 
 FACTORS = (".lora_A", ".lora_B")
@@ -82,32 +88,72 @@ class ReceivedUpdate:
 
     card: Card
     tensors: TensorDirectory
-    trained: Checkpoint | None
-    """The trained checkpoint, if the client sent one instead of an update; the server then computes the difference."""
+
+    @property
+    def trained(self) -> Checkpoint | None:
+        """The trained checkpoint, if the client sent one instead of an update."""
+        return self.tensors if isinstance(self.tensors, Checkpoint) else None
+
+    @property
+    def weights(self) -> bool:
+        """Whether tensors other than LoRA factors are trained weights, from which the server subtracts the copy's."""
+        return isinstance(self.tensors, Checkpoint | Adapter)
 
     @classmethod
     def open(cls, path: str | Path) -> "ReceivedUpdate":
-        """Opens an update, or a checkpoint that was trained from a published copy.
+        """Opens an update, a checkpoint that was trained from a published copy, or a PEFT adapter.
 
         Raises:
-            UpdateError: the directory is neither, or has no card.
+            UpdateError: the directory is none of them, has no card, or holds an adapter that is not equivalent to an
+                update.
         """
         path = Path(path)
+        tensors: TensorDirectory
         try:
             if (path / "update.json").is_file():
                 card = read(UpdateManifest, path / "update.json").mpunlearn
-                tensors, trained = TensorDirectory(path, stem="update"), None
+                tensors = TensorDirectory(path, stem="update")
+            elif (path / CONFIG).is_file():
+                config = _copy_config(path)
+                card = Card.of(config)
+                tensors = Adapter(path, config)
             else:
-                tensors = trained = Checkpoint(path)
-                card = Card.of(trained.config)
+                tensors = Checkpoint(path)
+                card = Card.of(tensors.config)
         except (FileError, SchemaError) as error:
-            raise UpdateError(f"{path}: neither an update nor a trained checkpoint: {error}") from error
+            raise UpdateError(f"{path}: neither an update nor a trained checkpoint or adapter: {error}") from error
         if card is None:
             raise UpdateError(
                 f"{path}: does not say which copy it was trained from; copy the entry {CARD!r} of the published "
                 "copy's config.json to its own"
             )
-        return cls(card, tensors, trained)
+        return cls(card, tensors)
+
+
+def _copy_config(path: Path) -> dict[str, Any]:
+    """The config.json of the published copy that a PEFT adapter was trained on.
+
+    Raises:
+        UpdateError: it is not known which copy that was, or two copies are named.
+        FileError: a configuration is damaged.
+    """
+    if any(path.glob("model*.safetensors")):
+        raise UpdateError(f"{path}: holds both an adapter and a whole model; remove the one that is not meant")
+    base = base_folder(read_json(path / CONFIG))
+    configs = [read_json(file) for folder in (path, base) if folder and (file := folder / "config.json").is_file()]
+    named = [config for config in configs if Card.of(config) is not None]
+    if not named:
+        raise UpdateError(
+            f"{path}: an adapter does not say which copy it was trained on; copy that copy's config.json into this "
+            "directory"
+        )
+    if len({Card.of(config) for config in named}) > 1:
+        raise UpdateError(
+            f"{path}: its config.json is that of {Card.of(named[0])}, but the adapter's base {base} is "
+            f"{Card.of(named[1])}; keep the config.json of the copy that it was trained on, and correct "
+            f"base_model_name_or_path in {CONFIG}"
+        )
+    return named[0]
 
 
 def derived_config(

@@ -97,7 +97,7 @@ def _is_client(folder: Path) -> bool:
 
 def _server(run: Path, folder: Path, evaluations: list[Evaluation], audit: Path | None) -> ServerSide:
     file = folder / "plan.json"
-    value = _content(file)
+    value = {**_content(file), **_content(folder / "extended.json")}  # the latter has the rounds of a run that went on
     perturbation = _picked(PerturbationPlan, value.get("perturbation"), file)
     service = value.get("service") or value  # at the top level in the first format
     federation = service.get("federation") if isinstance(service, dict) else None

@@ -149,7 +149,7 @@ class Aggregation:
         if name + FACTORS[0] in received.tensors.tensors:
             return self._add_product(value, copy, rows, name, workspace)
         update = on_device(read(received.tensors, name, rows, workspace), value.device, workspace)
-        if received.trained is not None:
+        if received.weights:
             published = self._publisher.publish(rows, stored, workspace, [copy]).rows[0]
             update = update.to(value.dtype) - published.to(value.dtype)
         maps = self._publisher.maps[copy].maps(rows.role)

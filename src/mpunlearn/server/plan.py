@@ -8,10 +8,21 @@ from mpunlearn.errors import PlanError, StateError
 from mpunlearn.files import as_path, read_json
 from mpunlearn.protocol.flower.keys import ClientKeys
 from mpunlearn.protocol.plan import Training, pin
-from mpunlearn.schema import read
+from mpunlearn.schema import read, write
 from mpunlearn.server.federation import Federation
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.postprocess import check_eta
+
+EXTENSION = "extended.json"
+"""File beside the plan of a run that goes on with more rounds than it was started with."""
+
+
+@dataclass(frozen=True)
+class _Extension:
+    """The content of extended.json."""
+
+    rounds: int
+    """The number of rounds instead of the plan's."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class RunPlan:
         """
         if not path.is_file():
             raise StateError(f"{path.parent}: contains no run; start one with `mpunlearn server start`")
-        return read(cls, path, upgrade_plan)
+        plan: RunPlan = _read_pinned(cls, path)
+        return plan
 
     def continuing(self, path: Path) -> "RunPlan":
         """This plan, or how the run that `path` describes goes on with it.
@@ -94,8 +106,18 @@ class RunPlan:
             plan = replace(plan, perturbation=replace(plan.perturbation, common_noise=0.0))
         return plan
 
-    def pin(self, path: Path) -> None:
-        """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`."""
+    def pin(self, path: Path, extend: bool = False) -> None:
+        """Writes the plan of a new run, or compares it with the existing run's; errors as for `protocol.plan.pin`.
+
+        Args:
+            path: the file of the plan.
+            extend: whether this plan may have more rounds than the existing run's. Their number is then written to
+                extended.json beside the plan, since the plan itself is committed to in the record of the run.
+        """
+        if extend and path.exists():
+            pinned = _read_pinned(type(self), path)
+            if pinned.rounds < self.rounds and replace(pinned, rounds=self.rounds) == self:
+                write(path.with_name(EXTENSION), _Extension(self.rounds))
         pin(path, self, _read_pinned)
 
 
@@ -105,7 +127,8 @@ def resolved(path: str | Path | None, option: str) -> str | None:
 
 
 def _read_pinned(kind: type[Any], path: Path) -> Any:
-    return read(kind, path, upgrade_plan)
+    plan, extension = read(kind, path, upgrade_plan), path.with_name(EXTENSION)
+    return replace(plan, rounds=read(_Extension, extension).rounds) if extension.is_file() else plan
 
 
 def upgrade_plan(value: dict[str, Any]) -> dict[str, Any]:

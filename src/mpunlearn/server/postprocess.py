@@ -41,8 +41,8 @@ def postprocess(
     """Aggregates the updates of the open round into a new checkpoint.
 
     Args:
-        updates: One directory per copy, in any order. Each is an update, or a checkpoint trained from the copy with any
-            tool.
+        updates: One directory per copy, in any order. Each is an update, a checkpoint trained from the copy with any
+            tool, or a LoRA adapter trained from it with PEFT.
         state: Directory of the server's secret state.
         out: A new directory for the checkpoint.
         eta: Server step size η.

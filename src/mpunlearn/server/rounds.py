@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpunlearn.progress import say
 from mpunlearn.server.plan import RunPlan
 from mpunlearn.server.postprocess import aggregate
 from mpunlearn.server.preprocess import publish
@@ -48,6 +49,17 @@ class Rounds:
         """Whether the updates of a round have been aggregated."""
         rounds = ServerState(self.state).rounds if self.state.exists() else []
         return any(record.closed for record in rounds[number - 1 : number])
+
+    def extend(self) -> None:
+        """Makes the final model of a run that was to have fewer rounds the model that its next round starts from.
+
+        Between rounds, θ is stored in float32, but a final model has the dtypes of the original checkpoint. So the result
+        is the same as with more rounds from the start only for a float32 model; any other was rounded once.
+        """
+        done = sum(record.closed for record in ServerState(self.state).rounds) if self.state.exists() else 0
+        if 0 < done < self.plan.rounds and self.final.is_dir() and not self.theta(done).exists():
+            say(f"going on after round {done} from the final model, in the dtypes that it is stored in")
+            self.final.rename(self.theta(done))
 
     def publish(self, number: int, out: Path) -> None:
         """Publishes the copies of a round, unless they already exist."""

@@ -54,8 +54,8 @@ def examine(
     update, published = ReceivedUpdate.open(path), Checkpoint(copy)
     if update.card != card:
         raise UpdateError(f"{path}: belongs to {update.card}; expected {card}")
-    if update.trained is not None:
-        raise UpdateError(f"{path}: is a full checkpoint; expected an update")
+    if update.weights:
+        raise UpdateError(f"{path}: is a checkpoint or an adapter; expected an update")
     names = check_tensors(update, {name: (info.dtype, info.shape) for name, info in published.tensors.items()})
     if (split := _split_experts(names, Architecture.of(published))) is not None:
         raise UpdateError(f"{path}: changes {split}, but not that tensor of every expert of the layer")
@@ -139,7 +139,7 @@ def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] |
             raise UpdateError(f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)}")
         if not info.dtype.is_floating_point:
             raise UpdateError(f"{path}: {name} has dtype {info.dtype}, expected floating point")
-        if update.trained is not None and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
+        if update.weights and torch.finfo(info.dtype).eps > torch.finfo(published).eps:
             raise UpdateError(
                 f"{path}: {name} is stored as {info.dtype}, but the copy was published as {published}; rounding "
                 f"would swamp the update, so save the trained model as {published}"

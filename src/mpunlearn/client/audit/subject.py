@@ -22,7 +22,8 @@ from mpunlearn.architecture import Architecture
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.errors import UpdateError
 from mpunlearn.lm.model import load_model, load_tokenizer, pad_id, quiet
-from mpunlearn.protocol.exchange import FACTORS, Card, UpdateManifest
+from mpunlearn.protocol.adapter import CONFIG, Adapter
+from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate, UpdateManifest
 from mpunlearn.schema import read
 
 BATCH_TOKENS = 4096
@@ -62,7 +63,7 @@ class Subject:
 
     Args:
         copy: directory of the published copy.
-        update: directory of the update, or of the checkpoint that was trained from the copy.
+        update: directory of the update, of the checkpoint that was trained from the copy, or of a PEFT adapter.
 
     Raises:
         FileError: either cannot be read.
@@ -76,6 +77,9 @@ class Subject:
         if (update / "update.json").is_file():
             card = read(UpdateManifest, update / "update.json").mpunlearn
             self._tensors: TensorDirectory = TensorDirectory(update, stem="update")
+        elif (update / CONFIG).is_file():
+            received = ReceivedUpdate.open(update)
+            self._tensors, card = received.tensors, received.card
         else:
             self._tensors = Checkpoint(update)
             card = Card.of(self._tensors.config)
@@ -101,7 +105,7 @@ class Subject:
             a, b = (self._tensors.read(name + factor).float() for factor in FACTORS)
             return b @ a
         value = self._tensors.read(name).float()
-        return value - self.copy.read(name).float() if isinstance(self._tensors, Checkpoint) else value
+        return value - self.copy.read(name).float() if isinstance(self._tensors, Checkpoint | Adapter) else value
 
     def updated_model(self) -> Any:
         """The model after the update, float32."""
