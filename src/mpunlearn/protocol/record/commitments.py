@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mpunlearn import schema
 from mpunlearn.errors import RecordError, SchemaError, StateError
-from mpunlearn.files import file_digest, read_json, write_bytes
+from mpunlearn.files import file_digest, write_bytes
 from mpunlearn.protocol.identity import HEX
 from mpunlearn.protocol.record.canonical import file_bytes
-from mpunlearn.schema import parse
 
 FILE = "commitments.json"
 PLAN = "plan"
@@ -95,6 +95,10 @@ class Commitments:
     sets: dict[str, list[Leaf]] = field(default_factory=dict)
     format: int = 1
 
+    def __post_init__(self) -> None:
+        if not all(self.sets.values()):
+            raise SchemaError("Commitments: a set has no texts")
+
     @classmethod
     def read(cls, path: Path) -> "Commitments":
         """Reads the file.
@@ -103,7 +107,7 @@ class Commitments:
             FileError: it cannot be read.
             SchemaError: it has other content.
         """
-        return parse(cls, read_json(path))
+        return schema.read(cls, path)
 
     @classmethod
     def pinned(cls, path: Path, sets: Mapping[str, Sequence[str]]) -> "Commitments":
