@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from mpunlearn.client.resources import Resources
 from mpunlearn.errors import FileError, PlanError, StateError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import progress
@@ -104,6 +105,7 @@ def run(
         PlanError: `out` holds a run with different options, or an option has an invalid value.
         MPUError: As `preprocess`, `unlearn` and `postprocess` do.
     """
+    needs("client", "run")
     from mpunlearn.client.client import Client
     from mpunlearn.lm.processes import processes
     from mpunlearn.server.plan import RunPlan, check_models, resolved

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from mpunlearn.evaluation import metrics
 from mpunlearn.evaluation.probe import Probe
@@ -76,6 +77,17 @@ def test_forget_quality_is_the_kolmogorov_smirnov_test(values: list[int]) -> Non
     ours, theirs = [float(v) for v in values[:5]], [float(v) for v in values[5:]]
     fast = metrics.forget_quality(np.array(ours), np.array(theirs))
     assert fast == pytest.approx(slow_forget_quality(ours, theirs))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "shift"), [(40, 40, 1.0), (37, 120, 0.5), (400, 400, 3.0), (5, 3, 0.0), (9, 9, 9.0)]
+)
+def test_the_kolmogorov_smirnov_test_is_scipys(m: int, n: int, shift: float) -> None:
+    random = np.random.default_rng(m)
+    first, second = np.round(random.normal(size=m), 2), np.round(random.normal(size=n) + shift, 2)  # with ties
+    exact = stats.ks_2samp(first, second, method="exact").pvalue
+    assert metrics.kolmogorov_smirnov(first, second) == pytest.approx(exact, rel=1e-9)
+    assert metrics.kolmogorov_smirnov(first, first) == 1
 
 
 @pytest.mark.parametrize(

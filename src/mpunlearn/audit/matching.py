@@ -11,9 +11,9 @@ Not covered: which rows correspond (`alignment` knows that).
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from mpunlearn.architecture import Heads
+from mpunlearn.audit import assignment
 from mpunlearn.audit.weights import rms
 from mpunlearn.server.axis_map import AxisMap, plane_rotations
 from mpunlearn.server.role_maps import HeadOrder
@@ -171,10 +171,7 @@ def flattened(value: torch.Tensor, axis: int) -> torch.Tensor:
 
 def assign(score: torch.Tensor) -> torch.Tensor:
     """The column for each row of a square matrix that maximizes the sum; a permutation, shape (n,), int64."""
-    greedy = score.argmax(dim=1)
-    if len(set(greedy.tolist())) == len(greedy):
-        return greedy  # the best entry of every row is an upper bound
-    return torch.from_numpy(linear_sum_assignment(score.numpy(), maximize=True)[1])
+    return torch.from_numpy(assignment.assign(score.numpy()))
 
 
 def signs(values: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mpunlearn.client.resources import Resources
 from mpunlearn.errors import FileError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.plan import Training
@@ -51,6 +52,7 @@ def forget(
         DataError: The data cannot be read, or is required but missing.
         PlanError: An option has an invalid value.
     """
+    needs("client", "forget")
     from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter, copy_companions
     from mpunlearn.client.client import Client
     from mpunlearn.files import new_directory, write_json

@@ -10,6 +10,7 @@ examples only once for all copies and rounds.
 from pathlib import Path
 
 from mpunlearn.client.resources import Resources
+from mpunlearn.extras import needs
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.plan import Training
 
@@ -50,6 +51,7 @@ def unlearn(
         DataError: Examples cannot be read, or are missing.
         PlanError: An option has an impossible value, or --train selects nothing.
     """
+    needs("client", "unlearn")
     from mpunlearn.client.client import Client
 
     client = Client(

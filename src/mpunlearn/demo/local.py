@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import FileError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, new_directory
 from mpunlearn.presets import PRESETS
 from mpunlearn.progress import progress
@@ -93,6 +94,7 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0) -> DemoResult:
     Raises:
         FileError: `out` exists or cannot be written.
     """
+    needs("client", "demo")
     from mpunlearn.audit.assess import Texts, assess
     from mpunlearn.audit.subject import of_run
     from mpunlearn.demo.models import trained_world

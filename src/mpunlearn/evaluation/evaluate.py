@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import FileError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, cache_folder, write_json
 from mpunlearn.lm.sources import Data
 from mpunlearn.tables import markdown
@@ -104,6 +105,7 @@ def evaluate(
     if out is not None:
         _check_new(out)
 
+    needs("client", "evaluate")
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.evaluation import measurement
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpunlearn.errors import DataError
+from mpunlearn.extras import needs
 from mpunlearn.schema import check_options
 
 Row = tuple[str, dict[str, Any]]
@@ -168,6 +169,7 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
                 f"{source}: no such file or folder, and no mirror of it in --data-root; expected "
                 f"{', or '.join([*files, f'the folder {where}'])}"
             )
+    needs("data", source)
     import datasets
 
     try:
@@ -187,6 +189,7 @@ def _saved(path: Path, split: str) -> Iterator[Row]:
             f"{path}: a folder without a saved dataset (no {' or '.join(_SAVED)}); expected a file, or a folder that "
             "`datasets` wrote with save_to_disk"
         )
+    needs("data", str(path))
     import datasets
 
     try:
@@ -302,6 +305,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    needs("data", str(path))
     import pyarrow.parquet
 
     try:

@@ -14,7 +14,6 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
 
 from mpunlearn.audit.alignment import Alignment, align
 from mpunlearn.audit.weights import Model, rms
@@ -124,14 +123,37 @@ def harmonic_weights(statistics: Statistics) -> np.ndarray:
     count = len(apart)
     rows, columns = np.triu_indices(count, 1)
 
-    def misfit(logarithms: np.ndarray) -> np.ndarray:
-        a, b = np.exp(logarithms[rows]), np.exp(logarithms[columns])
-        expected = count / (count - 1) * ((a**2 + b**2) * (1 - 1 / count) + 2 * a * b / count)
-        return np.asarray(expected - apart[rows, columns])
-
     start = np.full(count, 0.5 * math.log(max(float(apart.mean()), 1e-300) / 2))
-    a = np.exp(least_squares(misfit, start, xtol=1e-15, ftol=1e-15, gtol=1e-15).x)
+    a = np.exp(_fitted(start, apart, rows, columns))
     return np.asarray((1 / a) / (1 / a).sum())
+
+
+def _fitted(logarithms: np.ndarray, apart: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The logarithms of a that fit the distances of these pairs of copies best, by Levenberg-Marquardt, shape (m,)."""
+    count, pairs, damping = len(logarithms), np.arange(len(rows)), 1e-3
+
+    def misfit(logarithms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        a, b = np.exp(logarithms[rows]), np.exp(logarithms[columns])
+        factor = count / (count - 1)
+        expected = factor * ((a**2 + b**2) * (1 - 1 / count) + 2 * a * b / count)
+        jacobian = np.zeros((len(rows), count))
+        jacobian[pairs, rows] = 2 * factor * a * (a * (1 - 1 / count) + b / count)
+        jacobian[pairs, columns] = 2 * factor * b * (b * (1 - 1 / count) + a / count)
+        return expected - apart[rows, columns], jacobian
+
+    rest, jacobian = misfit(logarithms)
+    while damping < 1e12:
+        scale = np.diag(np.sqrt(damping) * np.linalg.norm(jacobian, axis=0))
+        stacked, wanted = np.vstack((jacobian, scale)), np.concatenate((-rest, np.zeros(count)))
+        step = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
+        closer, slope = misfit(logarithms + step)
+        if not closer @ closer < rest @ rest:
+            damping *= 10
+            continue
+        logarithms, rest, jacobian, damping = logarithms + step, closer, slope, damping / 10
+        if np.abs(step).max() < 1e-15:
+            break
+    return logarithms
 
 
 def known_scales(statistics: Statistics, scales: Sequence[float]) -> np.ndarray:
