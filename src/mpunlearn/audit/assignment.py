@@ -26,13 +26,13 @@ def assign(score: np.ndarray) -> np.ndarray:
     reduced = cost - of_column
     columns, of_row = np.asarray(reduced.argmin(axis=1)), reduced.min(axis=1)
     rows = np.full(len(cost), -1)
-    for row, column in enumerate(columns):
+    for row, column in enumerate(columns.tolist()):
         if rows[column] < 0:
             rows[column] = row
         else:
             columns[row] = -1
-    for row in np.flatnonzero(columns < 0):
-        _augment(int(row), cost, rows, columns, of_row, of_column)
+    for unassigned in np.flatnonzero(columns < 0):
+        _augment(int(unassigned), cost, rows, columns, of_row, of_column)
     return columns
 
 
