@@ -1,8 +1,8 @@
 """The documentation, run as a reader would: every command is parsed, and every block that is marked is executed.
 
 A comment before a block says what to do with it: `<!-- run -->` executes it, `<!-- run in example -->` does so in the
-directory that `mpunlearn example try` writes, and `<!-- file NAME -->` writes it to a file. The blocks of a page run in order, in
-a directory of their own. All other commands, such as those with placeholders or for two machines, are parsed only.
+directory that `mpunlearn example try` writes, and `<!-- file NAME -->` writes it to a file. The blocks of a page run in order,
+in a directory of their own. All other commands, such as those with placeholders or for two machines, are parsed only.
 """
 
 import json

@@ -89,7 +89,8 @@ def demo(*, out: str | Path = "mpu-demo", seed: int = 0, quick: bool = False) ->
             OUT/final.
         seed: Seed for the fictitious data, the models and the order of batches. The server's secrets never depend on a
             seed.
-        quick: Unlearn two authors of ten, noise-free and with the preset hardened only, which takes less than a minute on two cores.
+        quick: Unlearn two authors of ten, noise-free and with the preset hardened only, in less than a minute
+            on two cores.
 
     Returns:
         What was measured.
