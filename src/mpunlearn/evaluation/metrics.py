@@ -90,7 +90,7 @@ def model_utility(values: Sequence[float]) -> float:
 
     It is 0 if any of them is 0.
     """
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+    return 0.0 if any(value <= 0 for value in values) else len(values) / sum(1 / value for value in values)
 
 
 def exact_memorization(answer: Probe) -> float:

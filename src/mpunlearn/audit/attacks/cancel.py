@@ -24,6 +24,8 @@ REALIGNMENTS = 2
 those against the combination do."""
 MAX_ORDERS = 5
 """With more copies than that, not every order of known scales is tried."""
+FIT_STEPS = 500
+"""Most steps of the fit of noise scales, which usually takes about ten."""
 Statistics = tuple[np.ndarray, np.ndarray]
 """For T tensors and m copies: mean products of the entries of copies j and k, shape (T, m, m), each divided by the mean
 square of the tensor; and the number of entries, shape (T,). Float64."""
@@ -124,13 +126,16 @@ def harmonic_weights(statistics: Statistics) -> np.ndarray:
     rows, columns = np.triu_indices(count, 1)
 
     start = np.full(count, 0.5 * math.log(max(float(apart.mean()), 1e-300) / 2))
-    a = np.exp(_fitted(start, apart, rows, columns))
+    a = np.exp(fitted(start, apart, rows, columns))
     return np.asarray((1 / a) / (1 / a).sum())
 
 
-def _fitted(logarithms: np.ndarray, apart: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The logarithms of a that fit the distances of these pairs of copies best, by Levenberg-Marquardt, shape (m,)."""
-    count, pairs, damping = len(logarithms), np.arange(len(rows)), 1e-3
+def fitted(logarithms: np.ndarray, apart: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The logarithms of a that fit the distances of these pairs of copies best, by Levenberg-Marquardt, shape (m,).
+
+    Where another design made the noise, the best a of a copy can be zero; it stays above 1e-7 of the start.
+    """
+    count, pairs, damping, least = len(logarithms), np.arange(len(rows)), 1e-3, logarithms + math.log(1e-7)
 
     def misfit(logarithms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         a, b = np.exp(logarithms[rows]), np.exp(logarithms[columns])
@@ -142,15 +147,22 @@ def _fitted(logarithms: np.ndarray, apart: np.ndarray, rows: np.ndarray, columns
         return expected - apart[rows, columns], jacobian
 
     rest, jacobian = misfit(logarithms)
-    while damping < 1e12:
-        scale = np.diag(np.sqrt(damping) * np.linalg.norm(jacobian, axis=0))
+    norms = np.zeros(count)
+    for _ in range(FIT_STEPS):
+        jacobian = jacobian * (
+            (logarithms > least) | (rest @ jacobian < 0)
+        )  # what is at its bound and pushed down stays
+        norms = np.maximum(norms, np.linalg.norm(jacobian, axis=0))
+        scale = np.diag(np.sqrt(damping) * norms)
         stacked, wanted = np.vstack((jacobian, scale)), np.concatenate((-rest, np.zeros(count)))
-        step = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
+        step = np.clip(np.linalg.lstsq(stacked, wanted, rcond=None)[0], least - logarithms, 5)
         closer, slope = misfit(logarithms + step)
         if not closer @ closer < rest @ rest:
             damping *= 10
+            if damping > 1e12:
+                break
             continue
-        logarithms, rest, jacobian, damping = logarithms + step, closer, slope, damping / 10
+        logarithms, rest, jacobian, damping = logarithms + step, closer, slope, max(damping / 10, 1e-12)
         if np.abs(step).max() < 1e-15:
             break
     return logarithms
