@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpunlearn.errors import DataError
+from mpunlearn.extras import needs
 from mpunlearn.schema import check_options
 
 Source = str | Path | Iterable[str | Mapping[str, Any]]
@@ -191,6 +192,7 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
                 f"{source}: no such file or folder, and no mirror of it in --data-root; expected "
                 f"{', or '.join([*files, f'the folder {where}'])}"
             )
+    needs("data", source)
     import datasets
 
     try:
@@ -210,6 +212,7 @@ def _saved(path: Path, split: str) -> Iterator[Row]:
             f"{path}: a folder without a saved dataset (no {' or '.join(_SAVED)}); expected a file, or a folder that "
             "`datasets` wrote with save_to_disk"
         )
+    needs("data", str(path))
     import datasets
 
     try:
@@ -325,6 +328,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    needs("data", str(path))
     import pyarrow.parquet
 
     try:
