@@ -16,7 +16,7 @@ from textwrap import dedent
 import pytest
 
 from mpunlearn.checkpoint import checkpoint_digest
-from mpunlearn.cli import VERBS, main
+from mpunlearn.cli import PREFIXES, VERBS, main
 from mpunlearn.files import read_json
 from mpunlearn.options import parse
 
@@ -110,7 +110,7 @@ def test_every_command_in_the_documentation_is_parsed() -> None:
     assert len(lines) > 25
     for line in lines:
         words = shlex.split(line.split(" && ")[0])[1:]
-        name = " ".join(words[: 2 if words[0] in ("server", "client") else 1])
+        name = " ".join(words[: 2 if words[0] in PREFIXES else 1])
         arguments = [word for word in words[len(name.split()) :] if not word.endswith(".yaml") or "=" in word]
         for option in ("--config", "--plan", "--print-config"):
             arguments.remove(option) if option in arguments else None

@@ -8,7 +8,7 @@ from tests.environments import PROJECT, closure, declared, environment, run
 
 from mpunlearn.extras import EXTRAS
 
-TRAINING = {"transformers", "tokenizers", "accelerate", "datasets", "peft", "pyarrow", "pandas", "scipy", "rouge-score"}
+TRAINING = {"transformers", "tokenizers", "accelerate", "datasets", "peft", "pyarrow", "pandas", "rouge-score"}
 NEEDS = {
     "client": [
         "run m --forget f --out o",
@@ -20,11 +20,14 @@ NEEDS = {
         "client audit u --copy c --forget f",
         "client review c --public-text p",
         "client work --spool s --policy p --forget f",
-        "audit --model m --copies c --text t",
+        "ask m --question q",
+        "plan m --forget f",
+        "push m o/n",
         "demo",
         "network-demo",
         "example e",
     ],
+    "audit": ["audit --model m --copies c"],
     "network": ["server start m --run r --insecure", "server resume r", "client join i"],
 }
 
@@ -32,7 +35,13 @@ NEEDS = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Path:
     """The interpreter of the plain installation."""
-    return environment(tmp_path_factory.mktemp("server") / "venv")
+    return environment(tmp_path_factory.mktemp("plain") / "venv")
+
+
+@pytest.fixture(scope="module")
+def auditor(tmp_path_factory) -> Path:
+    """The interpreter of the installation with the extra audit."""
+    return environment(tmp_path_factory.mktemp("audit") / "venv", "audit")
 
 
 def test_the_table_of_extras_is_that_of_the_package() -> None:
@@ -47,7 +56,9 @@ def test_the_servers_installations_have_no_training_library(extras: tuple[str, .
 
 
 @pytest.mark.slow
-def test_a_server_without_extras_publishes_aggregates_and_audits(server: Path, tmp_path: Path, save_tiny) -> None:
+def test_a_server_without_training_libraries_publishes_aggregates_and_audits(
+    auditor: Path, tmp_path: Path, save_tiny
+) -> None:
     steps = (
         "from pathlib import Path\n"
         "from mpunlearn import Perturbation, postprocess, preprocess\n"
@@ -60,7 +71,7 @@ def test_a_server_without_extras_publishes_aggregates_and_audits(server: Path, t
         "print(min(attack.error for attack in found.attacks.values()))\n"
     )
     save_tiny(name="model")
-    done = run(server, "-W", "error", "-c", steps, cwd=tmp_path)
+    done = run(auditor, "-W", "error", "-c", steps, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 0.01  # without common noise, the copies disclose the model
     assert (tmp_path / "final" / "model.safetensors").exists()

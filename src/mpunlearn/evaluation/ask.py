@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import printable
@@ -92,6 +93,7 @@ def ask(
         DataError: The questions cannot be read.
         PlanError: There is no question, or an option has an impossible value.
     """
+    needs("client", "ask")
     from mpunlearn.lm.records import Record, read_records
 
     paths = [as_path(model, "models") for model in models]
