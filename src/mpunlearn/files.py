@@ -123,7 +123,7 @@ def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None
         write_all(descriptor, data, 0)
         os.fsync(descriptor)
         partial.rename(path)
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         partial.unlink(missing_ok=True)
         raise
     finally:

@@ -118,7 +118,7 @@ def test_killed_at_every_point_at_which_something_becomes_durable(
         shutil.rmtree(folder)
         if not killed:
             break
-        points, limit[0] = points + 1, limit[0] + 4
+        points, limit[0] = points + 1, limit[0] + 6
     assert points > 10
 
 
