@@ -176,6 +176,8 @@ def _round(
     number: int, rounds: "Rounds", exchange: Path, client: "Client", recording: "Recording", keep_exchange: bool
 ) -> None:
     """Does whatever is missing of one round, and removes files that are no longer needed."""
+    from mpunlearn.protocol.record.log import copied_event
+
     folder = exchange / f"round-{number}"
     if not rounds.closed(number):
         rounds.publish(number, folder / "copies")
@@ -184,7 +186,7 @@ def _round(
             copy = folder / "copies" / update.name
             if not update.exists():
                 client.unlearn(copy, update)
-            recording.updated(copy, update)
+            recording.updated(copied_event(copy), update)
             if not keep_exchange:
                 shutil.rmtree(copy, ignore_errors=True)
         rounds.aggregate(number, updates)

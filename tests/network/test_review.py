@@ -17,6 +17,7 @@ from mpunlearn.client.network.review import review
 from mpunlearn.client.plausibility.report import Limits
 from mpunlearn.errors import PlanError
 from mpunlearn.lm.model import load_tokenizer
+from mpunlearn.protocol.record.log import event_of
 
 
 def copy_of(net: Net, number: int = 1) -> Path:
@@ -110,6 +111,19 @@ def test_with_a_base_its_tokenizer_and_template_are_used(scene: Scene, tmp_path:
     refusal = answer(other, given(other, copy_of(other))).refusal
     assert refusal == "the copy is not of the model that the client expects"
     assert any("the tokenizer's files differ from the base's" in line for line in other.said)
+
+
+def test_with_a_base_the_copy_is_still_the_one_in_its_event(scene: Scene, tmp_path: Path) -> None:
+    """The base's template takes the place of the copy's, but what the server signed is checked as it came."""
+    base = shutil.copytree(scene.net(tmp_path / "start").model, tmp_path / "base")
+    change_template(base)
+    net = with_policy(scene, tmp_path / "net", model=ModelPolicy(base=str(base)))
+    assert answer(net, given(net, copy_of(net), event=True)).refusal is None
+    (update,) = (net.folder / "work-0" / "updates").iterdir()
+    signed, published = event_of(update), event_of(copy_of(net))
+    assert signed is not None
+    assert published is not None
+    assert signed.event.after == [published.id]
 
 
 def test_a_base_of_other_shapes_or_settings_is_another_model(save_tiny, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ text it had forgotten (`mpunlearn record open`), and the server learns neither t
 server that keeps no record has no event, and neither has its update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +33,27 @@ class Recording:
     def __init__(self, folder: Path, texts: Mapping[str, Sequence[str]], plan: Path | None = None) -> None:
         self._folder, self._texts, self._plan = folder, texts, plan
 
-    def updated(self, copy: Path, update: Path) -> SignedEvent | None:
+    def updated(self, published: SignedEvent | None, update: Path) -> SignedEvent | None:
         """Signs an update, unless that has been done; its event is put into its directory.
 
         Args:
-            copy: directory of the copy that it was made of. It is not needed if the update is signed already.
+            published: the event of the copy that it was made of; None if the server keeps no record.
             update: directory of the update.
 
         Returns:
             The event; None if the server keeps no record.
 
         Raises:
-            RecordError: the event of the copy or of the update does not verify.
+            RecordError: the event of the update does not verify, or the other one is about something else.
             StateError: the client has committed to other texts in this folder.
         """
         if (update / EVENT_FILE).is_file():
             return read_event(update / EVENT_FILE)
-        published = event_of(copy)
         if published is None:
             return None
         content, event = published.event.content, published.event
         if event.kind != "published":
-            raise RecordError(f"{copy / EVENT_FILE}: is about something else than a published copy")
+            raise RecordError(f"{update}: was made of something that is not a published copy, but {event.kind}")
         sets = dict(self._texts)
         if self._plan is not None:
             sets[commitments.PLAN] = commitments.plan_set(self._plan)
@@ -64,19 +63,30 @@ class Recording:
         return log.attest("updated", update, {**facts, "commitments": roots}, [published])
 
 
-def check_published(copy: Path, server: str, run: str, number: int, copy_number: int) -> None:
-    """Checks that the event of a copy, if it has one, is the server's and about this copy of this round of the run.
+def check_published(
+    copy: Path, known: Iterable[tuple[str, str]], server: str, run: str, number: int, copy_number: int
+) -> SignedEvent | None:
+    """The event of a copy, if it has one, after a check that it is the server's and about this copy of this round.
+
+    Args:
+        copy: directory of the copy.
+        known: names and SHA-256 of its files, which have been checked.
+        server: public key of the server.
+        run: the run.
+        number: the round.
+        copy_number: number of the copy.
 
     Raises:
         RefusalError: it is not.
     """
     try:
-        event = event_of(copy)
+        event = event_of(copy, known)
     except RecordError as error:
         raise RefusalError("the copy's event does not verify") from error
     if event is None:
-        return
+        return None
     content = event.event.content
     found = (event.event.kind, event.event.signer, event.event.run, content.get("round"), content.get("copy"))
     if found != ("published", server, run, number, copy_number):
         raise RefusalError("the copy's event does not match the job")
+    return event

@@ -74,9 +74,8 @@ def unlearn(
         callback=callback,
         device=device,
     )
-    if memory is not None:
-        event_of(Path(copy))  # a copy that is not the one that the server signed is noticed before hours of training
+    published = event_of(Path(copy)) if memory is not None else None  # before hours of training on another copy
     update = client.unlearn(copy, out)
     if memory is not None and is_main():
-        Recording(Path(memory), client.text_digests).updated(Path(copy), update)
+        Recording(Path(memory), client.text_digests).updated(published, update)
     return update

@@ -283,11 +283,12 @@ class Worker:
         limits, training = self._policy.process, json.dumps(job.training)
         card = json.dumps(asdict(Card(job.run, job.round, job.copy, job.copies)))
         self._process.call("examine", limits.examine_minutes * 60, str(copy), card, training)
-        check_published(copy, self._policy.server_key, job.run, job.round, job.copy)
+        known = [(file.name, file.sha256) for file in job.files]
+        published = check_published(copy, known, self._policy.server_key, job.run, job.round, job.copy)
         if not target.exists():
             self._say(f"{what}: unlearning")
             self._process.call("train", limits.train_hours * 3600, str(copy), str(target), training)
-        self._recording.updated(copy, target)
+        self._recording.updated(published, target)
         if self._audit is not None:
             self._say(f"{what}: auditing the update")
             max_length = str(parse(Training, job.training).max_length)

@@ -124,8 +124,12 @@ def append_result(kind: Kind, model: Path, result: Path) -> None:
         log.append(kind, file_digests([result]), content)
 
 
-def event_of(folder: Path) -> SignedEvent | None:
+def event_of(folder: Path, known: Iterable[tuple[str, str]] | None = None) -> SignedEvent | None:
     """The event in an artifact's folder, if there is one.
+
+    Args:
+        folder: the folder.
+        known: names and SHA-256 of its files, where they have just been checked (default: the files are read).
 
     Raises:
         RecordError: it does not verify, or the files are not those that it lists.
@@ -134,9 +138,18 @@ def event_of(folder: Path) -> SignedEvent | None:
     if not path.is_file():
         return None
     event = read_event(path)
-    if file_digests(artifact_files(folder)) != event.event.files:
+    if known is None:
+        files = file_digests(artifact_files(folder))
+    else:
+        files = sorted((FileDigest(*pair) for pair in known if pair[0] != EVENT_FILE), key=lambda file: file.name)
+    if files != event.event.files:
         raise RecordError(f"{folder}: its files are not those that {EVENT_FILE} lists; something changed them since")
     return event
+
+
+def copied_event(folder: Path) -> SignedEvent | None:
+    """The event in the folder of an artifact that this process has just written, if there is one; files are not read."""
+    return read_event(folder / EVENT_FILE) if (folder / EVENT_FILE).is_file() else None
 
 
 def read_event(path: Path) -> SignedEvent:

@@ -103,7 +103,7 @@ class Results:
                     factored=bool(training.lora_rank),
                     expected=planned_tensors(copy, training),
                 )
-                event = event_of(folder)
+                event = event_of(folder, [(file.name, file.sha256) for file in result.files])
                 if event is not None and not (
                     event.event.signer == client and belongs(event, job.run, number, job.copy)
                 ):
