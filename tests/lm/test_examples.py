@@ -20,7 +20,7 @@ def test_only_the_answer_carries_loss(tokenizer, chat: bool) -> None:
     [example] = encode([Record(question, answer)], tokenizer, 64)
     learned = tokenizer.decode([label for label in example.labels if label != IGNORED])
     hidden = tokenizer.decode(example.input_ids[: example.labels.count(IGNORED)])
-    prompt, rest = prompt_and_answer(tokenizer, question, answer)
+    prompt, rest = prompt_and_answer(tokenizer, Record(question, answer))
     tokenizer.chat_template = template
     assert learned == rest
     assert learned.strip() == answer + "<|end|>"
@@ -54,8 +54,9 @@ def test_earlier_messages_stand_in_the_prompt(tokenizer) -> None:
     history = (("user", "Who is Ada?"), ("assistant", "An author."))
     for template in (tokenizer.chat_template, None):
         kept, tokenizer.chat_template = tokenizer.chat_template, template
-        prompt, answer = prompt_and_answer(tokenizer, "Where was she born?", "In Lyon.", history)
-        [example] = encode([Record("Where was she born?", "In Lyon.", history)], tokenizer, 64)
+        record = Record("Where was she born?", "In Lyon.", history)
+        prompt, answer = prompt_and_answer(tokenizer, record)
+        [example] = encode([record], tokenizer, 64)
         tokenizer.chat_template = kept
         assert all(text in prompt for text in ("Who is Ada?", "An author.", "Where was she born?"))
         assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == answer

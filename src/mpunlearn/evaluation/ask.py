@@ -92,7 +92,7 @@ def ask(
         DataError: The questions cannot be read.
         PlanError: There is no question, or an option has an impossible value.
     """
-    from mpunlearn.lm.records import Record, read_records
+    from mpunlearn.lm.records import Record, in_chat, read_records
 
     paths = [as_path(model, "models") for model in models]
     if questions is None and not question:
@@ -102,7 +102,7 @@ def ask(
             raise PlanError(f"{option}: expected at least 1, found {value}")
     if blank := [text for text in question if not text.strip()]:
         raise PlanError(f"--question: expected text, found {blank[0]!r:.40}")
-    records = [Record(text, "") for text in question]
+    records = [in_chat(Record(text, ""), data) for text in question]
     if questions is not None:
         records += read_records(as_path(questions, "--questions"), data, "forget")
     records = records[:limit]
