@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import PlanError
+from mpunlearn.evaluation.definitions import DEFINITIONS, Definitions, Name
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import printable
@@ -27,7 +28,6 @@ TEXT_TOKENS = 256
 NARROW = 24
 """Columns narrower than this are printed below one another."""
 GAP = "  "
-_UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def ask(
     question: Sequence[str] = (),
     limit: int | None = None,
     max_new_tokens: int = 200,
+    definitions: Name = "openunlearning",
     data: Data | None = None,
 ) -> Answers:
     """Prints the answers of one or more models to the same questions side by side.
@@ -82,6 +83,7 @@ def ask(
         question: A question as text. Can be given several times.
         limit: Maximum number of questions.
         max_new_tokens: Maximum length of generated answers, in tokens.
+        definitions: Where prompts end, as for `evaluate`. Without a chat template the strict prompt is that of training.
         data: How to read the questions.
 
     Returns:
@@ -106,7 +108,9 @@ def ask(
     if questions is not None:
         records += read_records(as_path(questions, "--questions"), data, "forget")
     records = records[:limit]
-    columns = [_answers(path, records, max_new_tokens) for path in paths]
+    if definitions not in DEFINITIONS:
+        raise PlanError(f"--definitions: expected one of {', '.join(DEFINITIONS)}, found {definitions!r:.40}")
+    columns = [_answers(path, records, max_new_tokens, DEFINITIONS[definitions]) for path in paths]
     rows = [
         Answered(first.question, first.expected, [first.answers[0], *(answered.answers[0] for answered in others)])
         for first, *others in zip(*columns, strict=True)
@@ -114,9 +118,10 @@ def ask(
     return Answers([str(path) for path in paths], rows)
 
 
-def _answers(path: Path, records: "list[Record]", max_new_tokens: int) -> list[Answered]:
+def _answers(path: Path, records: "list[Record]", max_new_tokens: int, definitions: Definitions) -> list[Answered]:
     """The answers of one model to all records."""
-    from mpunlearn.evaluation.probe import generate, prompt_of
+    from mpunlearn.evaluation.probe import generate
+    from mpunlearn.evaluation.prompts import asked
     from mpunlearn.lm.examples import encode
     from mpunlearn.lm.model import load
 
@@ -133,8 +138,8 @@ def _answers(path: Path, records: "list[Record]", max_new_tokens: int) -> list[A
             # Where the prompt ends is found with the help of an answer, and does not depend on which.
             whole = dataclasses.replace(record, answer=record.answer or "None")
             shown.append((record.question, record.answer))
-            prompts.append(prompt_of(encode([whole], tokenizer, _UNLIMITED)[0]))
-    texts = generate(model, tokenizer, prompts, max_new_tokens)
+            prompts.append(asked(whole, tokenizer, definitions).prompt)
+    texts = generate(model, tokenizer, prompts, max_new_tokens, mask_pad=definitions.mask_pad)
     return [Answered(question, expected, [text]) for (question, expected), text in zip(shown, texts, strict=True)]
 
 
