@@ -180,8 +180,15 @@ def test_a_model_is_no_more_likely_than_itself(save_tiny: Callable[..., Path]) -
         for name in ("forget", "holdout", "retain")
     }
     sets = {name: Questions(q.questions, q.answers, q.answers, [[]] * len(q)) for name, q in sets.items()}
-    measured = tofu.measure(model, tokenizer, sets, texts=False, reference=load_model(path))
+    other = load_model(path)
+    for one in (model, other):  # makes the rounding of other batches large
+        one.lm_head.register_forward_hook(lambda _, __, logits: logits * (1 + 1e-3 * logits[..., 0].numel()))
+    measured = tofu.measure(model, tokenizer, sets, texts=False, reference=other)
     assert tofu.summarize(measured)["mia_reference"] == 0.5
+    assert (
+        measured["forget"]["mia_loss"]
+        != tofu.measure(model, tokenizer, sets, batch_size=1, texts=False)["forget"]["mia_loss"]
+    )
 
 
 def test_the_prompt_of_knowledge_memorization(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
