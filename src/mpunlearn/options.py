@@ -264,7 +264,7 @@ def _pairs(option: Option, given: Any) -> Any:
     if not isinstance(given, list):
         return given
     values: dict[str, Any] = {}
-    for text in given:
+    for text in map(str, given):
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise ParseError(f"{option.flag}: expected KEY=VALUE, such as date_string=today, found {text!r:.60}")

@@ -247,3 +247,6 @@ def test_where_attention_is_masked(loaded: tuple[Any, Any]) -> None:
     example = Example([5, 2, 7, 2], [IGNORED, 2, 7, 2])  # 2 is both the end token and the padding token
     assert batch_of([example], tokenizer, mask_pad=True)["attention_mask"].tolist() == [[1, 0, 1, 0]]
     assert batch_of([example], tokenizer)["attention_mask"].tolist() == [[1, 1, 1, 1]]
+    tokenizer.pad_token = tokenizer.eos_token = None  # then padding is token 0, which is an ordinary one
+    zero = Example([5, 0, 7], [IGNORED, 0, 7])
+    assert batch_of([zero], tokenizer, mask_pad=True)["attention_mask"].tolist() == [[1, 1, 1]]

@@ -255,9 +255,9 @@ def _measure(
     model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
         return Measurement(muse.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
-    other = model  # a model compared with itself is loaded only once
-    if reference is None or reference.digest != subject.digest:
-        other = load_model(reference.path, device, dtype) if reference is not None else None
+    other = None
+    if reference is not None:  # a model that is compared with itself is loaded only once
+        other = model if reference.digest == subject.digest else load_model(reference.path, device, dtype)
     per_example = tofu.measure(
         model,
         tokenizer,

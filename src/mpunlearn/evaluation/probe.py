@@ -84,9 +84,14 @@ def probe(
 def batch_of(examples: Sequence[Example], tokenizer: Any, mask_pad: bool = False) -> dict[str, torch.Tensor]:
     """Examples as a batch (see `collate`), with attention masked wherever the padding token stands if `mask_pad` is given."""
     batch = collate(examples, pad_id(tokenizer))
-    if mask_pad:
+    if mask_pad and _has_pad(tokenizer):
         batch["attention_mask"] = (batch["input_ids"] != pad_id(tokenizer)).long()
     return batch
+
+
+def _has_pad(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a padding or an end token; otherwise `pad_id` is the id of an ordinary token."""
+    return tokenizer.pad_token_id is not None or tokenizer.eos_token_id is not None
 
 
 @torch.no_grad()
@@ -101,7 +106,7 @@ def generate(
     """Greedy continuations of tokenized prompts, as text without special tokens, in the order of the prompts."""
     model.eval()
     texts = [""] * len(prompts)
-    pad = pad_id(tokenizer)
+    pad, mask_pad = pad_id(tokenizer), mask_pad and _has_pad(tokenizer)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for indices in progress(_batches(lengths, batch_size), "generating answers"):
         longest = max(len(prompts[i]) for i in indices)
