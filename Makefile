@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast browser fuzz check benchmarks claim clean
+.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -31,6 +31,25 @@ browser:
 	fi; \
 	echo "no Chromium: the tests of the report's pages are skipped; install the package chromium to run them"
 
+# The site, in site/. Needs no network; a warning is an error.
+docs: $(READY)
+	$(BIN)/zensical build --clean --strict
+
+# Every command block of the documentation that is marked as runnable.
+docs-test: $(READY)
+	$(BIN)/pytest tests/test_docs.py -m "docs or not docs"
+
+# What a package index would deliver: the wheel, in a new environment and an empty directory. KEEP=1 keeps both.
+wheel-test: $(READY)
+	rm -rf dist/test && mkdir -p dist/test/empty
+	$(BIN)/python -m hatchling build -t wheel -d dist/test
+	$(BIN)/python -m venv dist/test/venv
+	dist/test/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	dist/test/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"mpunlearn[all] @ file://$$(ls $(CURDIR)/dist/test/*.whl)"
+	cd dist/test/empty && ../venv/bin/mpunlearn demo --quick && ../venv/bin/mpunlearn network-demo --quiet
+	test -n "$(KEEP)" || rm -rf dist/test
+
 # Ten minutes for each target; SECONDS=60 for less.
 fuzz: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
@@ -56,7 +75,7 @@ claim: $(READY)
 	$(BIN)/python benchmarks/claim.py --suite orders --seeds 2 --objectives npo,simnpo
 
 clean:
-	rm -rf .venv mpu-demo mpu-network-demo
+	rm -rf .venv mpu-demo mpu-network-demo dist site
 
 # torch comes first and pinned, so that no later package pulls another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -13,6 +13,7 @@ def test_the_auc_counts_pairs() -> None:
     random = np.random.default_rng(0)
     one, two = random.normal(size=30), random.normal(size=40) - 0.5
     assert roc.auc(one, two) == pytest.approx(np.mean(one[:, None] > two[None]))
+    assert np.isnan(roc.auc([1, np.nan], [0]))
 
 
 def test_the_true_positive_rate_lets_few_negatives_through() -> None:

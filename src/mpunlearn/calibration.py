@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpunlearn.errors import DataError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import say
@@ -98,6 +99,7 @@ def calibrate(
         StateError: The lineage is damaged, or its levels are in use.
         CheckpointError: The model cannot be read.
     """
+    needs("client", "calibrate")
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.lm.examples import encode

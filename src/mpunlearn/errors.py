@@ -47,6 +47,10 @@ class PlanError(MPUError):
     """An option has an invalid value, or two options contradict each other."""
 
 
+class MissingPackageError(MPUError):
+    """A package of an extra is needed and not installed."""
+
+
 class RefusalError(MPUError):
     """A client refuses a job. The message is safe to send to the server: it reveals nothing about the forget set."""
 

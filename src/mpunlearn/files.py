@@ -122,9 +122,12 @@ def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None
     try:
         write_all(descriptor, data, 0)
         os.fsync(descriptor)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
-    partial.rename(path)
     _sync(path.parent)
 
 

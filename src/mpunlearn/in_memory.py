@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
+from mpunlearn.extras import needs
 from mpunlearn.server.perturbation import Perturbation
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def publish(
         PlanError: `model` is not a model of transformers, or has adapters.
         MPUError: As `preprocess` does.
     """
+    needs("client", "publish")
     from mpunlearn.lm.memory import save_model
     from mpunlearn.server.preprocess import preprocess
 
@@ -138,6 +140,7 @@ def aggregate(
         StateError: The model is not the one that was published.
         MPUError: As `postprocess` does.
     """
+    needs("client", "aggregate")
     from mpunlearn.lm.memory import load_like, save_model, save_trained
     from mpunlearn.server.postprocess import postprocess
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import FileError, PlanError, StateError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.progress import progress
@@ -114,6 +115,7 @@ def run(
         PlanError: `out` holds a run with different options, or an option has an invalid value.
         MPUError: As `preprocess`, `unlearn` and `postprocess` do.
     """
+    needs("client", "run")
     from mpunlearn.client.client import Client
     from mpunlearn.client.recording import Recording
     from mpunlearn.lm.processes import processes

@@ -7,7 +7,6 @@ scores, so no threshold has to be chosen. Not covered: confidence intervals.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 Scores = Sequence[float] | np.ndarray
 """One number per example."""
@@ -16,10 +15,13 @@ Scores = Sequence[float] | np.ndarray
 def auc(positive: Scores, negative: Scores) -> float:
     """The area under the ROC curve: the probability that a random positive scores above a random negative.
 
-    Ties count half. It is 1 if the score separates the groups perfectly, and 1/2 if it is no better than chance.
+    Ties count half. It is 1 if the score separates the groups perfectly, and 1/2 if it is no better than chance,
+    and NaN if a score is NaN.
     """
-    ranks = stats.rankdata(np.concatenate((positive, negative)))
-    above = ranks[: len(positive)].sum() - len(positive) * (len(positive) + 1) / 2
+    if np.isnan(positive).any() or np.isnan(negative).any():
+        return float("nan")
+    ordered = np.sort(np.asarray(negative, dtype=np.float64))
+    above = sum(np.searchsorted(ordered, positive, side).sum() for side in ("left", "right")) / 2
     return float(above / (len(positive) * len(negative)))
 
 

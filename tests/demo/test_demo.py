@@ -98,6 +98,11 @@ def test_the_demonstration_shows_what_it_should(tmp_path: Path) -> None:
     questions = [json.loads(line)["question"] for line in world.data("forget").read_text().splitlines()]
     assert sum(escape(question) in client for question in questions) == 4
     assert not any(escape(question) in server for question in questions)
-    assert sorted(path.name for path in (out / "server").iterdir()) == ["audit.json", "plan.json", "state"]
+    assert sorted(path.name for path in (out / "server").iterdir()) == [
+        "audit.json",
+        "identity.key",
+        "plan.json",
+        "state",
+    ]
     assert set(Checkpoint(out / "final").tensors) == set(Checkpoint(world.original).tensors)
     assert len(read_records(world.data("forget"))) == 40

@@ -42,9 +42,9 @@ def run(tmp_path: Path, save_tiny) -> Path:
 
 
 def findings(*arguments, **options) -> dict[str, Finding]:
-    """What `doctor` found, by check."""
+    """What `doctor` found, by check, on a port that no other test uses."""
     try:
-        health = doctor(*arguments, **options)
+        health = doctor(*arguments, **{"port": free_port(), **options})
     except NotReadyError as error:
         health = error.report
     assert isinstance(health, Health)
@@ -138,7 +138,7 @@ def test_a_port_that_another_program_uses(run: Path) -> None:
         assert failures(port=port) == {f"port {port}"}
     assert f"port {port}" not in failures(port=port)
     assert main(["doctor", "--port", "70000"]) == 2
-    assert failures(host="192.0.2.1") == {"port 9100"}  # an address of another machine (RFC 5737)
+    assert failures(host="192.0.2.1", port=9100) == {"port 9100"}  # an address of another machine (RFC 5737)
 
 
 def test_the_port_of_a_run_that_is_being_served(run: Path) -> None:

@@ -62,19 +62,20 @@ def test_every_objective_passes_with_its_defaults(objective) -> None:
 
 
 def ours() -> dict[str, Training]:
-    """The plans of the demos, of the example, and of every command in the README that trains."""
+    """The plans of the demos, of the example, and of the README and the guide that train."""
     names = {item.name for item in fields(Training)}
     from_yaml = {key: value for key, value in yaml.safe_load(example.RUN_YAML).items() if key in names}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"training=Training\((.*?)\),\n", readme)
-    (command,) = re.findall(r"--objective npo --epochs 2 (.*)", readme)
+    guide = (ROOT / "docs" / "guides" / "own-model.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"--objective npo --epochs 2 (.*)", guide)
     words = command.split()
     typed = {name[2:].replace("-", "_"): json.loads(value) for name, value in zip(words[::2], words[1::2], strict=True)}
     return {
         "demo": local.TRAINING,
         "example and network-demo": Training(**from_yaml),
         "README, Python": eval(f"Training({written})", {"Training": Training}),
-        "README, step by step": Training(objective="npo", epochs=2, **typed),
+        "guide, step by step": Training(objective="npo", epochs=2, **typed),
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from mpunlearn.client.unlearn import unlearn
 from mpunlearn.errors import FileError, PlanError, RecordError, UpdateError
 from mpunlearn.evaluation.evaluate import evaluate
 from mpunlearn.local import run
+from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.record.bundle import Bundle
+from mpunlearn.protocol.record.canonical import file_bytes
 from mpunlearn.protocol.record.log import Log, event_of
 from mpunlearn.protocol.record.verification import verify
 from mpunlearn.record import merge, open, show
@@ -209,3 +212,22 @@ def test_a_log_needs_events_and_a_key(done: Path, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_bytes(Bundle([], []).to_bytes())
     with pytest.raises(RecordError, match="no valid events"):
         Log.existing(Path(path))
+
+
+def test_an_update_of_another_publication_is_not_aggregated(save_tiny, tmp_path: Path, examples) -> None:
+    """The client's signature is right, but it is for a copy that this server did not publish."""
+    forget, retain = examples
+    model = save_tiny()
+    noise = without_offset(copies=1, kappa=0.0)
+    copy = preprocess(model, state=tmp_path / "s", out=tmp_path / "c", perturbation=noise).copies[0]
+    place = {"out": tmp_path / "u", "memory": tmp_path / "m"}
+    update = unlearn(copy, forget=forget, retain=retain, training=QUICK, **place)
+    event, client = event_of(update), Identity.at(tmp_path / "m" / "identity.key")
+    assert event is not None
+    elsewhere = replace(event.event, after=[f"sha256:{'0' * 64}"]).sign(client)
+    (update / "event.json").write_bytes(file_bytes(elsewhere.envelope))
+    assert event_of(update) == elsewhere
+    with pytest.raises(UpdateError, match="not about copy 1 of round 1"):
+        postprocess([update], state=tmp_path / "s", out=tmp_path / "o")
+    (update / "event.json").write_bytes(file_bytes(event.envelope))
+    postprocess([update], state=tmp_path / "s", out=tmp_path / "o")

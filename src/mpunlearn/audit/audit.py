@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mpunlearn.audit.floor import Floors, read_floors
 from mpunlearn.audit.report import LIMITS, PREDICTIONS, Audit
 from mpunlearn.errors import AuditError, FileError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, write_json
 from mpunlearn.lm.sources import Data
 from mpunlearn.requirements import parse_requirements, violated
@@ -93,6 +94,9 @@ def audit(
         return floors
     if public_text is not None and text is None:
         raise PlanError("--public-text: what a repaired copy can do is measured on --text; give that, too")
+    needs("audit", "audit")
+    if text is not None:
+        needs("client", "--text")
     subject = _subject(run, model, copies, base)
 
     missing = [limit for limit in requirements if (limit.name == "task-error" and subject.base is None)]

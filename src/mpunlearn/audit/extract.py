@@ -16,6 +16,7 @@ from typing import Any
 
 from mpunlearn.client.audit.report import ClientAudit
 from mpunlearn.errors import PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.tables import aligned
@@ -111,6 +112,7 @@ def extract(
         PlanError: An option is out of range.
         MPUError: The models or the texts cannot be read.
     """
+    needs("client", "extract")
     from mpunlearn.client.audit.audit import audit
 
     for option, value in (

@@ -11,7 +11,6 @@ Not covered: which rows correspond (`alignment` knows that).
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from mpunlearn.architecture import Heads
 from mpunlearn.audit.weights import rms
@@ -174,6 +173,8 @@ def assign(score: torch.Tensor) -> torch.Tensor:
     greedy = score.argmax(dim=1)
     if len(set(greedy.tolist())) == len(greedy):
         return greedy  # the best entry of every row is an upper bound
+    from scipy.optimize import linear_sum_assignment
+
     return torch.from_numpy(linear_sum_assignment(score.numpy(), maximize=True)[1])
 
 

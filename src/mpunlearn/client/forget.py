@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import FileError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.plan import Training
@@ -104,6 +105,7 @@ def forget(
         DataError: The data cannot be read, or is required but missing.
         PlanError: An option has an invalid value.
     """
+    needs("client", "forget")
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.client.client import Client
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpunlearn.errors import RecordError
+from mpunlearn.errors import RecordError, RefusalError
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.record import commitments
 from mpunlearn.protocol.record.artifacts import EVENT_FILE
@@ -62,3 +62,21 @@ class Recording:
         log = Log(self._folder / FILE, Identity.at(self._folder / "identity.key"), event.run, event.server)
         facts: dict[str, Any] = {name: content[name] for name in ("round", "copy") if name in content}
         return log.attest("updated", update, {**facts, "commitments": roots}, [published])
+
+
+def check_published(copy: Path, server: str, run: str, number: int, copy_number: int) -> None:
+    """Checks that the event of a copy, if it has one, is the server's and about this copy of this round of the run.
+
+    Raises:
+        RefusalError: it is not.
+    """
+    try:
+        event = event_of(copy)
+    except RecordError as error:
+        raise RefusalError("the copy's event does not verify") from error
+    if event is None:
+        return
+    content = event.event.content
+    found = (event.event.kind, event.event.signer, event.event.run, content.get("round"), content.get("copy"))
+    if found != ("published", server, run, number, copy_number):
+        raise RefusalError("the copy's event does not match the job")

@@ -23,6 +23,7 @@ from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import make_optimizer
 from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.errors import PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import write_bytes
 from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import token_nll
@@ -309,6 +310,7 @@ def check_resources(training: Training, resources: Resources) -> None:
 
     Raises:
         PlanError: options contradict each other, or the experiment tracker is unknown or not installed.
+        MissingPackageError: LoRA is asked for and its extra is not installed.
     """
     if resources.save_every and processes() > 1:
         raise PlanError(
@@ -319,6 +321,8 @@ def check_resources(training: Training, resources: Resources) -> None:
             f"--precision float16: not supported by {training.objective}, which divides by gradient norms; use bfloat16 "
             "or float32"
         )
+    if training.lora_rank:
+        needs("lora", "--lora-rank")
     if resources.report_to == "none":
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -10,6 +10,7 @@ examples only once for all copies and rounds.
 from pathlib import Path
 
 from mpunlearn.client.resources import Callback, Resources
+from mpunlearn.extras import needs
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.plan import Training
 
@@ -56,6 +57,7 @@ def unlearn(
         PlanError: An option has an impossible value, or --train selects nothing.
         RecordError: The copy's event.json does not verify. Remove that file if you changed the copy on purpose.
     """
+    needs("client", "unlearn")
     from mpunlearn.client.client import Client
     from mpunlearn.client.recording import Recording
     from mpunlearn.lm.processes import is_main

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, new_directory
 
 RUN_YAML = """\
@@ -31,6 +32,7 @@ def example(out: str | Path, *, seed: int = 0) -> Path:
     Raises:
         FileError: `out` exists or cannot be written.
     """
+    needs("client", "example")
     from mpunlearn.demo.models import trained_world
     from mpunlearn.demo.world import SPLITS
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import FileError, NetworkError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.progress import say
 from mpunlearn.report.data import ORIGINAL, RETRAINED, THIS_RUN
@@ -68,6 +69,8 @@ def network_demo(*, out: str | Path = "mpu-network-demo", seed: int = 0) -> Netw
         FileError: `out` exists or cannot be written.
         NetworkError: A process failed or took too long.
     """
+    needs("client", "network-demo")
+    needs("network", "network-demo")
     from mpunlearn.demo.example import example
     from mpunlearn.demo.models import trained_world
     from mpunlearn.demo.reporting import write_answers, write_metrics

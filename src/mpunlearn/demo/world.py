@@ -130,6 +130,10 @@ class Recipe:
     batch: int = 8
 
 
+QUICK_RECIPE = Recipe(authors=10, forgotten=2, public=4, unseen=2, hidden=64, ffn=176, base_epochs=20, epochs=24)
+"""A world that is trained in a few seconds."""
+
+
 def generate_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
     """Generates the rows of every split, in TOFU's format."""
     random = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import PlanError
 from mpunlearn.evaluation.definitions import DEFINITIONS, Definitions, Name
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import printable
@@ -94,6 +95,7 @@ def ask(
         DataError: The questions cannot be read.
         PlanError: There is no question, or an option has an impossible value.
     """
+    needs("client", "ask")
     from mpunlearn.lm.records import Record, in_chat, read_records
 
     paths = [as_path(model, "models") for model in models]

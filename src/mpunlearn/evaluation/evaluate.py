@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mpunlearn.errors import FileError
 from mpunlearn.evaluation.definitions import Name
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, cache_folder, write_json
 from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 from mpunlearn.tables import markdown
@@ -126,6 +127,7 @@ def evaluate(
     if out is not None:
         _check_new(out)
 
+    needs("client", "evaluate")
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.evaluation import measurement
     from mpunlearn.protocol.record.log import append_result

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mpunlearn import roc
 from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
@@ -56,6 +55,8 @@ def forget_quality(ratios: Scores, retrained: Scores) -> float:
         ratios: truth ratios of the forget set under the unlearned model.
         retrained: the same under the model that never saw the forget set.
     """
+    from scipy import stats
+
     return float(stats.ks_2samp(ratios, retrained).pvalue)
 
 
@@ -64,7 +65,7 @@ def model_utility(values: Sequence[float]) -> float:
 
     It is 0 if any of them is 0.
     """
-    return 0.0 if min(values) <= 0 else float(stats.hmean(values))
+    return 0.0 if any(value <= 0 for value in values) else len(values) / sum(1 / value for value in values)
 
 
 def exact_memorization(answer: Probe, definitions: Definitions = OPENUNLEARNING) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import FileError, NetworkError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, read_json
 from mpunlearn.progress import say
 
@@ -84,6 +85,7 @@ def push(
         PlanError: The model is a published copy, or an option has an invalid value.
         NetworkError: The Hub cannot be reached, or refuses the upload.
     """
+    needs("client", "push")
     from mpunlearn.checkpoint import Checkpoint, checkpoint_files
     from mpunlearn.hub.card import model_card
     from mpunlearn.protocol.exchange import Card

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpunlearn.errors import DataError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.schema import check_options
 
 Source = str | Path | Iterable[str | Mapping[str, Any]]
@@ -210,6 +211,7 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
                 f"{source}: no such file or folder, and no mirror of it in --data-root; expected "
                 f"{', or '.join([*files, f'the folder {where}'])}"
             )
+    needs("data", source)
     import datasets
 
     try:
@@ -229,6 +231,7 @@ def _saved(path: Path, split: str) -> Iterator[Row]:
             f"{path}: a folder without a saved dataset (no {' or '.join(_SAVED)}); expected a file, or a folder that "
             "`datasets` wrote with save_to_disk"
         )
+    needs("data", str(path))
     import datasets
 
     try:
@@ -344,6 +347,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    needs("data", str(path))
     import pyarrow.parquet
 
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpunlearn.client.resources import Resources
 from mpunlearn.errors import FileError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, write_bytes
 from mpunlearn.lm.sources import Data
 from mpunlearn.planning.recommended import Recommendation, recommendation
@@ -64,6 +65,7 @@ def plan(
         UnsupportedModelError: The model's family or number format cannot be handled exactly.
         PlanError: An option has an invalid value.
     """
+    needs("client", "plan")
     from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.client.client import Client
     from mpunlearn.planning.estimate import estimate

@@ -105,7 +105,14 @@ class Recording:
             event = event_of(update) if path.is_file() and read_event(path).event.kind == "updated" else None
         except RecordError as error:
             raise UpdateError(f"{update}: not what the client signed: {error}; ask for the update again") from error
-        if event is not None and not belongs(event, self._log.run, number, copy):
+        published = [
+            one.id
+            for one in self._log.bundle.of_kind("published")
+            if (one.event.content.get("round"), one.event.content.get("copy")) == (number, copy)
+        ]
+        if event is not None and not (
+            belongs(event, self._log.run, number, copy) and event.event.after == published[-1:]
+        ):
             raise UpdateError(
                 f"{update}: {artifacts.EVENT_FILE} is not about copy {copy} of round {number} of this run; remove that file "
                 "if the client did not sign this update"

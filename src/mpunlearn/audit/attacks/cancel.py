@@ -14,7 +14,6 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
 
 from mpunlearn.audit.alignment import Alignment, align
 from mpunlearn.audit.weights import Model, rms
@@ -121,6 +120,8 @@ def harmonic_weights(statistics: Statistics) -> np.ndarray:
     For zero-sum noise of level σ, ‖Y_j - Y_k‖² / N = m/(m-1) [(a_j² + a_k²)(1 - 1/m) + 2 a_j a_k / m] with a = σα.
     """
     apart = distances(statistics)
+    from scipy.optimize import least_squares
+
     count = len(apart)
     rows, columns = np.triu_indices(count, 1)
 

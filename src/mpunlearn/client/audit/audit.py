@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpunlearn.client.audit.report import NEEDS, ClientAudit, check_measured
 from mpunlearn.errors import AuditError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import progress
@@ -58,6 +59,7 @@ def audit(
         PlanError: An option has an invalid value, or a requirement needs texts that are not given.
         MPUError: The updates, the copies or the texts cannot be read, or do not belong together.
     """
+    needs("client", "client audit")
     from mpunlearn.client.audit.pooling import pooled
     from mpunlearn.client.audit.scores import Auditor
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mpunlearn.client.resources import Resources
 from mpunlearn.errors import PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import Waiting, say
@@ -87,6 +88,9 @@ def join(
         NetworkError: Flower is not installed.
         MPUError: As for `unlearn`.
     """
+    needs("network", "client join")
+    if forget is not None:
+        needs("client", "--forget")
     from mpunlearn.client.network.policy import Policy
     from mpunlearn.client.network.spool import make
     from mpunlearn.client.network.supernode import SuperNode
@@ -154,6 +158,7 @@ def work(
         PlanError: The policy cannot be read.
         MPUError: As for `unlearn`.
     """
+    needs("client", "client work")
     from mpunlearn.client.network.policy import Policy
     from mpunlearn.client.network.worker import POLL_SECONDS, Worker
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import PlanError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path, write_bytes
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def review(
         PlanError: Options contradict each other, the base differs, or the copy is not plausible and --accept is given.
         MPUError: The copy cannot be read or loaded.
     """
+    needs("client", "client review")
     from dataclasses import asdict, replace
 
     from mpunlearn.client.network import pins

@@ -39,9 +39,9 @@ from mpunlearn.client.network.policy import Policy
 from mpunlearn.client.network.process import Process
 from mpunlearn.client.network.spool import Spool
 from mpunlearn.client.plausibility.examine import Texts
-from mpunlearn.client.recording import Recording
+from mpunlearn.client.recording import Recording, check_published
 from mpunlearn.client.resources import Resources
-from mpunlearn.errors import MessageError, MPUError, NetworkError, PlanError, RecordError, RefusalError
+from mpunlearn.errors import MessageError, MPUError, NetworkError, PlanError, RefusalError
 from mpunlearn.files import as_path, new_directory
 from mpunlearn.lm.records import Record, read_records, record_text
 from mpunlearn.lm.sources import Data
@@ -61,7 +61,6 @@ from mpunlearn.protocol.messages import (
 from mpunlearn.protocol.plan import Training
 from mpunlearn.protocol.record.artifacts import EVENT_FILE
 from mpunlearn.protocol.record.commitments import text_digest
-from mpunlearn.protocol.record.log import event_of
 from mpunlearn.protocol.transfer import file_entry, put, receive
 from mpunlearn.schema import older, parse, read, write
 
@@ -284,7 +283,7 @@ class Worker:
         limits, training = self._policy.process, json.dumps(job.training)
         card = json.dumps(asdict(Card(job.run, job.round, job.copy, job.copies)))
         self._process.call("examine", limits.examine_minutes * 60, str(copy), card, training)
-        _check_event(copy, job, self._policy.server_key)
+        check_published(copy, self._policy.server_key, job.run, job.round, job.copy)
         if not target.exists():
             self._say(f"{what}: unlearning")
             self._process.call("train", limits.train_hours * 3600, str(copy), str(target), training)
@@ -335,25 +334,6 @@ class Worker:
     def close(self) -> None:
         """Ends the process that handles copies."""
         self._process.stop()
-
-
-def _check_event(copy: Path, job: Job, server: str) -> None:
-    """Checks that the event of a copy, if it has one, is the server's and about the copy that the job announces.
-
-    Raises:
-        RefusalError: it is not.
-    """
-    if not (copy / EVENT_FILE).is_file():
-        return
-    try:
-        event = event_of(copy)
-    except RecordError as error:
-        raise RefusalError("the copy's event does not verify") from error
-    assert event is not None
-    content = event.event.content
-    found = (event.event.kind, event.event.signer, event.event.run, content.get("round"), content.get("copy"))
-    if found != ("published", server, job.run, job.round, job.copy):
-        raise RefusalError("the copy's event does not match the job")
 
 
 def _records(source: str | Path | None, data: Data | None, name: str) -> list[Record]:

@@ -54,8 +54,8 @@ CONTENT: dict[str, Any] = {
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
 _RUN = re.compile(r"[0-9a-f]{32}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-MAX_BYTES = 16_000_000
-"""Maximum size of an event's file."""
+MAX_BYTES = 2_000_000
+"""Maximum size of an event's file: the names and digests of more than ten thousand files."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpunlearn.errors import PlanError, StateError
+from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.presets import ADVICE
 from mpunlearn.progress import say
@@ -80,6 +81,7 @@ def start(
         NetworkError: Flower is not installed, the port is in use, or the run cannot continue without a client.
         MPUError: As raised by `preprocess` and `postprocess`.
     """
+    needs("network", "server start")
     from mpunlearn.server.network.folder import RunFolder
     from mpunlearn.server.network.superlink import check_port
     from mpunlearn.server.plan import RunPlan, check_models, resolved
@@ -121,6 +123,7 @@ def resume(run: str | Path) -> Path:
         StateError: There is no run in the directory, or another process is serving it.
         NetworkError: As for `start`.
     """
+    needs("network", "server resume")
     from mpunlearn.protocol.flower.keys import Invitation, invite
     from mpunlearn.server.network.coordinator import Coordinator
     from mpunlearn.server.network.folder import RunFolder
