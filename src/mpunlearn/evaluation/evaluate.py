@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpunlearn.errors import FileError
+from mpunlearn.evaluation.definitions import Name
 from mpunlearn.extras import needs
 from mpunlearn.files import as_path, cache_folder, write_json
-from mpunlearn.lm.sources import Data, Source
+from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 from mpunlearn.tables import markdown
 
 IN_MEMORY = "(given in memory)"
@@ -65,6 +66,9 @@ def evaluate(
     relearn_rate: float = 1e-4,
     tasks: str | None = None,
     tasks_folder: str | Path | None = None,
+    definitions: Name = "openunlearning",
+    system_prompt: str | None = None,
+    template_kwargs: TemplateKwargs | None = None,
     max_new_tokens: int = 200,
     cache: str | Path | None = None,
     data_root: str | Path | None = None,
@@ -90,6 +94,11 @@ def evaluate(
         relearn_rate: The learning rate for relearning.
         tasks: Tasks of lm-eval that measure general ability, separated by commas. They need the extra lm-eval.
         tasks_folder: A folder with your own task files for lm-eval.
+        definitions: How metrics are defined where OpenUnlearning's evaluation and the papers differ, see
+            docs/definitions.md. Both models are measured with the same definitions.
+        system_prompt: System message before every question (default: none). Not available for MUSE.
+        template_kwargs: A value for the chat template, such as date_string="10 Apr 2025". Can be given several times. Not
+            available for MUSE.
         max_new_tokens: Maximum length of generated answers, in tokens. MUSE has its own limits.
         cache: A folder for cached measurements, so that no model is measured twice (default: mpunlearn/evaluations in
             the user's cache folder).
@@ -133,6 +142,9 @@ def evaluate(
         tasks=tasks,
         tasks_folder=tasks_folder,
         precision=precision,
+        definitions=definitions,
+        system_prompt=system_prompt,
+        template_kwargs=template_kwargs,
     )
     machine = measurement.Machine(device, batch_size)
     examples = measurement.read_benchmark(benchmark, forget_split, holdout, settings, Data(data_root=data_root))
@@ -144,8 +156,8 @@ def evaluate(
         measurements["retrained"] = measurement.measured(retrained, examples, settings, folder, machine=machine)
     other = measurements.get("retrained")
     evaluation = Evaluation(
-        metrics=measurement.summarize(examples, own, other),
-        retrained=None if other is None else measurement.summarize(examples, other, other),
+        metrics=measurement.summarize(examples, own, other, settings),
+        retrained=None if other is None else measurement.summarize(examples, other, other, settings),
         robustness={
             curve: {name: value.robustness[curve] for name, value in measurements.items()} for curve in own.robustness
         },

@@ -20,12 +20,13 @@ from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
 from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation.definitions import DEFINITIONS, Name
 from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.lm.model import load, load_model, model_device
-from mpunlearn.lm.sources import Data, Source
+from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
 """Libraries whose versions can change the results."""
@@ -54,6 +55,17 @@ class Settings:
     """Folder with the user's own task files."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the model's weights."""
+    definitions: Name = "openunlearning"
+    """Which definitions of the metrics."""
+    system_prompt: str | None = None
+    """System message before every question."""
+    template_kwargs: TemplateKwargs | None = None
+    """Values for the chat template."""
+
+    @property
+    def chat(self) -> Data:
+        """How questions are formatted."""
+        return Data(system_prompt=self.system_prompt, template_kwargs=self.template_kwargs)
 
     def __post_init__(self) -> None:
         schema.check_options(self)
@@ -63,6 +75,7 @@ class Settings:
             raise PlanError(f"--relearn-rate: expected a number above 0, found {self.relearn_rate}")
         if self.robustness and self.precision != "float32":
             raise PlanError(f"--precision {self.precision}: --robustness trains the model, which needs float32")
+        _ = self.chat  # checks its values
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,13 @@ def read_benchmark(
     """
     if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
-    for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
+    unavailable = {
+        "--robustness": settings.robustness,
+        "--holdout": holdout is not None,
+        "--system-prompt": settings.system_prompt is not None,
+        "--template-kwargs": bool(settings.template_kwargs),
+    }
+    for option, given in unavailable.items():
         if given:
             raise PlanError(f"{option}: not available for {benchmark}; leave it out, or choose another --benchmark")
     return read_muse(benchmark, data)
@@ -208,36 +227,46 @@ def measured(
     return measurement
 
 
-def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None) -> dict[str, float]:
+def summarize(
+    benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None, settings: Settings
+) -> dict[str, float]:
     """The metrics of a model, by name.
 
     Args:
         benchmark: what the model was measured on.
         measurement: the model's measurement.
         retrained: the measurement of the model that never saw the forget set; forget quality and PrivLeak need it.
+        settings: how both were measured.
     """
     of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
     other = None if retrained is None else retrained.per_example
-    return {**of_benchmark(measurement.per_example, other), **measurement.general}
+    definitions = DEFINITIONS[settings.definitions]
+    return {**of_benchmark(measurement.per_example, other, definitions), **measurement.general}
 
 
 def _measure(
     subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None, machine: Machine
 ) -> Measurement:
     tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
+    definitions = DEFINITIONS[settings.definitions]
     device, batch_size, dtype = machine.device, machine.batch_size, FLOAT_DTYPES[settings.precision]
     options: dict[str, Any] = {"device": device, "precision": settings.precision, "batch_size": batch_size}
     general = general_ability(subject.path, tasks, settings.tasks_folder, **options) if tasks else {}
     model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
-        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size), {}, general)
+        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
+    other = None
+    if reference is not None:  # a model that is compared with itself is loaded only once
+        other = model if reference.digest == subject.digest else load_model(reference.path, device, dtype)
     per_example = tofu.measure(
         model,
         tokenizer,
         benchmark,
         max_new_tokens=settings.max_new_tokens,
-        reference=load_model(reference.path, device, dtype) if reference is not None else None,
+        reference=other,
         batch_size=batch_size,
+        definitions=definitions,
+        data=settings.chat,
     )
     curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
     return Measurement(per_example, curves, general)
@@ -252,15 +281,16 @@ def _curves(
     batch_size: int | None,
 ) -> dict[str, dict[str, float]]:
     """The curves of `robustness`, by title."""
+    definitions = DEFINITIONS[settings.definitions]
+    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": settings.chat}
     curves = {
         "forget_Q_A_Prob by relearning steps": relearning(
-            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, batch_size=batch_size
+            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, **how
         )
     }
     without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
-    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}
-    rounded = quantized(model, tokenizer, without_holdout, **limits)
-    full_precision = tofu.summarize(per_example)
+    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=settings.max_new_tokens, **how)
+    full_precision = tofu.summarize(per_example, definitions=definitions)
     for metric in ("forget_Q_A_Prob", "model_utility"):
         if metric in full_precision:
             points = {bits: values[metric] for bits, values in rounded.items()}

@@ -7,7 +7,7 @@
 
 The first two are scored by ROUGE-L F1. The parts of the benchmark are read by name (`muse/news/verbmem/forget`, …),
 from the Hugging Face Hub or a local mirror. Not covered: MUSE's scalability and sustainability, which need several
-unlearned models.
+unlearned models, and chat templates in its prompts.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import numpy as np
 
 from mpunlearn.errors import DataError
 from mpunlearn.evaluation import metrics
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
 from mpunlearn.evaluation.probe import generate, probe
 from mpunlearn.evaluation.tofu import PerExample, membership_auc
 from mpunlearn.lm.examples import Example
@@ -67,30 +68,43 @@ def read_muse(benchmark: str, data: Data) -> MuseSets:
     )
 
 
-def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None = None) -> PerExample:
+def measure(
+    model: Any,
+    tokenizer: Any,
+    sets: MuseSets,
+    batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+) -> PerExample:
     """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
+    mask_pad = definitions.mask_pad
     prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
-    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size)
+    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size, mask_pad)
     per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
     for name, pairs in sets.knowledge.items():
         shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in sets.shots[name])
-        prompts = [tokenizer(f"{shots}Question: {question}\nAnswer:")["input_ids"] for question, _ in pairs]
-        answers = generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS, batch_size)
+        questions = (f"{shots}Question: {question}\n{definitions.answer_mark}" for question, _ in pairs)
+        prompts = [tokenizer(question)["input_ids"] for question in questions]
+        answers = generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS, batch_size, mask_pad)
         generated = [first_answer(text) for text in answers]
         per_example.setdefault(name, {})["knowmem_ROUGE"] = _f1(pairs, generated)
     for name, texts in sets.texts.items():
-        encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size)
-        per_example.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(text) for text in probes]
+        before = len(tokenizer("")["input_ids"]) if definitions.prompt_alone else 0  # the beginning-of-text token
+        encoded = [tokenizer(text)["input_ids"][: before + CONTEXT] for text in texts]
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad)
+        scores = [metrics.min_k_score(text, definitions=definitions) for text in probes]
+        per_example.setdefault(name, {})["mia_min_k"] = scores
     return per_example
 
 
-def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(
+    per_example: PerExample, retrained: PerExample | None = None, definitions: Definitions = OPENUNLEARNING
+) -> dict[str, float]:
     """MUSE's metrics, by name.
 
     Args:
         per_example: what `measure` returned for the model.
         retrained: the same for the model that never saw the forget texts; PrivLeak needs it.
+        definitions: which definitions of the metrics, the same as for `measure`.
     """
     result = {
         "forget_verbmem_ROUGE": float(np.mean(per_example["forget"]["verbmem_ROUGE"])),
@@ -99,7 +113,7 @@ def summarize(per_example: PerExample, retrained: PerExample | None = None) -> d
         "mia_min_k": membership_auc(per_example, "mia_min_k"),
     }
     if retrained is not None:
-        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
+        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"), definitions)
     return result
 
 

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from mpunlearn.errors import DataError
-from mpunlearn.evaluation.probe import probe
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
+from mpunlearn.evaluation.probe import batch_of, probe
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.evaluation.tofu import measure, summarize
-from mpunlearn.lm.examples import IGNORED, collate
+from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import token_nll
-from mpunlearn.lm.model import forward, pad_id
+from mpunlearn.lm.model import forward
+from mpunlearn.lm.sources import Data
 
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
 """Relearning is measured after these numbers of optimizer steps."""
@@ -40,6 +42,8 @@ def relearning(
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
 ) -> dict[str, float]:
     """Fine-tunes on some of the forget examples, and measures the mean probability of the other forget answers.
 
@@ -51,6 +55,8 @@ def relearning(
         steps: numbers of steps after which to measure.
         learning_rate: learning rate of AdamW, which trains all weights.
         batch_size: maximum number of sequences in a batch of the measurement.
+        definitions: which definitions of the metrics.
+        data: the system prompt and the values for the chat template.
 
     Returns:
         Number of steps → mean probability.
@@ -61,14 +67,14 @@ def relearning(
     if len(forget) <= shown:
         raise DataError(f"--robustness: relearning needs more than {shown} forget questions, found {len(forget)}")
     student = copy.deepcopy(model)
-    examples = forget.encoded(tokenizer).answers
-    batch = collate(examples[:shown], pad_id(tokenizer))
+    examples, mask_pad = forget.encoded(tokenizer, definitions, data).answers, definitions.mask_pad
+    batch = batch_of(examples[:shown], tokenizer, mask_pad)
     batch = {key: tensor.to(student.device) for key, tensor in batch.items()}
     optimizer = torch.optim.AdamW(student.requires_grad_(True).parameters(), lr=learning_rate, weight_decay=0.0)
     curve = {}
     for step in range(max(steps) + 1):
         if step in steps:
-            answers = probe(student, tokenizer, examples[shown:], batch_size)
+            answers = probe(student, tokenizer, examples[shown:], batch_size, mask_pad)
             curve[str(step)] = float(np.mean([answer.probability for answer in answers]))
         student.train()
         output = forward(student, batch)
@@ -87,6 +93,8 @@ def quantized(
     max_new_tokens: int = 200,
     bits: Sequence[int] = BITS,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
 ) -> dict[str, dict[str, float]]:
     """The benchmark's metrics, by the number of bits that weights are rounded to. The model is not modified."""
     curve = {}
@@ -94,9 +102,16 @@ def quantized(
         rounded = copy.deepcopy(model)
         round_weights(rounded, width)
         per_example = measure(
-            rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False, batch_size=batch_size
+            rounded,
+            tokenizer,
+            sets,
+            max_new_tokens=max_new_tokens,
+            membership=False,
+            batch_size=batch_size,
+            definitions=definitions,
+            data=data,
         )
-        curve[str(width)] = summarize(per_example)
+        curve[str(width)] = summarize(per_example, definitions=definitions)
     return curve
 
 

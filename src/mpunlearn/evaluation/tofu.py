@@ -10,17 +10,21 @@ against paraphrases.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpunlearn.evaluation import metrics
-from mpunlearn.evaluation.probe import Probe, generate, probe, prompt_of
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
+from mpunlearn.evaluation.probe import Probe, batch_of, generate, probe
+from mpunlearn.evaluation.prompts import answer_text
 from mpunlearn.evaluation.sets import OPTION_SETS, UTILITY_SETS, Encoded, Questions
-from mpunlearn.lm.examples import Example, collate
+from mpunlearn.lm.examples import IGNORED, Example
 from mpunlearn.lm.losses import token_nll
-from mpunlearn.lm.model import forward, pad_id
+from mpunlearn.lm.model import forward
+from mpunlearn.lm.sources import Data
 from mpunlearn.progress import progress
 
 PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
@@ -39,6 +43,8 @@ def measure(
     texts: bool = True,
     membership: bool = True,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
 ) -> PerExample:
     """The values for every example under one model.
 
@@ -51,14 +57,17 @@ def measure(
         texts: whether to generate answers, for ROUGE.
         membership: whether to compute membership scores.
         batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        definitions: which definitions of the metrics.
+        data: the system prompt and the values for the chat template.
 
     Returns:
         For each set the loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
         the forget set also the memorization metrics; for the forget and the holdout set also the membership scores.
     """
-    encoded = {name: questions.encoded(tokenizer) for name, questions in sets.items()}
+    encoded = {name: questions.encoded(tokenizer, definitions, data) for name, questions in sets.items()}
+    mask_pad = definitions.mask_pad
     examples = [example for tokenized in encoded.values() for example in _all_examples(tokenized)]
-    probes = iter(probe(model, tokenizer, examples, batch_size))
+    probes = iter(probe(model, tokenizer, examples, batch_size, mask_pad))
     per_example: PerExample = {}
     answers: dict[str, list[Probe]] = {}
     for name, tokenized in encoded.items():
@@ -68,27 +77,32 @@ def measure(
         wrong = [[next(probes) for _ in options] for options in tokenized.wrong]
         values: dict[str, list[float]] = {"loss": [answer.loss for answer in answers[name]]}
         if any(wrong):
-            values["Truth_Ratio"] = [metrics.truth_ratio(*pair) for pair in zip(correct, wrong, strict=True)]
+            values["Truth_Ratio"] = [
+                metrics.truth_ratio(*pair, definitions) for pair in zip(correct, wrong, strict=True)
+            ]
         if name in OPTION_SETS:
             pairs = zip(answers[name], wrong, strict=True)
-            values[_probability(name)] = [metrics.normalized_probability(*pair) for pair in pairs]
+            values[_probability(name)] = [metrics.normalized_probability(*pair, definitions) for pair in pairs]
         else:
             values[_probability(name)] = [answer.probability for answer in answers[name]]
         if name == "forget":
-            values["exact_memorization"] = [metrics.exact_memorization(answer) for answer in answers[name]]
-            values["extraction_strength"] = [metrics.extraction_strength(answer) for answer in answers[name]]
+            values["exact_memorization"] = [metrics.exact_memorization(a, definitions) for a in answers[name]]
+            values["extraction_strength"] = [metrics.extraction_strength(a, definitions) for a in answers[name]]
         per_example[name] = values
     if texts:
         names = [name for name in sets if name != "holdout"]
-        prompts = [prompt_of(example) for name in names for example in encoded[name].answers]
-        generated = iter(generate(model, tokenizer, prompts, max_new_tokens, batch_size))
+        prompts = [prompt for name in names for prompt in encoded[name].prompts]
+        generated = iter(generate(model, tokenizer, prompts, max_new_tokens, batch_size, mask_pad))
         for name in names:
             scores = [metrics.rouge_l(answer, next(generated)) for answer in sets[name].answers]
             per_example[name]["Q_A_ROUGE"] = [recall for recall, _ in scores]
     if membership and "holdout" in sets:
         for name in ("forget", "holdout"):
+            examples, written = encoded[name].answers, sets[name].answers
+            if definitions.prompt_alone:
+                written = [answer_text(example, tokenizer) for example in examples]
             per_example[name] |= membership_scores(
-                model, tokenizer, encoded[name].answers, answers[name], sets[name].answers, reference, batch_size
+                model, tokenizer, examples, answers[name], written, reference, batch_size, definitions
             )
     return per_example
 
@@ -111,6 +125,7 @@ def membership_scores(
     texts: list[str],
     reference: Any | None,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
 ) -> dict[str, list[float]]:
     """The membership scores of every example, by metric. A low score suggests that the example was trained on.
 
@@ -122,25 +137,40 @@ def membership_scores(
         texts: the answers as text.
         reference: a model that never saw the forget set, for `mia_reference`.
         batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        definitions: which definitions of the metrics.
     """
     scores = {
         "mia_loss": [metrics.loss_score(answer) for answer in answers],
         "mia_zlib": [metrics.zlib_score(answer, text) for answer, text in zip(answers, texts, strict=True)],
-        "mia_min_k": [metrics.min_k_score(answer) for answer in answers],
-        "mia_min_k_plus_plus": [metrics.min_k_plus_plus_score(answer) for answer in answers],
-        "mia_gradnorm": [gradnorm_score(model, tokenizer, example) for example in progress(examples, "gradients")],
+        "mia_min_k": [metrics.min_k_score(answer, definitions=definitions) for answer in answers],
+        "mia_min_k_plus_plus": [metrics.min_k_plus_plus_score(answer, definitions=definitions) for answer in answers],
+        "mia_gradnorm": [
+            gradnorm_score(model, tokenizer, example, definitions) for example in progress(examples, "gradients")
+        ],
     }
     if reference is not None:
-        pairs = zip(answers, probe(reference, tokenizer, examples, batch_size), strict=True)
+        # Both in the same batches: those of `answers` hold other examples, too, so they are rounded differently, and a
+        # model would differ from itself.
+        both = (probe(one, tokenizer, examples, batch_size, definitions.mask_pad) for one in (model, reference))
+        pairs = zip(*both, strict=True)
         scores["mia_reference"] = [metrics.reference_score(*pair) for pair in pairs]
     return scores
 
 
-def gradnorm_score(model: Any, tokenizer: Any, example: Example) -> float:
-    """Score of `mia_gradnorm`: 2-norm of the loss's gradient, averaged over parameter tensors (arXiv 2402.17012)."""
+def gradnorm_score(model: Any, tokenizer: Any, example: Example, definitions: Definitions = OPENUNLEARNING) -> float:
+    """Score of `mia_gradnorm`: 2-norm of the loss's gradient, averaged over parameter tensors (arXiv 2402.17012).
+
+    The end token counts only in the strict definition. The score is 0 if there is no other token. Dropout is off;
+    OpenUnlearning leaves it on.
+    """
+    if definitions.drop_last:
+        example = replace(example, labels=[*example.labels[:-1], IGNORED])
+    if not example.tokens:
+        return 0.0
     model.eval()
     model.zero_grad()
-    batch = {key: tensor.to(model.device) for key, tensor in collate([example], pad_id(tokenizer)).items()}
+    batch = batch_of([example], tokenizer, definitions.mask_pad)
+    batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
     output = forward(model, batch)
     torch.autograd.backward(token_nll(output["logits"], output["targets"]).sum() / example.tokens)
     norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
@@ -148,43 +178,50 @@ def gradnorm_score(model: Any, tokenizer: Any, example: Example) -> float:
     return sum(norms) / len(norms)
 
 
-def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(
+    per_example: PerExample, retrained: PerExample | None = None, definitions: Definitions = OPENUNLEARNING
+) -> dict[str, float]:
     """The benchmark's metrics, by name, as far as their values were measured.
 
     Args:
         per_example: what `measure` returned for the model.
         retrained: the same for the model that never saw the forget set; forget quality and PrivLeak need it.
+        definitions: which definitions of the metrics, the same as for `measure`.
     """
     result: dict[str, float] = {}
     utility: list[float] = []
     for name, prefix in PREFIXES.items():
         if name in per_example:
-            values = _set_metrics(name, per_example[name])
+            values = _set_metrics(name, per_example[name], definitions)
             result |= {f"{prefix}_{metric}": value for metric, value in values.items()}
             utility += values.values() if name in UTILITY_SETS else ()
     if utility:
         result["model_utility"] = metrics.model_utility(utility)
     forget = per_example["forget"]
     for metric in ("exact_memorization", "extraction_strength"):
-        result[metric] = float(np.mean(forget[metric]))
+        counted = [value for value in forget[metric] if not np.isnan(value)]  # an answer without tokens has no value
+        result[metric] = float(np.mean(counted)) if counted else float("nan")
     if retrained is not None and "Truth_Ratio" in forget:
         ratios, retrained_ratios = np.array(forget["Truth_Ratio"]), np.array(retrained["forget"]["Truth_Ratio"])
         result["forget_quality"] = metrics.forget_quality(ratios, retrained_ratios)
     for attack in sorted(metric for metric in per_example.get("holdout", {}) if metric.startswith("mia_")):
         result[attack] = membership_auc(per_example, attack)
     if retrained is not None and "mia_min_k" in result and "mia_min_k" in retrained.get("holdout", {}):
-        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
+        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"), definitions)
     return result
 
 
-def _set_metrics(name: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _set_metrics(name: str, values: Mapping[str, Sequence[float]], definitions: Definitions) -> dict[str, float]:
     """Probability, ROUGE-L recall and truth ratio of one set, as far as their values were measured."""
     result = {
         metric: float(np.mean(values[metric])) for metric in (_probability(name), "Q_A_ROUGE") if metric in values
     }
     if "Truth_Ratio" in values:
-        aggregate = metrics.truth_ratio_forget if name == "forget" else metrics.truth_ratio_retain
-        result["Truth_Ratio"] = aggregate(np.array(values["Truth_Ratio"]))
+        ratios = np.array(values["Truth_Ratio"])
+        forget = name == "forget"
+        result["Truth_Ratio"] = (
+            metrics.truth_ratio_forget(ratios, definitions) if forget else metrics.truth_ratio_retain(ratios)
+        )
     return result
 
 
