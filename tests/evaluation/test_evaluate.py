@@ -12,7 +12,7 @@ import torch
 
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError
-from mpunlearn.evaluation import measurement, tofu
+from mpunlearn.evaluation import durability, measurement, tofu
 from mpunlearn.evaluation.evaluate import Evaluation, evaluate
 from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.muse import first_answer
@@ -75,9 +75,11 @@ def test_names_are_those_of_open_unlearning(save_tiny, folder: Path, tmp_path: P
         forget_Q_A_Prob forget_Q_A_ROUGE forget_Truth_Ratio retain_Q_A_Prob retain_Q_A_ROUGE retain_Truth_Ratio
         ra_Q_A_Prob_normalised ra_Q_A_ROUGE ra_Truth_Ratio wf_Q_A_Prob_normalised wf_Q_A_ROUGE wf_Truth_Ratio
         model_utility exact_memorization extraction_strength forget_quality mia_loss mia_zlib mia_min_k
-        mia_min_k_plus_plus mia_gradnorm mia_reference privleak
+        mia_min_k_plus_plus mia_gradnorm mia_reference privleak forget_Q_A_PARA_Prob forget_Q_A_PARA_ROUGE
+        retain_Q_A_PARA_Prob
     """
-    assert set(evaluation.metrics) == set(expected.split())
+    ours = "forget_Truth_Ratio_prob_mean memorization_score privacy_score"  # OpenUnlearning has no names for these
+    assert set(evaluation.metrics) == {*expected.split(), *ours.split()}
     utility = {"retain": 0.8, "real_authors": 0.4, "world_facts": 0.2}
     values = {s: {"Q_A_Prob_normalised" if s in OPTION_SETS else "Q_A_Prob": [p]} for s, p in utility.items()}
     forget = {"Q_A_Prob": [1e-3], "exact_memorization": [0.0], "extraction_strength": [0.0]}
@@ -140,7 +142,7 @@ def test_what_was_evaluated_is_not_evaluated_again(save_tiny, folder: Path, tmp_
     [
         lambda text: text[: len(text) // 2],
         lambda text: json.dumps({**json.loads(text), "format": 1}),
-        lambda text: json.dumps({**json.loads(text), "format": 3}),
+        lambda text: json.dumps({**json.loads(text), "format": 4}),
         lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "format"}),
         lambda text: json.dumps({**json.loads(text), "per_example": {"forget": {"Q_A_Prob": ["high"]}}}),
         lambda text: json.dumps({**json.loads(text), "per_example": []}),
@@ -200,6 +202,7 @@ def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path,
         path, benchmark=str(folder), robustness=True, max_new_tokens=4, cache=tmp_path / "cache", out=out
     )
     curves = {"forget_Q_A_Prob by relearning steps", "forget_Q_A_Prob by bits", "model_utility by bits"}
+    curves |= {durability.RELEARNED, durability.QUANTIZED}
     assert set(json.loads(out.read_text())["robustness"]) == set(evaluation.robustness) == curves
     assert evaluation.robustness["forget_Q_A_Prob by bits"]["model"] == {
         "float32": evaluation.metrics["forget_Q_A_Prob"],

@@ -19,8 +19,11 @@ from typing import Any, Literal
 from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation import durability, muse, tofu
+from mpunlearn.evaluation.bootstrap import CONFIDENCE, EVERYTHING, RESAMPLES, SEED, Sample
+from mpunlearn.evaluation.depth import likelihood_drops
 from mpunlearn.evaluation.general import general_ability
+from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
@@ -54,9 +57,25 @@ class Settings:
     """Folder with the user's own task files."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the model's weights."""
+    depth: bool = False
+    """Whether hidden states are patched into the original model, for UDS."""
+    samples: int = 0
+    """Samples per question, for leak@k."""
+    temperature: float = 1.0
+    """Temperature of these samples."""
+    top_p: float = 1.0
+    """Total probability of the tokens that are sampled."""
+    leak_threshold: float = 0.5
+    """ROUGE-L recall from which a sample leaks."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are sampled."""
+        return Sampling(self.samples, self.temperature, self.top_p, self.leak_threshold)
 
     def __post_init__(self) -> None:
         schema.check_options(self)
+        self.sampling  # checks its options  # noqa: B018
         if self.max_new_tokens < 1:
             raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
         if self.relearn_rate <= 0:
@@ -120,7 +139,7 @@ class Measurement:
     """Curve → point → number."""
     general: dict[str, Any]
     """lm-eval's metrics by name."""
-    format: int = 2
+    format: int = 3
 
     def __post_init__(self) -> None:
         lists = [values for metrics in self.per_example.values() for values in metrics.values()]
@@ -148,7 +167,13 @@ def read_benchmark(
     """
     if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
-    for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
+    options = {
+        "--robustness": settings.robustness,
+        "--holdout": holdout is not None,
+        "--depth": settings.depth,
+        "--samples": settings.samples > 0,
+    }
+    for option, given in options.items():
         if given:
             raise PlanError(f"{option}: not available for {benchmark}; leave it out, or choose another --benchmark")
     return read_muse(benchmark, data)
@@ -158,7 +183,16 @@ def benchmark_digest(benchmark: Benchmark) -> str:
     """SHA-256 (hex) of a benchmark's examples, in order."""
     if isinstance(benchmark, MuseSets):
         return _digest(asdict(benchmark))
-    return _digest({name: asdict(questions) for name, questions in benchmark.items()})
+    sets = {name: asdict(questions) for name, questions in benchmark.items()}
+    for questions in sets.values():
+        if not questions["entities"]:
+            del questions["entities"]  # older versions did not know them
+    return _digest(sets)
+
+
+def bootstrap() -> dict[str, float]:
+    """How intervals are computed."""
+    return {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED}
 
 
 def versions() -> dict[str, str]:
@@ -173,6 +207,7 @@ def measured(
     cache: Path,
     reference: Subject | None = None,
     machine: Machine | None = None,
+    original: Subject | None = None,
 ) -> Measurement:
     """The measurement of a model, taken from the cache or made now.
 
@@ -183,6 +218,7 @@ def measured(
         cache: the cache folder.
         reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
         machine: device and batch size.
+        original: the model before unlearning, for UDS.
 
     Raises:
         UnloadableError: a model or its tokenizer cannot be loaded.
@@ -192,7 +228,8 @@ def measured(
     """
     if isinstance(benchmark, MuseSets) or "holdout" not in benchmark:
         reference = None
-    models = [subject.digest, None if reference is None else reference.digest]
+    original = original if settings.depth else None
+    models = [subject.digest, *(None if model is None else model.digest for model in (reference, original))]
     key = [Measurement.format, *models, benchmark_digest(benchmark), asdict(settings), versions()]
     file = cache / f"{_digest(key)}.json"
     if (cached := _read(file)) is not None:
@@ -203,26 +240,54 @@ def measured(
         raise FileError(
             f"--cache {cache}: cannot be created: {error.strerror}; fix the cause, or name another folder"
         ) from error
-    measurement = _measure(subject, benchmark, settings, reference, machine or Machine())
+    measurement = _measure(subject, benchmark, settings, reference, original, machine or Machine())
     schema.write(file, measurement, 0o666)
     return measurement
 
 
-def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None) -> dict[str, float]:
+def summarize(
+    benchmark: Benchmark,
+    measurement: Measurement,
+    retrained: Measurement | None,
+    original: Measurement | None = None,
+) -> dict[str, float]:
     """The metrics of a model, by name.
 
     Args:
         benchmark: what the model was measured on.
         measurement: the model's measurement.
-        retrained: the measurement of the model that never saw the forget set; forget quality and PrivLeak need it.
+        retrained: that of the model that never saw the forget set; forget quality, PrivLeak, UDS and scores need it.
+        original: that of the model before unlearning; the overall score needs it.
+    """
+    own = over(EVERYTHING, benchmark, measurement, retrained, original)
+    scores = durability.scores(measurement.robustness, None if retrained is None else retrained.robustness)
+    return {**own, **scores, **measurement.general}
+
+
+def over(
+    sample: Sample,
+    benchmark: Benchmark,
+    measurement: Measurement,
+    retrained: Measurement | None,
+    original: Measurement | None = None,
+) -> dict[str, Any]:
+    """Those metrics that are computed from examples, over a sample of them; the other arguments are those of `summarize`.
+
+    Returns:
+        Numbers or, for resamples, arrays of shape (B,).
     """
     of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
-    other = None if retrained is None else retrained.per_example
-    return {**of_benchmark(measurement.per_example, other), **measurement.general}
+    other, before = (None if model is None else model.per_example for model in (retrained, original))
+    return of_benchmark(measurement.per_example, other, before, sample)
 
 
 def _measure(
-    subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None, machine: Machine
+    subject: Subject,
+    benchmark: Benchmark,
+    settings: Settings,
+    reference: Subject | None,
+    original: Subject | None,
+    machine: Machine,
 ) -> Measurement:
     tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
     device, batch_size, dtype = machine.device, machine.batch_size, FLOAT_DTYPES[settings.precision]
@@ -239,6 +304,15 @@ def _measure(
         reference=load_model(reference.path, device, dtype) if reference is not None else None,
         batch_size=batch_size,
     )
+    forget = benchmark["forget"]
+    if settings.samples:
+        per_example["forget"] |= measure_leaks(
+            model, tokenizer, forget, settings.sampling, settings.max_new_tokens, batch_size
+        )
+    if original is not None:
+        knowing = load_model(original.path, device, dtype)
+        drops = likelihood_drops(knowing, model, tokenizer, forget, batch_size).T.tolist()
+        per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
     curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
     return Measurement(per_example, curves, general)
 
@@ -265,7 +339,8 @@ def _curves(
         if metric in full_precision:
             points = {bits: values[metric] for bits, values in rounded.items()}
             curves[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
-    return curves
+    before = full_precision["forget_Q_A_Prob"]
+    return curves | durability.curves(model, tokenizer, sets["forget"], before, batch_size)
 
 
 def _read(file: Path) -> Measurement | None:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mpunlearn.errors import DataError
 from mpunlearn.evaluation import metrics
+from mpunlearn.evaluation.bootstrap import EVERYTHING, Sample
 from mpunlearn.evaluation.probe import generate, probe
 from mpunlearn.evaluation.tofu import PerExample, membership_auc
 from mpunlearn.lm.examples import Example
@@ -85,21 +84,31 @@ def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None =
     return per_example
 
 
-def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(
+    per_example: PerExample,
+    retrained: PerExample | None = None,
+    original: PerExample | None = None,
+    sample: Sample = EVERYTHING,
+) -> dict[str, Any]:
     """MUSE's metrics, by name.
 
     Args:
         per_example: what `measure` returned for the model.
         retrained: the same for the model that never saw the forget texts; PrivLeak needs it.
+        original: the same for the model before unlearning, which no metric of MUSE needs.
+        sample: how often each example counts.
+
+    Returns:
+        Numbers or, for resamples, arrays of shape (B,).
     """
     result = {
-        "forget_verbmem_ROUGE": float(np.mean(per_example["forget"]["verbmem_ROUGE"])),
-        "forget_knowmem_ROUGE": float(np.mean(per_example["forget"]["knowmem_ROUGE"])),
-        "retain_knowmem_ROUGE": float(np.mean(per_example["retain"]["knowmem_ROUGE"])),
-        "mia_min_k": membership_auc(per_example, "mia_min_k"),
+        "forget_verbmem_ROUGE": sample.mean("forget", per_example["forget"]["verbmem_ROUGE"]),
+        "forget_knowmem_ROUGE": sample.mean("forget questions", per_example["forget"]["knowmem_ROUGE"]),
+        "retain_knowmem_ROUGE": sample.mean("retain", per_example["retain"]["knowmem_ROUGE"]),
+        "mia_min_k": membership_auc(per_example, "mia_min_k", sample),
     }
     if retrained is not None:
-        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
+        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k", sample))
     return result
 
 
