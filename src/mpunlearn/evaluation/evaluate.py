@@ -76,6 +76,7 @@ def evaluate(
     figure: str | Path | None = None,
     out: str | Path | None = None,
     depth: bool = False,
+    worst_case: bool = False,
     samples: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -110,6 +111,8 @@ def evaluate(
             record gets its digest.
         depth: Also measure UDS: how much of the knowledge is gone from the hidden states. It needs --retain-model and
             --original-model, and runs the model once per layer. Not available for MUSE.
+        worst_case: Also ask every forget question in other words and with answers begun for the model, and report the
+            highest ROUGE-L recall. Not available for MUSE.
         samples: Also sample this many answers to each forget question, for leak@k. Not available for MUSE.
         temperature: Temperature of these samples.
         top_p: Sample only from the likeliest tokens with this total probability.
@@ -174,6 +177,7 @@ def evaluate(
         tasks_folder=tasks_folder,
         precision=precision,
         depth=depth,
+        worst_case=worst_case,
         samples=samples,
         temperature=temperature,
         top_p=top_p,

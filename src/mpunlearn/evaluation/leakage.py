@@ -5,8 +5,9 @@ question, c leak; `leak_probability` is the unbiased estimate of the probability
 arXiv 2107.03374, equation 1).
 
 A sample leaks if the row's entity occurs in it or, in rows without an entity, if its ROUGE-L recall against the answer reaches
-a threshold. The paper has a classifier of entailment judge, too; this module needs no further model. Not covered: the worst
-case over paraphrased questions.
+a threshold. The paper has a classifier of entailment judge, too; this module needs no further model.
+
+Not covered: other prompts (see `worst_case`).
 """
 
 import math

@@ -27,6 +27,7 @@ from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import quantized, relearning
 from mpunlearn.evaluation.sets import Questions, read_sets
+from mpunlearn.evaluation.worst_case import worst_case
 from mpunlearn.lm.model import load, load_model, model_device
 from mpunlearn.lm.sources import Data, Source
 
@@ -59,6 +60,8 @@ class Settings:
     """Dtype of the model's weights."""
     depth: bool = False
     """Whether hidden states are patched into the original model, for UDS."""
+    worst_case: bool = False
+    """Whether forget questions are asked in several ways."""
     samples: int = 0
     """Samples per question, for leak@k."""
     temperature: float = 1.0
@@ -172,6 +175,7 @@ def read_benchmark(
         "--holdout": holdout is not None,
         "--depth": settings.depth,
         "--samples": settings.samples > 0,
+        "--worst-case": settings.worst_case,
     }
     for option, given in options.items():
         if given:
@@ -185,8 +189,9 @@ def benchmark_digest(benchmark: Benchmark) -> str:
         return _digest(asdict(benchmark))
     sets = {name: asdict(questions) for name, questions in benchmark.items()}
     for questions in sets.values():
-        if not questions["entities"]:
-            del questions["entities"]  # older versions did not know them
+        for name in ("entities", "rewordings"):
+            if not questions[name]:
+                del questions[name]  # older versions did not know them
     return _digest(sets)
 
 
@@ -309,6 +314,9 @@ def _measure(
         per_example["forget"] |= measure_leaks(
             model, tokenizer, forget, settings.sampling, settings.max_new_tokens, batch_size
         )
+    if settings.worst_case:
+        worst = worst_case(model, tokenizer, forget, settings.max_new_tokens, batch_size)
+        per_example["forget"]["Q_A_WORST_ROUGE"] = worst
     if original is not None:
         knowing = load_model(original.path, device, dtype)
         drops = likelihood_drops(knowing, model, tokenizer, forget, batch_size).T.tolist()

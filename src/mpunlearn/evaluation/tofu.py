@@ -211,7 +211,7 @@ def summarize(
 
 def _set_metrics(name: str, values: Mapping[str, Sequence[float]], sample: Sample) -> dict[str, Any]:
     """Probability, ROUGE-L recall and truth ratio of one set, as far as their values were measured."""
-    means = (_probability(name), "Q_A_ROUGE", "Q_A_PARA_Prob", "Q_A_PARA_ROUGE")
+    means = (_probability(name), "Q_A_ROUGE", "Q_A_PARA_Prob", "Q_A_PARA_ROUGE", "Q_A_WORST_ROUGE")
     result = {metric: sample.mean(name, values[metric]) for metric in means if metric in values}
     if "Truth_Ratio" in values:
         ratios, mean = np.array(values["Truth_Ratio"]), partial(sample.mean, name)
