@@ -77,5 +77,5 @@ def test_a_retrained_model_is_as_robust_as_itself(save_tiny, tmp_path: Path) -> 
     )
     assert found.metrics["relearning_score"] == 1
     before, after = found.robustness[durability.RELEARNED]["model"].values()
-    assert before == found.metrics["forget_Q_A_Prob"] < after  # one step of training helps
+    assert pytest.approx(found.metrics["forget_Q_A_Prob"]) == before < after  # one step of training helps
     assert 0 < found.metrics["quantization_score"] <= 1

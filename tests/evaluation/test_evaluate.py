@@ -126,6 +126,8 @@ def test_what_was_evaluated_is_not_evaluated_again(save_tiny, folder: Path, tmp_
         {"max_new_tokens": 5},
         {"holdout": str(folder / "retain.jsonl")},
         {"robustness": True},
+        {"samples": 1},
+        {"worst_case": True},
         {"tasks_folder": tmp_path},
     ):
         with pytest.raises(AssertionError, match="loaded again"):
@@ -283,7 +285,12 @@ def test_what_is_not_a_benchmark_is_refused(save_tiny, folder: Path, tmp_path: P
         evaluate(path, benchmark=str(folder), max_new_tokens=0)
     with pytest.raises(PlanError, match="--relearn-rate"):
         evaluate(path, benchmark=str(folder), relearn_rate=-1.0)
-    for option in ({"robustness": True}, {"holdout": str(folder / "holdout.jsonl")}):
+    for option in (
+        {"robustness": True},
+        {"holdout": str(folder / "holdout.jsonl")},
+        {"samples": 1},
+        {"worst_case": True},
+    ):
         with pytest.raises(PlanError, match="not available for muse/news"):
             evaluate(path, benchmark="muse/news", **option)
     rows = (folder / "retain.jsonl").read_text()

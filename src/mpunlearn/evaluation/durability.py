@@ -81,16 +81,13 @@ def _ends(points: Points) -> tuple[float, float]:
     return first, last
 
 
-def curves(
-    model: Any, tokenizer: Any, forget: Questions, before: float, batch_size: int | None = None
-) -> dict[str, Points]:
+def curves(model: Any, tokenizer: Any, forget: Questions, batch_size: int | None = None) -> dict[str, Points]:
     """The probability of the forget answers before and after relearning and quantization. The model is not modified.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         forget: the forget set.
-        before: its mean probability under the model.
         batch_size: maximum number of sequences in a batch of the measurement.
     """
     examples = forget.encoded(tokenizer).answers
@@ -100,7 +97,10 @@ def curves(
         change(student)
         return float(np.mean([answer.probability for answer in probe(student, tokenizer, examples, batch_size)]))
 
-    relearned = after(lambda student: _relearn(student, examples, pad_id(tokenizer)))
+    before, relearned = (
+        after(lambda student: None),
+        after(lambda student: _relearn(student, examples, pad_id(tokenizer))),
+    )
     return {RELEARNED: {"0": before, "1": relearned}, QUANTIZED: {"float32": before, "nf4": after(round_nf4)}}
 
 

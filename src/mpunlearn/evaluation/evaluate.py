@@ -18,7 +18,7 @@ from mpunlearn.lm.sources import Data, Source
 from mpunlearn.tables import markdown
 
 if TYPE_CHECKING:
-    from mpunlearn.evaluation.measurement import Benchmark, Measurement
+    from mpunlearn.evaluation.measurement import Measurement
 
 IN_MEMORY = "(given in memory)"
 """Stands for examples in the provenance of an evaluation; their digest is there, too."""
@@ -127,7 +127,7 @@ def evaluate(
             the user's cache folder).
         data_root: Folder with local mirrors of benchmarks, which are used instead of the Hub.
         batch_size: Maximum number of sequences in a batch (default: as many as fit into 8192 tokens). It changes results
-            only by rounding.
+            only by rounding, but draws other --samples.
         device: Device of the model, such as cpu or cuda (default: a GPU if there is one).
         precision: Dtype of the weights. The narrow ones need half the memory, and change the results a little.
 
@@ -135,7 +135,7 @@ def evaluate(
         Metrics of all checkpoints with intervals, curves, and the values for every example.
 
     Raises:
-        FileError: A checkpoint cannot be read, `out` exists, or `out` or the cache cannot be written.
+        FileError: A checkpoint cannot be read, `out` or `figure` exists, or they or the cache cannot be written.
         DataError: The benchmark, or the data of a task, cannot be read.
         PlanError: An option has an impossible value or needs another one, or lm-eval or matplotlib is needed and not
             installed.
@@ -163,7 +163,7 @@ def evaluate(
         )
 
     from mpunlearn.checkpoint import Checkpoint
-    from mpunlearn.evaluation import measurement
+    from mpunlearn.evaluation import measurement, summary
     from mpunlearn.protocol.record.log import append_result
 
     for model_path in (checkpoint, retain_model, original_model, *others):
@@ -197,10 +197,10 @@ def evaluate(
     theirs = None if retrained is None else measured(retrained, None)
     before = None if original is None else measured(original, None)
     measurements = {"model": own, **({} if theirs is None else {"retrained": theirs})}
-    intervals, compared = _compared(examples, own, further, theirs, before)
+    intervals, compared = summary.compared(examples, own, further, theirs, before)
     evaluation = Evaluation(
-        metrics=measurement.summarize(examples, own, theirs, before),
-        retrained=None if theirs is None else measurement.summarize(examples, theirs, theirs, before),
+        metrics=summary.summarize(examples, own, theirs, before),
+        retrained=None if theirs is None else summary.summarize(examples, theirs, theirs, before),
         robustness={
             curve: {name: value.robustness[curve] for name, value in measurements.items()} for curve in own.robustness
         },
@@ -219,7 +219,7 @@ def evaluate(
             "holdout": holdout if holdout is None or isinstance(holdout, str) else IN_MEMORY,
             "data_digest": measurement.benchmark_digest(examples),
             "decoding": "greedy",
-            "bootstrap": measurement.bootstrap(),
+            "bootstrap": summary.BOOTSTRAP,
             **dataclasses.asdict(settings),
             **dataclasses.asdict(machine),
             "versions": measurement.versions(),
@@ -239,32 +239,6 @@ def evaluate(
         drawn = {name: (item.metrics, item.intervals) for name, item in compared.items()}
         draw(figure, {str(checkpoint): (evaluation.metrics, intervals), **drawn}, evaluation.retrained)
     return evaluation
-
-
-def _compared(
-    examples: "Benchmark",
-    own: "Measurement",
-    others: Mapping[str, "tuple[str, Measurement]"],
-    retrained: "Measurement | None",
-    original: "Measurement | None",
-) -> tuple[dict[str, list[float]], dict[str, Compared]]:
-    """The intervals of a model's metrics, and the other checkpoints, by name. Every model is resampled alike."""
-    from mpunlearn.evaluation import measurement
-    from mpunlearn.evaluation.bootstrap import Resampled, intervals
-
-    sample = Resampled()
-    resampled = measurement.over(sample, examples, own, retrained, original)
-    compared = {}
-    for name, (digest, other) in others.items():
-        values = measurement.over(sample, examples, other, retrained, original)
-        compared[name] = Compared(
-            metrics=measurement.summarize(examples, other, retrained, original),
-            intervals=intervals(values),
-            differences=intervals({key: values[key] - resampled[key] for key in values if key in resampled}),
-            per_example=other.per_example,
-            digest=digest,
-        )
-    return intervals(resampled), compared
 
 
 def _check_new(out: Path) -> None:

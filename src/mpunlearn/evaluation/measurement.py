@@ -20,12 +20,11 @@ from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
 from mpunlearn.evaluation import durability, muse, tofu
-from mpunlearn.evaluation.bootstrap import CONFIDENCE, EVERYTHING, RESAMPLES, SEED, Sample
 from mpunlearn.evaluation.depth import likelihood_drops
 from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
-from mpunlearn.evaluation.robustness import quantized, relearning
+from mpunlearn.evaluation.robustness import curves
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.evaluation.worst_case import worst_case
 from mpunlearn.lm.model import load, load_model, model_device
@@ -89,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where models are measured. It changes the results only by rounding, so measurements from the cache ignore it.
+    """Where models are measured. It changes the results only by rounding and other draws of samples, so the cache ignores it.
 
     Raises:
         PlanError: the device is not available, or the batch size is below 1.
@@ -195,11 +194,6 @@ def benchmark_digest(benchmark: Benchmark) -> str:
     return _digest(sets)
 
 
-def bootstrap() -> dict[str, float]:
-    """How intervals are computed."""
-    return {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED}
-
-
 def versions() -> dict[str, str]:
     """Versions of `LIBRARIES`."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -250,42 +244,6 @@ def measured(
     return measurement
 
 
-def summarize(
-    benchmark: Benchmark,
-    measurement: Measurement,
-    retrained: Measurement | None,
-    original: Measurement | None = None,
-) -> dict[str, float]:
-    """The metrics of a model, by name.
-
-    Args:
-        benchmark: what the model was measured on.
-        measurement: the model's measurement.
-        retrained: that of the model that never saw the forget set; forget quality, PrivLeak, UDS and scores need it.
-        original: that of the model before unlearning; the overall score needs it.
-    """
-    own = over(EVERYTHING, benchmark, measurement, retrained, original)
-    scores = durability.scores(measurement.robustness, None if retrained is None else retrained.robustness)
-    return {**own, **scores, **measurement.general}
-
-
-def over(
-    sample: Sample,
-    benchmark: Benchmark,
-    measurement: Measurement,
-    retrained: Measurement | None,
-    original: Measurement | None = None,
-) -> dict[str, Any]:
-    """Those metrics that are computed from examples, over a sample of them; the other arguments are those of `summarize`.
-
-    Returns:
-        Numbers or, for resamples, arrays of shape (B,).
-    """
-    of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
-    other, before = (None if model is None else model.per_example for model in (retrained, original))
-    return of_benchmark(measurement.per_example, other, before, sample)
-
-
 def _measure(
     subject: Subject,
     benchmark: Benchmark,
@@ -321,34 +279,12 @@ def _measure(
         knowing = load_model(original.path, device, dtype)
         drops = likelihood_drops(knowing, model, tokenizer, forget, batch_size).T.tolist()
         per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
-    curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
-    return Measurement(per_example, curves, general)
-
-
-def _curves(
-    model: Any,
-    tokenizer: Any,
-    sets: Mapping[str, Questions],
-    settings: Settings,
-    per_example: tofu.PerExample,
-    batch_size: int | None,
-) -> dict[str, dict[str, float]]:
-    """The curves of `robustness`, by title."""
-    curves = {
-        "forget_Q_A_Prob by relearning steps": relearning(
-            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, batch_size=batch_size
-        )
-    }
-    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
-    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}
-    rounded = quantized(model, tokenizer, without_holdout, **limits)
-    full_precision = tofu.summarize(per_example)
-    for metric in ("forget_Q_A_Prob", "model_utility"):
-        if metric in full_precision:
-            points = {bits: values[metric] for bits, values in rounded.items()}
-            curves[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
-    before = full_precision["forget_Q_A_Prob"]
-    return curves | durability.curves(model, tokenizer, sets["forget"], before, batch_size)
+    found: dict[str, dict[str, float]] = {}
+    if settings.robustness:
+        limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}
+        found = curves(model, tokenizer, benchmark, per_example, learning_rate=settings.relearn_rate, **limits)
+        found |= durability.curves(model, tokenizer, forget, batch_size)
+    return Measurement(per_example, found, general)
 
 
 def _read(file: Path) -> Measurement | None:

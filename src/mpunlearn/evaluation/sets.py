@@ -137,5 +137,8 @@ def _read(source: Source, name: str, data: Data) -> Questions:
             texts.append(row[column] if isinstance(row.get(column), str) else "")
     if not result:
         raise DataError(f"{source if isinstance(source, str) else f'the {name} examples'}: contains no questions")
-    optional = {"entities": entities, "rewordings": rewordings}
-    return replace(result, **{name: texts for name, texts in optional.items() if any(texts)})
+    return replace(
+        result,
+        entities=entities if any(entities) else [],
+        rewordings=rewordings if any(rewordings) else [],
+    )
