@@ -63,7 +63,7 @@ def test_step_by_step(example: Path) -> None:
 
 
 def test_every_command_in_the_documentation_is_parsed() -> None:
-    from mpunlearn.cli import VERBS
+    from mpunlearn.cli import PREFIXES, VERBS
     from mpunlearn.options import parse
 
     pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
@@ -73,7 +73,7 @@ def test_every_command_in_the_documentation_is_parsed() -> None:
     assert len(lines) > 12
     for line in lines:
         words = shlex.split(line.split(" && ")[0])[1:]
-        name = " ".join(words[: 2 if words[0] in ("server", "client") else 1])
+        name = " ".join(words[: 2 if words[0] in PREFIXES else 1])
         arguments = [word for word in words[len(name.split()) :] if word != "run.yaml"]
         arguments.remove("--config") if "--config" in arguments else None
         assert parse(f"mpunlearn {name}", VERBS[name].function(name), arguments) is not None, line
