@@ -13,6 +13,7 @@ import torch
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError
 from mpunlearn.evaluation import durability, measurement, tofu
+from mpunlearn.evaluation.composite import ATTACKS
 from mpunlearn.evaluation.evaluate import Evaluation, evaluate
 from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.muse import first_answer
@@ -253,8 +254,9 @@ def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path, monkeypatch) 
         "forget_verbmem_ROUGE",
         "forget_knowmem_ROUGE",
         "retain_knowmem_ROUGE",
-        "mia_min_k",
+        *ATTACKS,
         "privleak",
+        "privacy_score",
     }
     assert evaluation.metrics["privleak"] == pytest.approx(0)
     model, tokenizer = load(path)

@@ -3,11 +3,11 @@
 - Verbatim memorization: the model greedily generates 128 tokens after a prefix of a forget text, and the result is
   compared with the true continuation.
 - Knowledge memorization: the model answers questions in at most 32 tokens, after a few-shot prompt.
-- Privacy leakage: min-k scores of forget and holdout texts.
+- Privacy leakage: membership scores of forget and holdout texts. PrivLeak uses min-k.
 
 The first two are scored by ROUGE-L F1. The parts of the benchmark are read by name (`muse/news/verbmem/forget`, …),
 from the Hugging Face Hub or a local mirror. Not covered: MUSE's scalability and sustainability, which need several
-unlearned models.
+unlearned models; and gradnorm, which would need a backward pass for every long text.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpunlearn.errors import DataError
-from mpunlearn.evaluation import metrics
+from mpunlearn.evaluation import composite, metrics
 from mpunlearn.evaluation.bootstrap import EVERYTHING, Sample
 from mpunlearn.evaluation.probe import generate, probe
-from mpunlearn.evaluation.tofu import PerExample, membership_auc
+from mpunlearn.evaluation.tofu import PerExample, likelihood_scores, membership_auc
 from mpunlearn.lm.examples import Example
 from mpunlearn.lm.sources import Data, read_rows
 
@@ -67,7 +67,7 @@ def read_muse(benchmark: str, data: Data) -> MuseSets:
 
 
 def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None = None) -> PerExample:
-    """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
+    """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and membership scores."""
     prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
     generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size)
     per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
@@ -80,7 +80,8 @@ def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None =
     for name, texts in sets.texts.items():
         encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
         probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size)
-        per_example.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(text) for text in probes]
+        cut = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
+        per_example.setdefault(name, {}).update(likelihood_scores(probes, cut))
     return per_example
 
 
@@ -94,7 +95,8 @@ def summarize(
 
     Args:
         per_example: what `measure` returned for the model.
-        retrained: the same for the model that never saw the forget texts; PrivLeak needs it.
+        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need
+            it.
         original: the same for the model before unlearning, which no metric of MUSE needs.
         sample: how often each example counts.
 
@@ -105,11 +107,12 @@ def summarize(
         "forget_verbmem_ROUGE": sample.mean("forget", per_example["forget"]["verbmem_ROUGE"]),
         "forget_knowmem_ROUGE": sample.mean("forget questions", per_example["forget"]["knowmem_ROUGE"]),
         "retain_knowmem_ROUGE": sample.mean("retain", per_example["retain"]["knowmem_ROUGE"]),
-        "mia_min_k": membership_auc(per_example, "mia_min_k", sample),
+        **{attack: membership_auc(per_example, attack, sample) for attack in composite.ATTACKS},
     }
-    if retrained is not None:
-        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k", sample))
-    return result
+    theirs = None if retrained is None else summarize(retrained, sample=sample)
+    if theirs is not None:
+        result["privleak"] = metrics.privleak(result["mia_min_k"], theirs["mia_min_k"])
+    return result | composite.scores(result, theirs, None)
 
 
 def first_answer(text: str) -> str:

@@ -140,17 +140,23 @@ def membership_scores(
         reference: a model that never saw the forget set, for `mia_reference`.
         batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
     """
-    scores = {
-        "mia_loss": [metrics.loss_score(answer) for answer in answers],
-        "mia_zlib": [metrics.zlib_score(answer, text) for answer, text in zip(answers, texts, strict=True)],
-        "mia_min_k": [metrics.min_k_score(answer) for answer in answers],
-        "mia_min_k_plus_plus": [metrics.min_k_plus_plus_score(answer) for answer in answers],
-        "mia_gradnorm": [gradnorm_score(model, tokenizer, example) for example in progress(examples, "gradients")],
-    }
+    scores = likelihood_scores(answers, texts)
+    gradients = progress(examples, "gradients")
+    scores["mia_gradnorm"] = [gradnorm_score(model, tokenizer, example) for example in gradients]
     if reference is not None:
         pairs = zip(answers, probe(reference, tokenizer, examples, batch_size), strict=True)
         scores["mia_reference"] = [metrics.reference_score(*pair) for pair in pairs]
     return scores
+
+
+def likelihood_scores(answers: list[Probe], texts: list[str]) -> dict[str, list[float]]:
+    """Those membership scores that follow from the likelihoods of texts under one model, by metric."""
+    return {
+        "mia_loss": [metrics.loss_score(answer) for answer in answers],
+        "mia_zlib": [metrics.zlib_score(answer, text) for answer, text in zip(answers, texts, strict=True)],
+        "mia_min_k": [metrics.min_k_score(answer) for answer in answers],
+        "mia_min_k_plus_plus": [metrics.min_k_plus_plus_score(answer) for answer in answers],
+    }
 
 
 def gradnorm_score(model: Any, tokenizer: Any, example: Example) -> float:
