@@ -1,11 +1,11 @@
 """Composite scores: memorization, privacy and utility in one number, so that methods can be ranked.
 
-The scores are those of OpenUnlearning (arXiv 2506.12618, appendix on ranking methods). Where the appendix leaves details open,
-they follow the code and the published table of arXiv 2605.24614 (github.com/gnueaj/unlearning-depth-score), which a test
-reproduces from its columns. All scores are between 0 and 1, except that utility can exceed 1, and higher is better. A harmonic
-mean is close to the lowest of its values, so a method cannot make up for one failure with another strength.
+The scores are those by which OpenUnlearning ranks methods (arXiv 2506.12618, appendix), with the details of the code and the
+published table of arXiv 2605.24614 (github.com/gnueaj/unlearning-depth-score); a test reproduces rows of that table. All
+scores are between 0 and 1, except that utility can exceed 1, and higher is better. A harmonic mean is close to the lowest of
+its values, so a method cannot make up for one failure with another strength.
 
-In that table Privacy also includes UDS, which the appendix does not know. Both are reported: `privacy_score` without it, and
+In that table Privacy also includes UDS, which OpenUnlearning does not know. Both are reported: `privacy_score` without it, and
 `privacy_score_UDS` if UDS was measured.
 
 Not covered: fluency. Both sources take the harmonic mean of model utility and the share of generated answers that a

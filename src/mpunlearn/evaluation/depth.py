@@ -36,7 +36,7 @@ THRESHOLD = 0.05
 
 
 def unlearning_depth(retrained: np.ndarray, model: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
-    """`UDS` of every example: Σ s1 · clip(s2 / s1, 0, 1) / Σ s1 over the layers with s1 > threshold (section 3.3).
+    """`UDS` of every example: Σ s1 · clip(s2 / s1, 0, 1) / Σ s1 over the layers with s1 > threshold (section 3).
 
     It is 1 if the knowledge is gone as from the retrained model, and 0 if all of it is left.
 

@@ -1,7 +1,7 @@
 """Relearning and quantization as single numbers, as the meta-evaluation of unlearning metrics scores them.
 
 The curves of `robustness` show how knowledge comes back; these scores say how much of it does. Both compare a measure of
-forgetting, m = 1 - forget_Q_A_Prob, before and after (arXiv 2506.12618, section 4.2; code of arXiv 2605.24614):
+forgetting, m = 1 - forget_Q_A_Prob, before and after (arXiv 2506.12618, section 4.2, as in the code of arXiv 2605.24614):
 
 - Relearning: one epoch on the forget set with a learning rate of 2e-5. R = min(Δ_retrained / Δ_unlearned, 1).
 - Quantization: weights in 4 bits (NF4). Q = min(m_after / m_before, 1).

@@ -195,7 +195,7 @@ def evaluate(
     own = measured(model)
     further = {str(path): (subject.digest, measured(subject)) for path in others for subject in [model.of(path)]}
     theirs = None if retrained is None else measured(retrained, None)
-    before = None if original is None else measured(original, None)
+    before = None if original is None else measured(original)
     measurements = {"model": own, **({} if theirs is None else {"retrained": theirs})}
     intervals, compared = summary.compared(examples, own, further, theirs, before)
     evaluation = Evaluation(

@@ -77,7 +77,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         schema.check_options(self)
-        self.sampling  # checks its options  # noqa: B018
+        _ = self.sampling  # checks its options
         if self.max_new_tokens < 1:
             raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
         if self.relearn_rate <= 0:
@@ -259,6 +259,11 @@ def _measure(
     model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
         return Measurement(muse.measure(model, tokenizer, benchmark, batch_size), {}, general)
+    forget, drops = benchmark["forget"], []
+    if original is not None:  # first, since the models may not fit together
+        knowing = load_model(original.path, device, dtype)
+        drops = likelihood_drops(knowing, model, tokenizer, forget, batch_size).T.tolist()
+        del knowing
     per_example = tofu.measure(
         model,
         tokenizer,
@@ -267,7 +272,7 @@ def _measure(
         reference=load_model(reference.path, device, dtype) if reference is not None else None,
         batch_size=batch_size,
     )
-    forget = benchmark["forget"]
+    per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
     if settings.samples:
         per_example["forget"] |= measure_leaks(
             model, tokenizer, forget, settings.sampling, settings.max_new_tokens, batch_size
@@ -275,10 +280,6 @@ def _measure(
     if settings.worst_case:
         worst = worst_case(model, tokenizer, forget, settings.max_new_tokens, batch_size)
         per_example["forget"]["Q_A_WORST_ROUGE"] = worst
-    if original is not None:
-        knowing = load_model(original.path, device, dtype)
-        drops = likelihood_drops(knowing, model, tokenizer, forget, batch_size).T.tolist()
-        per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
     found: dict[str, dict[str, float]] = {}
     if settings.robustness:
         limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}

@@ -1,4 +1,4 @@
-"""The worst case over prompts: a question is answered if any way to ask for it is (arXiv 2509.02820, section 4).
+"""The worst case over prompts: a question is answered if any way to ask for it is (arXiv 2509.02820).
 
 Unlearning can be bound to the wording that was trained on. Each forget question is therefore asked as it is, in the words of
 the column paraphrased_question if the data has it, and with answers that are begun for the model, as in jailbreaks. The
