@@ -8,8 +8,8 @@ its values, so a method cannot make up for one failure with another strength.
 In that table Privacy also includes UDS, which OpenUnlearning does not know. Both are reported: `privacy_score` without it, and
 `privacy_score_UDS` if UDS was measured.
 
-Not covered: fluency. Both sources take the harmonic mean of model utility and the share of generated answers that a
-classifier does not take for gibberish. Here utility is model utility alone.
+Utility is relative to the original model's. Both sources take the harmonic mean of model utility and fluency, which needs a
+classifier (see `fluency`). Without one, utility is model utility alone. Not covered: the scores of MUSE, but for privacy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,11 +76,16 @@ def scores(
         if "UDS" in model:
             result["privacy_score_UDS"] = harmonic_mean([result["privacy_score"], model["UDS"]])
     if original is not None and "model_utility" in model and "model_utility" in original:
-        divisor = np.asarray(original["model_utility"])
-        utility = model["model_utility"] / np.where(divisor > 0, divisor, np.nan)
-        result["utility_score"] = utility[()]
+        divisor = np.asarray(_utility(original), dtype=np.float64)
+        result["utility_score"] = (_utility(model) / np.where(divisor > 0, divisor, np.nan))[()]
     if "memorization_score" in result and "utility_score" in result:
         for privacy in [name for name in result if name.startswith("privacy_score")]:
             three = [result["memorization_score"], result[privacy], result["utility_score"]]
             result[privacy.replace("privacy", "overall")] = harmonic_mean(three)
     return result
+
+
+def _utility(metrics: Mapping[str, Number]) -> Number:
+    """Model utility, or its harmonic mean with fluency if that was measured."""
+    parts = [metrics[name] for name in ("model_utility", "forget_Q_A_gibberish") if name in metrics]
+    return harmonic_mean(parts)

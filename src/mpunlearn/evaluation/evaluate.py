@@ -76,6 +76,7 @@ def evaluate(
     figure: str | Path | None = None,
     out: str | Path | None = None,
     depth: bool = False,
+    fluency_model: str | Path | None = None,
     worst_case: bool = False,
     samples: int = 0,
     temperature: float = 1.0,
@@ -111,6 +112,9 @@ def evaluate(
             record gets its digest.
         depth: Also measure UDS: how much of the knowledge is gone from the hidden states. It needs --retain-model and
             --original-model, and runs the model once per layer. Not available for MUSE.
+        fluency_model: A folder with a classifier that has a class named clean, such as
+            madhurjindal/autonlp-Gibberish-Detector-492513457. It judges the answers to forget questions, and their
+            fluency becomes part of the utility score. Not available for MUSE.
         worst_case: Also ask every forget question in other words and with answers begun for the model, and report the
             highest ROUGE-L recall. Not available for MUSE.
         samples: Also sample this many answers to each forget question, for leak@k. Not available for MUSE.
@@ -177,6 +181,7 @@ def evaluate(
         tasks_folder=tasks_folder,
         precision=precision,
         depth=depth,
+        fluency_model=None if fluency_model is None else str(as_path(fluency_model, "--fluency-model")),
         worst_case=worst_case,
         samples=samples,
         temperature=temperature,

@@ -21,6 +21,7 @@ from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
 from mpunlearn.evaluation import durability, muse, tofu
 from mpunlearn.evaluation.depth import likelihood_drops
+from mpunlearn.evaluation.fluency import fluency_judge
 from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
@@ -59,6 +60,8 @@ class Settings:
     """Dtype of the model's weights."""
     depth: bool = False
     """Whether hidden states are patched into the original model, for UDS."""
+    fluency_model: str | None = None
+    """Folder with a classifier of gibberish."""
     worst_case: bool = False
     """Whether forget questions are asked in several ways."""
     samples: int = 0
@@ -175,6 +178,7 @@ def read_benchmark(
         "--depth": settings.depth,
         "--samples": settings.samples > 0,
         "--worst-case": settings.worst_case,
+        "--fluency-model": settings.fluency_model is not None,
     }
     for option, given in options.items():
         if given:
@@ -229,7 +233,8 @@ def measured(
         reference = None
     original = original if settings.depth else None
     models = [subject.digest, *(None if model is None else model.digest for model in (reference, original))]
-    key = [Measurement.format, *models, benchmark_digest(benchmark), asdict(settings), versions()]
+    judge = None if settings.fluency_model is None else checkpoint_digest(settings.fluency_model)
+    key = [Measurement.format, *models, judge, benchmark_digest(benchmark), asdict(settings), versions()]
     file = cache / f"{_digest(key)}.json"
     if (cached := _read(file)) is not None:
         return cached
@@ -271,6 +276,7 @@ def _measure(
         max_new_tokens=settings.max_new_tokens,
         reference=load_model(reference.path, device, dtype) if reference is not None else None,
         batch_size=batch_size,
+        judge=None if settings.fluency_model is None else fluency_judge(Path(settings.fluency_model), device),
     )
     per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
     if settings.samples:

@@ -5,8 +5,7 @@ They are separate because forget quality and PrivLeak compare two models, and th
 
 Model utility combines probability, ROUGE-L recall and truth ratio of three sets. Forget quality compares the forget
 set's truth ratios under the two models (arXiv 2401.06121, section 2.2). The metrics of memorization and membership
-inference, and all names, are OpenUnlearning's (arXiv 2506.12618); `composite` combines them. Not covered: its gibberish
-classifier.
+inference, and all names, are OpenUnlearning's (arXiv 2506.12618); `composite` combines them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from mpunlearn.evaluation import composite, metrics
 from mpunlearn.evaluation.bootstrap import EVERYTHING, Sample
 from mpunlearn.evaluation.depth import unlearning_depth
+from mpunlearn.evaluation.fluency import Judge
 from mpunlearn.evaluation.probe import Probe, generate, probe, prompt_of
 from mpunlearn.evaluation.sets import OPTION_SETS, UTILITY_SETS, Encoded, Questions
 from mpunlearn.lm.examples import Example, collate
@@ -46,6 +46,7 @@ def measure(
     texts: bool = True,
     membership: bool = True,
     batch_size: int | None = None,
+    judge: Judge | None = None,
 ) -> PerExample:
     """The values for every example under one model.
 
@@ -58,6 +59,7 @@ def measure(
         texts: whether to generate answers, for ROUGE.
         membership: whether to compute membership scores.
         batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        judge: says how fluent generated answers are.
 
     Returns:
         For each set the loss (nats per token), `Q_A_Prob` or `Q_A_Prob_normalised`, `Q_A_ROUGE` and `Truth_Ratio`; for
@@ -97,6 +99,8 @@ def measure(
             per_example[name]["Q_A_ROUGE"] = _recall(sets[name].answers, own)
             if name == "forget" and "Q_A_PARA_Prob" in per_example[name]:
                 per_example[name]["Q_A_PARA_ROUGE"] = _recall(sets[name].paraphrases, own)
+            if name == "forget" and judge is not None:
+                per_example[name]["Q_A_gibberish"] = judge(own)
     if membership and "holdout" in sets:
         for name in ("forget", "holdout"):
             per_example[name] |= membership_scores(
@@ -217,7 +221,7 @@ def summarize(
 
 def _set_metrics(name: str, values: Mapping[str, Sequence[float]], sample: Sample) -> dict[str, Any]:
     """Probability, ROUGE-L recall and truth ratio of one set, as far as their values were measured."""
-    means = (_probability(name), "Q_A_ROUGE", "Q_A_PARA_Prob", "Q_A_PARA_ROUGE", "Q_A_WORST_ROUGE")
+    means = (_probability(name), "Q_A_ROUGE", "Q_A_PARA_Prob", "Q_A_PARA_ROUGE", "Q_A_WORST_ROUGE", "Q_A_gibberish")
     result = {metric: sample.mean(name, values[metric]) for metric in means if metric in values}
     if "Truth_Ratio" in values:
         ratios, mean = np.array(values["Truth_Ratio"]), partial(sample.mean, name)

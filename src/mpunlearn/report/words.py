@@ -61,6 +61,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "forget_Q_A_WORST_ROUGE": Meaning("Forget: ROUGE-L, highest over several prompts", LIKE_RETRAINED),
     "forget_Truth_Ratio_prob_mean": Meaning("Forget: share of the right among right and wrong answers", LIKE_RETRAINED),
     "retain_Q_A_PARA_Prob": Meaning("Retain: probability of the paraphrased answers", HIGH),
+    "forget_Q_A_gibberish": Meaning("Forget: probability that answers are fluent", HIGH),
     **{f"leak@{1 << n}": Meaning(f"Forget: one of {1 << n} sampled answers leaks", LIKE_RETRAINED) for n in range(9)},
     "UDS": Meaning("Unlearning depth: how much is gone from the hidden states", HIGH),
     "memorization_score": Meaning("Score: memorization", HIGH),
