@@ -19,12 +19,16 @@ from typing import Any, Literal
 from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation import durability, muse, tofu
 from mpunlearn.evaluation.definitions import DEFINITIONS, Name
+from mpunlearn.evaluation.depth import likelihood_drops
+from mpunlearn.evaluation.fluency import fluency_judge
 from mpunlearn.evaluation.general import general_ability
+from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
-from mpunlearn.evaluation.robustness import quantized, relearning
+from mpunlearn.evaluation.robustness import curves
 from mpunlearn.evaluation.sets import Questions, read_sets
+from mpunlearn.evaluation.worst_case import worst_case
 from mpunlearn.lm.model import load, load_model, model_device
 from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 
@@ -61,14 +65,34 @@ class Settings:
     """System message before every question."""
     template_kwargs: TemplateKwargs | None = None
     """Values for the chat template."""
+    depth: bool = False
+    """Whether hidden states are patched into the original model, for UDS."""
+    fluency_model: str | None = None
+    """Folder with a classifier of gibberish."""
+    worst_case: bool = False
+    """Whether forget questions are asked in several ways."""
+    samples: int = 0
+    """Samples per question, for leak@k."""
+    temperature: float = 1.0
+    """Temperature of these samples."""
+    top_p: float = 1.0
+    """Total probability of the tokens that are sampled."""
+    leak_threshold: float = 0.5
+    """ROUGE-L recall from which a sample leaks."""
 
     @property
     def chat(self) -> Data:
         """How questions are formatted."""
         return Data(system_prompt=self.system_prompt, template_kwargs=self.template_kwargs)
 
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are sampled."""
+        return Sampling(self.samples, self.temperature, self.top_p, self.leak_threshold)
+
     def __post_init__(self) -> None:
         schema.check_options(self)
+        _ = self.sampling  # checks its options
         if self.max_new_tokens < 1:
             raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
         if self.relearn_rate <= 0:
@@ -80,7 +104,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where models are measured. It changes the results only by rounding, so measurements from the cache ignore it.
+    """Where models are measured. It changes the results only by rounding and other draws of samples, so the cache ignores it.
 
     Raises:
         PlanError: the device is not available, or the batch size is below 1.
@@ -133,7 +157,7 @@ class Measurement:
     """Curve → point → number."""
     general: dict[str, Any]
     """lm-eval's metrics by name."""
-    format: int = 2
+    format: int = 3
 
     def __post_init__(self) -> None:
         lists = [values for metrics in self.per_example.values() for values in metrics.values()]
@@ -166,6 +190,10 @@ def read_benchmark(
         "--holdout": holdout is not None,
         "--system-prompt": settings.system_prompt is not None,
         "--template-kwargs": bool(settings.template_kwargs),
+        "--depth": settings.depth,
+        "--samples": settings.samples > 0,
+        "--worst-case": settings.worst_case,
+        "--fluency-model": settings.fluency_model is not None,
     }
     for option, given in unavailable.items():
         if given:
@@ -177,7 +205,12 @@ def benchmark_digest(benchmark: Benchmark) -> str:
     """SHA-256 (hex) of a benchmark's examples, in order."""
     if isinstance(benchmark, MuseSets):
         return _digest(asdict(benchmark))
-    return _digest({name: asdict(questions) for name, questions in benchmark.items()})
+    sets = {name: asdict(questions) for name, questions in benchmark.items()}
+    for questions in sets.values():
+        for name in ("entities", "rewordings"):
+            if not questions[name]:
+                del questions[name]  # older versions did not know them
+    return _digest(sets)
 
 
 def versions() -> dict[str, str]:
@@ -192,6 +225,7 @@ def measured(
     cache: Path,
     reference: Subject | None = None,
     machine: Machine | None = None,
+    original: Subject | None = None,
 ) -> Measurement:
     """The measurement of a model, taken from the cache or made now.
 
@@ -202,6 +236,7 @@ def measured(
         cache: the cache folder.
         reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
         machine: device and batch size.
+        original: the model before unlearning, for UDS.
 
     Raises:
         UnloadableError: a model or its tokenizer cannot be loaded.
@@ -211,8 +246,10 @@ def measured(
     """
     if isinstance(benchmark, MuseSets) or "holdout" not in benchmark:
         reference = None
-    models = [subject.digest, None if reference is None else reference.digest]
-    key = [Measurement.format, *models, benchmark_digest(benchmark), asdict(settings), versions()]
+    original = original if settings.depth else None
+    models = [subject.digest, *(None if model is None else model.digest for model in (reference, original))]
+    judge = None if settings.fluency_model is None else checkpoint_digest(settings.fluency_model)
+    key = [Measurement.format, *models, judge, benchmark_digest(benchmark), asdict(settings), versions()]
     file = cache / f"{_digest(key)}.json"
     if (cached := _read(file)) is not None:
         return cached
@@ -222,30 +259,18 @@ def measured(
         raise FileError(
             f"--cache {cache}: cannot be created: {error.strerror}; fix the cause, or name another folder"
         ) from error
-    measurement = _measure(subject, benchmark, settings, reference, machine or Machine())
+    measurement = _measure(subject, benchmark, settings, reference, original, machine or Machine())
     schema.write(file, measurement, 0o666)
     return measurement
 
 
-def summarize(
-    benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None, settings: Settings
-) -> dict[str, float]:
-    """The metrics of a model, by name.
-
-    Args:
-        benchmark: what the model was measured on.
-        measurement: the model's measurement.
-        retrained: the measurement of the model that never saw the forget set; forget quality and PrivLeak need it.
-        settings: how both were measured.
-    """
-    of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
-    other = None if retrained is None else retrained.per_example
-    definitions = DEFINITIONS[settings.definitions]
-    return {**of_benchmark(measurement.per_example, other, definitions), **measurement.general}
-
-
 def _measure(
-    subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None, machine: Machine
+    subject: Subject,
+    benchmark: Benchmark,
+    settings: Settings,
+    reference: Subject | None,
+    original: Subject | None,
+    machine: Machine,
 ) -> Measurement:
     tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
     definitions = DEFINITIONS[settings.definitions]
@@ -255,47 +280,34 @@ def _measure(
     model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
         return Measurement(muse.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
-    other = None
-    if reference is not None:  # a model that is compared with itself is loaded only once
-        other = model if reference.digest == subject.digest else load_model(reference.path, device, dtype)
+
+    def loaded(other: Subject) -> Any:  # a model that is compared with itself is loaded only once
+        return model if other.digest == subject.digest else load_model(other.path, device, dtype)
+
+    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": settings.chat}
+    answering: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **how}
+    forget, drops = benchmark["forget"], []
+    if original is not None:  # first, since three models may not fit together
+        drops = likelihood_drops(loaded(original), model, tokenizer, forget, **how).T.tolist()
     per_example = tofu.measure(
         model,
         tokenizer,
         benchmark,
-        max_new_tokens=settings.max_new_tokens,
-        reference=other,
-        batch_size=batch_size,
-        definitions=definitions,
-        data=settings.chat,
+        reference=None if reference is None else loaded(reference),
+        judge=None if settings.fluency_model is None else fluency_judge(Path(settings.fluency_model), device),
+        **answering,
     )
-    curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
-    return Measurement(per_example, curves, general)
-
-
-def _curves(
-    model: Any,
-    tokenizer: Any,
-    sets: Mapping[str, Questions],
-    settings: Settings,
-    per_example: tofu.PerExample,
-    batch_size: int | None,
-) -> dict[str, dict[str, float]]:
-    """The curves of `robustness`, by title."""
-    definitions = DEFINITIONS[settings.definitions]
-    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": settings.chat}
-    curves = {
-        "forget_Q_A_Prob by relearning steps": relearning(
-            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, **how
-        )
-    }
-    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
-    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=settings.max_new_tokens, **how)
-    full_precision = tofu.summarize(per_example, definitions=definitions)
-    for metric in ("forget_Q_A_Prob", "model_utility"):
-        if metric in full_precision:
-            points = {bits: values[metric] for bits, values in rounded.items()}
-            curves[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
-    return curves
+    per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
+    if settings.samples:
+        per_example["forget"] |= measure_leaks(model, tokenizer, forget, settings.sampling, **answering)
+    if settings.worst_case:
+        per_example["forget"]["Q_A_WORST_ROUGE"] = worst_case(model, tokenizer, forget, **answering)
+    found: dict[str, dict[str, float]] = {}
+    if settings.robustness:
+        rate = settings.relearn_rate
+        found = curves(model, tokenizer, benchmark, per_example, learning_rate=rate, **answering)
+        found |= durability.curves(model, tokenizer, forget, **how)
+    return Measurement(per_example, found, general)
 
 
 def _read(file: Path) -> Measurement | None:

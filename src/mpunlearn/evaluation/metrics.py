@@ -21,6 +21,10 @@ Scores = np.ndarray
 """One number per example, shape (N,), float64."""
 
 
+def _mean(values: Scores) -> float:
+    return float(np.mean(values))
+
+
 def normalized_probability(correct: Probe, wrong: Sequence[Probe], definitions: Definitions = OPENUNLEARNING) -> float:
     """`Q_A_Prob_normalised`: p_correct / (p_correct + Σ p_wrong) of one question (TOFU, arXiv 2401.06121, section 2.2).
 
@@ -38,14 +42,25 @@ def truth_ratio(correct: Probe, wrong: Sequence[Probe], definitions: Definitions
     return float(np.exp(correct.loss - of_wrong))
 
 
-def truth_ratio_forget(ratios: Scores, definitions: Definitions = OPENUNLEARNING) -> float:
+def truth_ratio_forget(
+    ratios: Scores, mean: Callable[[Scores], Any] = _mean, definitions: Definitions = OPENUNLEARNING
+) -> Any:
     """`forget_Truth_Ratio`: mean of min(r, 1/r), which is 1 if correct and wrong answers are equally likely."""
-    return float(np.mean(np.minimum(ratios, 1 / np.maximum(ratios + definitions.epsilon, 1e-300))))
+    return mean(np.minimum(ratios, 1 / np.maximum(ratios + definitions.epsilon, 1e-300)))
 
 
-def truth_ratio_retain(ratios: Scores) -> float:
+def truth_ratio_retain(ratios: Scores, mean: Callable[[Scores], Any] = _mean) -> Any:
     """`Truth_Ratio` of the other sets: mean of max(0, 1 - r), which is 1 if only the correct answers are likely."""
-    return float(np.mean(np.maximum(0, 1 - ratios)))
+    return mean(np.maximum(0, 1 - ratios))
+
+
+def truth_ratio_prob_mean(ratios: Scores, mean: Callable[[Scores], Any] = _mean) -> Any:
+    """`forget_Truth_Ratio_prob_mean`: mean of p / (p + p') = 1 / (1 + r), which is 1 if only the correct answers are likely.
+
+    p' is the geometric mean over the wrong answers. This is the truth ratio of OpenUnlearning's meta-evaluation (its
+    aggregator prob_mean).
+    """
+    return mean(1 / (1 + ratios))
 
 
 def forget_quality(ratios: Scores, retrained: Scores) -> float:
@@ -60,12 +75,20 @@ def forget_quality(ratios: Scores, retrained: Scores) -> float:
     return float(stats.ks_2samp(ratios, retrained).pvalue)
 
 
-def model_utility(values: Sequence[float]) -> float:
+def harmonic_mean(values: Sequence[Any]) -> Any:
+    """The harmonic mean of numbers, or elementwise of arrays of one shape. It is 0 where any of the values is 0 or below."""
+    stacked = np.stack(np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in values)))
+    positive, undefined = (stacked > 0).all(axis=0), np.isnan(stacked).any(axis=0)
+    mean = len(values) / (1 / np.where(positive, stacked, 1)).sum(axis=0)
+    return np.where(undefined, np.nan, np.where(positive, mean, 0.0))[()]
+
+
+def model_utility(values: Sequence[Any]) -> Any:
     """`model_utility`: harmonic mean of probability, ROUGE-L recall and truth ratio of the utility sets.
 
     It is 0 if any of them is 0.
     """
-    return 0.0 if any(value <= 0 for value in values) else len(values) / sum(1 / value for value in values)
+    return harmonic_mean(values)
 
 
 def exact_memorization(answer: Probe, definitions: Definitions = OPENUNLEARNING) -> float:
@@ -150,14 +173,14 @@ def auc(forget: Scores, holdout: Scores) -> float:
     return roc.auc(holdout, forget)
 
 
-def privleak(model_auc: float, retrained_auc: float, definitions: Definitions = OPENUNLEARNING) -> float:
+def privleak(model_auc: Any, retrained_auc: Any, definitions: Definitions = OPENUNLEARNING) -> Any:
     """`privleak`: 100 · ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) (MUSE, arXiv 2407.06460, section 3.1).
 
     If the retrained model's AUC is 1, the quotient is undefined: NaN in the strict definition. In OpenUnlearning's, it is
     0 if the model's AUC is 1, too, and otherwise of the order of 1e12.
     """
-    rest = 1 - retrained_auc + definitions.epsilon
-    return float("nan") if rest == 0 else 100 * (retrained_auc - model_auc) / rest
+    rest = 1 - np.asarray(retrained_auc, dtype=np.float64) + definitions.epsilon
+    return (100 * (retrained_auc - model_auc) / np.where(rest == 0, np.nan, rest))[()]
 
 
 def rouge_l(reference: str, text: str) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Sequences are sorted by length and batched by their number of tokens. Not covere
 (`tofu.gradnorm_score`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from mpunlearn.progress import progress
 
 BATCH_TOKENS = 8192
 """Maximum number of tokens in a batch, padding included; a longer sequence is a batch of its own."""
+
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1}
+"""The most likely token at each step."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def probe(
     """
     model.eval()
     probes: list[Probe | None] = [None] * len(examples)
-    for indices in progress(_batches([len(example.input_ids) for example in examples], batch_size), "likelihoods"):
+    for indices in progress(batches_of([len(example.input_ids) for example in examples], batch_size), "likelihoods"):
         batch = batch_of([examples[i] for i in indices], tokenizer, mask_pad)
         output = forward(model, {key: tensor.to(model.device) for key, tensor in batch.items()})
         targets = output["targets"]
@@ -102,13 +105,24 @@ def generate(
     max_new_tokens: int,
     batch_size: int | None = None,
     mask_pad: bool = False,
+    decoding: Mapping[str, Any] = GREEDY,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, as text without special tokens, in the order of the prompts."""
+    """Continuations of tokenized prompts, as text without special tokens, in the order of the prompts.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        max_new_tokens: maximum length of a continuation, in tokens.
+        batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        mask_pad: whether attention is masked wherever the padding token stands, also within a prompt.
+        decoding: how tokens are chosen, as options of transformers' `generate`.
+    """
     model.eval()
     texts = [""] * len(prompts)
     pad, mask_pad = pad_id(tokenizer), mask_pad and _has_pad(tokenizer)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    for indices in progress(_batches(lengths, batch_size), "generating answers"):
+    for indices in progress(batches_of(lengths, batch_size), "generating answers"):
         longest = max(len(prompts[i]) for i in indices)
         rows = [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices]
         seen = [[int(not mask_pad or token != pad) for token in prompts[i]] for i in indices]
@@ -117,8 +131,7 @@ def generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
+            **decoding,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -134,7 +147,7 @@ def prompt_of(example: Example) -> list[int]:
     return example.input_ids[:first]
 
 
-def _batches(lengths: Sequence[int], size: int | None) -> list[list[int]]:
+def batches_of(lengths: Sequence[int], size: int | None) -> list[list[int]]:
     """Groups indices into batches of similar length, each with at most `BATCH_TOKENS` tokens or a single sequence."""
     size = len(lengths) if size is None else size
     batches: list[list[int]] = []

@@ -21,7 +21,7 @@ from mpunlearn.errors import DataError
 from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
 from mpunlearn.evaluation.probe import batch_of, probe
 from mpunlearn.evaluation.sets import Questions
-from mpunlearn.evaluation.tofu import measure, summarize
+from mpunlearn.evaluation.tofu import PerExample, measure, summarize
 from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward
@@ -31,6 +31,44 @@ RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
 """Relearning is measured after these numbers of optimizer steps."""
 BITS = (8, 4)
 """Weights are rounded to these numbers of bits."""
+
+
+def curves(
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Questions],
+    per_example: PerExample,
+    *,
+    learning_rate: float = 1e-4,
+    max_new_tokens: int = 200,
+    batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
+) -> dict[str, dict[str, float]]:
+    """All curves, by title.
+
+    Args:
+        model: the model, which is not modified.
+        tokenizer: its tokenizer.
+        sets: the question sets by name; the holdout set is left out.
+        per_example: what `tofu.measure` returned for the model.
+        learning_rate: learning rate of relearning.
+        max_new_tokens: maximum length of generated answers, in tokens.
+        batch_size: maximum number of sequences in a batch of the measurements.
+        definitions: which definitions of the metrics.
+        data: the system prompt and the values for the chat template.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": data}
+    relearned = relearning(model, tokenizer, sets["forget"], learning_rate=learning_rate, **how)
+    found = {"forget_Q_A_Prob by relearning steps": relearned}
+    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
+    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=max_new_tokens, **how)
+    full_precision = summarize(per_example, definitions=definitions)
+    for metric in ("forget_Q_A_Prob", "model_utility"):
+        if metric in full_precision:
+            points = {bits: values[metric] for bits, values in rounded.items()}
+            found[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
+    return found
 
 
 def relearning(

@@ -7,7 +7,7 @@ other columns (see `muse`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Questions:
     """The correct answers that the truth ratio uses."""
     wrong: list[list[str]]
     """The wrong answers to each question."""
+    entities: list[str] = field(default_factory=list)
+    """The fact in each answer, such as a name, empty where it is not known. An empty list if no row has one."""
+    rewordings: list[str] = field(default_factory=list)
+    """Each question in other words, likewise."""
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -128,10 +132,14 @@ def read_sets(
 
 
 def _read(source: Source, name: str, data: Data) -> Questions:
-    """Reads one set. The holdout set needs no paraphrases or wrong answers."""
+    """Reads one set. The holdout set needs no paraphrases or wrong answers; entity and paraphrased_question are
+    optional everywhere.
+    """
     correct = "answer" if name in OPTION_SETS else "paraphrased_answer"
     required = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
     result = Questions([], [], [], [])
+    entities: list[str] = []
+    rewordings: list[str] = []
     for where, row in read_rows(source, data, "forget" if isinstance(source, str) else name):
         for column in required:
             value, expected = row.get(column), "a list of texts" if column == "perturbed_answer" else "text"
@@ -142,6 +150,12 @@ def _read(source: Source, name: str, data: Data) -> Questions:
         result.answers.append(row["answer"])
         result.paraphrases.append(str(row.get(correct, row["answer"])))
         result.wrong.append(row.get("perturbed_answer") or [])
+        for column, texts in {"entity": entities, "paraphrased_question": rewordings}.items():
+            texts.append(row[column] if isinstance(row.get(column), str) else "")
     if not result:
         raise DataError(f"{source if isinstance(source, str) else f'the {name} examples'}: contains no questions")
-    return result
+    return replace(
+        result,
+        entities=entities if any(entities) else [],
+        rewordings=rewordings if any(rewordings) else [],
+    )
