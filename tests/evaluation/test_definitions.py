@@ -13,11 +13,11 @@ import torch
 
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import DataError, PlanError
-from mpunlearn.evaluation import measurement, metrics, muse, tofu
+from mpunlearn.evaluation import depth, durability, leakage, measurement, metrics, muse, tofu, worst_case
 from mpunlearn.evaluation.definitions import DEFINITIONS, OPENUNLEARNING, STRICT
 from mpunlearn.evaluation.evaluate import evaluate
 from mpunlearn.evaluation.muse import MuseSets
-from mpunlearn.evaluation.probe import Probe
+from mpunlearn.evaluation.probe import Probe, probe
 from mpunlearn.evaluation.prompts import asked
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.lm.examples import IGNORED, Example
@@ -212,6 +212,46 @@ def test_the_prompt_of_knowledge_memorization(loaded: tuple[Any, Any], monkeypat
     for name, counted in (("openunlearning", own[:-1]), ("strict", own)):
         lowest = sorted(counted)[: max(1, int(0.4 * len(counted)))]
         assert values[name]["forget"]["mia_min_k"][0] == pytest.approx(-np.mean(lowest), rel=1e-4)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_further_measurements_have_the_same_prompts(
+    loaded: tuple[Any, Any], template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled answers, the worst case, hidden states and relearning see what the other metrics see."""
+    model, tokenizer = loaded
+    tokenizer.chat_template = template
+    rows = generate_rows(0, Recipe())["forget"][:2]
+    answers = [row["answer"] for row in rows]
+    forget = Questions([row["question"] for row in rows], answers, answers, [[]] * 2)
+    seen: list[tuple[list[list[int]], bool]] = []
+
+    def noted(_: Any, __: Any, prompts: list[list[int]], ___: int, ____: Any, mask_pad: bool, *_____: Any) -> list[str]:
+        seen.append((prompts, mask_pad))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(leakage, "generate", noted)
+    monkeypatch.setattr(worst_case, "generate", noted)
+    data = Data(system_prompt="Be brief.")
+    differing = []
+    for definitions in DEFINITIONS.values():
+        encoded = forget.encoded(tokenizer, definitions, data)
+        how: dict[str, Any] = {"definitions": definitions, "data": data}
+        leakage.measure_leaks(model, tokenizer, forget, leakage.Sampling(1), 1, **how)
+        worst_case.worst_case(model, tokenizer, forget, 1, **how)
+        (sampled, first_mask), (several, second_mask) = seen[-2:]
+        assert first_mask == second_mask == definitions.mask_pad
+        count = 1 + len(worst_case.BEGINNINGS)
+        assert sampled == several[::count] == encoded.prompts
+        assert "  Sure" not in tokenizer.decode(several[1])
+        labeled = depth.entities(forget, tokenizer, **how)
+        assert [example.input_ids for example in labeled] == [example.input_ids for example in encoded.answers]
+        before = durability.curves(model, tokenizer, forget, **how)[durability.RELEARNED]["0"]
+        probes = probe(model, tokenizer, encoded.answers, mask_pad=definitions.mask_pad)
+        assert before == pytest.approx(np.mean([answer.probability for answer in probes]))
+        differing.append((before, depth.likelihood_drops(model, model, tokenizer, forget, **how).max()))
+    assert differing[0][0] != pytest.approx(differing[1][0], rel=1e-4)  # a control: the definitions differ
+    assert differing[0][1] == differing[1][1] == 0  # a model that is patched with its own states stays the same
 
 
 def test_a_result_says_its_definitions_and_the_cache_keeps_them_apart(
