@@ -221,3 +221,23 @@ def test_every_preset_names_options() -> None:
 
     names = {option.name for option in options_of(VERBS["run"].function("run"))}
     assert all(set(values) <= names for values in PRESETS.values())
+
+
+def test_values_for_the_chat_template_are_given_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = ("--template-kwargs", "date_string=10 Apr 2025", "--template-kwargs=enable_thinking=false")
+    values = {"date_string": "10 Apr 2025", "enable_thinking": False}
+    assert given("unlearn", *pairs, "--system-prompt", "Be kind.")["data"].template_kwargs == values
+    assert given("evaluate", *pairs)["template_kwargs"] == values
+    assert given("unlearn")["data"].template_kwargs is None
+    assert parse("mpunlearn evaluate", VERBS["evaluate"].function("evaluate"), ["m", *pairs, "--print-config"]) is None
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["template_kwargs"] == values
+    file = tmp_path / "options.yaml"
+    for text in (printed, "template-kwargs: [date_string=10 Apr 2025, enable_thinking=false]"):
+        file.write_text(text)
+        assert given("evaluate", "--config", str(file))["template_kwargs"] == values
+    with pytest.raises(ParseError, match="--template-kwargs: expected KEY=VALUE, such as date_string=today, found 'x'"):
+        given("evaluate", "--template-kwargs", "x")
+    file.write_text("template-kwargs: 10 Apr 2025")
+    with pytest.raises(ParseError, match="--template-kwargs: expected"):
+        given("evaluate", "--config", str(file))

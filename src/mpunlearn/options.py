@@ -10,6 +10,7 @@ preset.
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,11 @@ class Option:
         """The option as written on the command line."""
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it is given as KEY=VALUE, any number of times."""
+        return any(get_origin(member) is Mapping for member in _members(self.hint))
+
 
 def options_of(function: Callable[..., Any]) -> list[Option]:
     """All options of a command, in the order of the help text."""
@@ -166,7 +172,9 @@ def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tupl
     except cyclopts.CycloptsError as error:
         raise ParseError(_message(error, options, prog)) from None
     bound.apply_defaults()
-    given = dict(bound.arguments)
+    given = {
+        name: _pairs(options[name], value) if options[name].pairs else value for name, value in bound.arguments.items()
+    }
     if only_print:
         _print_config(given)
         return None
@@ -223,6 +231,8 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
         if get_args(hint) == (str,):
             return list[str], {"metavar": "TEXT", "negative": ()}
         return list[Path], {"metavar": "PATH ...", "negative": (), "consume_multiple": not option.positional}
+    if option.pairs:
+        return list[str] | None, {"metavar": "KEY=VALUE", "negative": ()}
     if any(get_origin(member) is tuple for member in members):
         return hint, {"n_tokens": 1, "converter": _numbers, "metavar": "NUMBER,NUMBER,...", "negative": ()}
     if bool in members:
@@ -243,6 +253,25 @@ def _members(hint: Any) -> list[Any]:
 def _numbers(kind: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
     """Parses comma-separated numbers."""
     return tuple(float(number) for number in tokens[0].value.split(","))
+
+
+def _pairs(option: Option, given: Any) -> Any:
+    """A mapping from texts such as date_string=today, in which true, false and numbers are what JSON says.
+
+    Raises:
+        ParseError: a text has no equals sign.
+    """
+    if not isinstance(given, list):
+        return given
+    values: dict[str, Any] = {}
+    for text in map(str, given):
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ParseError(f"{option.flag}: expected KEY=VALUE, such as date_string=today, found {text!r:.60}")
+        values[key] = value
+        with suppress(ValueError):
+            values[key] = found if isinstance(found := json.loads(value), bool | int | float) else value
+    return values
 
 
 def _configured(arguments: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
@@ -306,6 +335,8 @@ def _from_yaml(option: Option, value: Any, path: Path) -> Any:
         return [str(item) if get_args(option.hint) == (str,) else Path(str(item)) for item in value]
     if any(get_origin(member) is tuple for member in members) and isinstance(value, str):
         value = value.split(",")
+    if option.pairs:
+        value = _pairs(option, value)
     try:
         if float in members and isinstance(value, str):
             with suppress(ValueError):

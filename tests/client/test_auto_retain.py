@@ -166,6 +166,6 @@ def test_a_run_draws_once_and_pins_how(save_tiny, tmp_path: Path, examples) -> N
 
 def test_questions_and_answers_are_cut_where_the_template_ends_them(save_tiny) -> None:
     _, tokenizer = load(save_tiny(), "cpu")
-    prompt, ends = auto_retain._question_prompt(tokenizer) or ([], set())
+    prompt, ends = auto_retain._question_prompt(tokenizer, Data()) or ([], set())
     assert tokenizer.decode(prompt) == "<|user|>"
     assert {tokenizer.convert_ids_to_tokens(end) for end in ends} == {"<|assistant|>", "<|end|>"}

@@ -8,7 +8,8 @@ import pytest
 from mpunlearn.cli import main
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.evaluation.ask import Answered, Answers, ask
-from mpunlearn.evaluation.probe import generate, prompt_of
+from mpunlearn.evaluation.definitions import DEFINITIONS, Name
+from mpunlearn.evaluation.probe import generate
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.lm.model import load
 
@@ -24,22 +25,23 @@ def questions(tmp_path: Path) -> tuple[Path, list[str], list[str]]:
     return path, asked, expected
 
 
+@pytest.mark.parametrize("definitions", DEFINITIONS)
 @pytest.mark.parametrize("template", [True, False])
-def test_the_prompts_are_those_of_the_evaluation(save_tiny, questions, template: bool) -> None:
+def test_the_prompts_are_those_of_the_evaluation(save_tiny, questions, template: bool, definitions: Name) -> None:
     path, asked, expected = questions
     models = [save_tiny("one"), save_tiny("two", "qwen3")]
     if not template:
         for model in models:
             (model / "chat_template.jinja").unlink()
-    answers = ask(models, questions=path, max_new_tokens=8)
+    answers = ask(models, questions=path, max_new_tokens=8, definitions=definitions)
     assert [(row.question, row.expected) for row in answers.rows] == list(zip(asked, expected, strict=True))
     for number, model in enumerate(models):
         loaded, tokenizer = load(model)
-        encoded = Questions(asked, expected, expected, [[], [], []]).encoded(tokenizer).answers
-        texts = generate(loaded, tokenizer, [prompt_of(example) for example in encoded], 8)
+        encoded = Questions(asked, expected, expected, [[], [], []]).encoded(tokenizer, DEFINITIONS[definitions])
+        texts = generate(loaded, tokenizer, encoded.prompts, 8)
         assert [row.answers[number] for row in answers.rows] == texts
     assert len({row.answers[0] for row in answers.rows}) > 1
-    alone = ask(models[:1], question=asked, max_new_tokens=8)
+    alone = ask(models[:1], question=asked, max_new_tokens=8, definitions=definitions)
     assert [row.answers for row in alone.rows] == [row.answers[:1] for row in answers.rows]
 
 

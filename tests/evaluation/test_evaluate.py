@@ -12,7 +12,8 @@ import torch
 
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import CheckpointError, DataError, FileError, PlanError
-from mpunlearn.evaluation import measurement, tofu
+from mpunlearn.evaluation import durability, measurement, tofu
+from mpunlearn.evaluation.composite import ATTACKS
 from mpunlearn.evaluation.evaluate import Evaluation, evaluate
 from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.muse import first_answer
@@ -75,9 +76,11 @@ def test_names_are_those_of_open_unlearning(save_tiny, folder: Path, tmp_path: P
         forget_Q_A_Prob forget_Q_A_ROUGE forget_Truth_Ratio retain_Q_A_Prob retain_Q_A_ROUGE retain_Truth_Ratio
         ra_Q_A_Prob_normalised ra_Q_A_ROUGE ra_Truth_Ratio wf_Q_A_Prob_normalised wf_Q_A_ROUGE wf_Truth_Ratio
         model_utility exact_memorization extraction_strength forget_quality mia_loss mia_zlib mia_min_k
-        mia_min_k_plus_plus mia_gradnorm mia_reference privleak
+        mia_min_k_plus_plus mia_gradnorm mia_reference privleak forget_Q_A_PARA_Prob forget_Q_A_PARA_ROUGE
+        retain_Q_A_PARA_Prob
     """
-    assert set(evaluation.metrics) == set(expected.split())
+    ours = "forget_Truth_Ratio_prob_mean memorization_score privacy_score"  # OpenUnlearning has no names for these
+    assert set(evaluation.metrics) == {*expected.split(), *ours.split()}
     utility = {"retain": 0.8, "real_authors": 0.4, "world_facts": 0.2}
     values = {s: {"Q_A_Prob_normalised" if s in OPTION_SETS else "Q_A_Prob": [p]} for s, p in utility.items()}
     forget = {"Q_A_Prob": [1e-3], "exact_memorization": [0.0], "extraction_strength": [0.0]}
@@ -124,6 +127,8 @@ def test_what_was_evaluated_is_not_evaluated_again(save_tiny, folder: Path, tmp_
         {"max_new_tokens": 5},
         {"holdout": str(folder / "retain.jsonl")},
         {"robustness": True},
+        {"samples": 1},
+        {"worst_case": True},
         {"tasks_folder": tmp_path},
     ):
         with pytest.raises(AssertionError, match="loaded again"):
@@ -140,7 +145,7 @@ def test_what_was_evaluated_is_not_evaluated_again(save_tiny, folder: Path, tmp_
     [
         lambda text: text[: len(text) // 2],
         lambda text: json.dumps({**json.loads(text), "format": 1}),
-        lambda text: json.dumps({**json.loads(text), "format": 3}),
+        lambda text: json.dumps({**json.loads(text), "format": 4}),
         lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "format"}),
         lambda text: json.dumps({**json.loads(text), "per_example": {"forget": {"Q_A_Prob": ["high"]}}}),
         lambda text: json.dumps({**json.loads(text), "per_example": []}),
@@ -200,6 +205,7 @@ def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path,
         path, benchmark=str(folder), robustness=True, max_new_tokens=4, cache=tmp_path / "cache", out=out
     )
     curves = {"forget_Q_A_Prob by relearning steps", "forget_Q_A_Prob by bits", "model_utility by bits"}
+    curves |= {durability.RELEARNED, durability.QUANTIZED}
     assert set(json.loads(out.read_text())["robustness"]) == set(evaluation.robustness) == curves
     assert evaluation.robustness["forget_Q_A_Prob by bits"]["model"] == {
         "float32": evaluation.metrics["forget_Q_A_Prob"],
@@ -248,8 +254,9 @@ def test_muse_is_measured_from_a_mirror(save_tiny, tmp_path: Path, monkeypatch) 
         "forget_verbmem_ROUGE",
         "forget_knowmem_ROUGE",
         "retain_knowmem_ROUGE",
-        "mia_min_k",
+        *ATTACKS,
         "privleak",
+        "privacy_score",
     }
     assert evaluation.metrics["privleak"] == pytest.approx(0)
     model, tokenizer = load(path)
@@ -280,7 +287,12 @@ def test_what_is_not_a_benchmark_is_refused(save_tiny, folder: Path, tmp_path: P
         evaluate(path, benchmark=str(folder), max_new_tokens=0)
     with pytest.raises(PlanError, match="--relearn-rate"):
         evaluate(path, benchmark=str(folder), relearn_rate=-1.0)
-    for option in ({"robustness": True}, {"holdout": str(folder / "holdout.jsonl")}):
+    for option in (
+        {"robustness": True},
+        {"holdout": str(folder / "holdout.jsonl")},
+        {"samples": 1},
+        {"worst_case": True},
+    ):
         with pytest.raises(PlanError, match="not available for muse/news"):
             evaluate(path, benchmark="muse/news", **option)
     rows = (folder / "retain.jsonl").read_text()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpunlearn.evaluation import metrics
+from mpunlearn.evaluation.definitions import STRICT
 from mpunlearn.evaluation.probe import Probe
 
 
@@ -29,6 +30,7 @@ def test_probability_among_options() -> None:
     assert metrics.normalized_probability(correct, wrong) == pytest.approx(0.25 / (0.25 + 0.5 + 0.25))
     hopeless = Probe(np.array([-1e6]), np.array([False]), np.zeros(1), np.ones(1), False)
     assert metrics.normalized_probability(hopeless, [hopeless]) == 0
+    assert metrics.normalized_probability(hopeless, [hopeless], STRICT) == 0
 
 
 def test_truth_ratio_averages_losses_not_probabilities() -> None:
@@ -93,8 +95,8 @@ def test_forget_quality_is_the_kolmogorov_smirnov_test(values: list[int]) -> Non
 )
 def test_memorization(matches: list[bool], ends: bool, exact: float, strength: float) -> None:
     answer = probe_of([0.5] * len(matches), matches, ends)
-    assert metrics.exact_memorization(answer) == pytest.approx(exact)
-    assert metrics.extraction_strength(answer) == pytest.approx(strength)
+    assert metrics.exact_memorization(answer, STRICT) == pytest.approx(exact)
+    assert metrics.extraction_strength(answer, STRICT) == pytest.approx(strength)
 
 
 def test_membership_scores_by_hand() -> None:
@@ -102,10 +104,11 @@ def test_membership_scores_by_hand() -> None:
     assert metrics.loss_score(answer) == pytest.approx(6 * math.log(2) / 5)
     assert metrics.zlib_score(answer, "abc") == pytest.approx(6 * math.log(2) / 5 / len(zlib.compress(b"abc")))
     assert metrics.reference_score(answer, probe_of([0.5])) == pytest.approx(math.log(2) / 5)
-    assert metrics.min_k_score(answer) == pytest.approx(2.5 * math.log(2))  # the lowest two of five
-    assert metrics.min_k_score(answer, 0.01) == pytest.approx(3 * math.log(2))  # at least one
+    assert metrics.min_k_score(answer, definitions=STRICT) == pytest.approx(2.5 * math.log(2))  # the lowest two of five
+    assert metrics.min_k_score(answer, 0.01, STRICT) == pytest.approx(3 * math.log(2))  # at least one
     spread = Probe(np.array([-1.0, -2.0]), np.array([True, True]), np.array([-3.0, -1.0]), np.array([2.0, 0.5]), False)
-    assert metrics.min_k_plus_plus_score(spread) == pytest.approx(2.0)  # (-1 + 3) / 2 = 1 and (-2 + 1) / 0.5 = -2
+    # (-1 + 3) / 2 = 1 and (-2 + 1) / 0.5 = -2
+    assert metrics.min_k_plus_plus_score(spread, definitions=STRICT) == pytest.approx(2.0)
 
 
 scores = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12)
@@ -121,7 +124,7 @@ def test_privleak() -> None:
     assert metrics.privleak(1.0, 0.5) == pytest.approx(-100)
     assert metrics.privleak(0.5, 0.5) == 0
     assert metrics.privleak(0.25, 0.5) == pytest.approx(50)
-    assert math.isnan(metrics.privleak(0.5, 1.0))
+    assert math.isnan(metrics.privleak(0.5, 1.0, STRICT))
 
 
 def test_rouge() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mpunlearn.evaluation import probe as probes
+from mpunlearn.evaluation.definitions import STRICT
 from mpunlearn.evaluation.probe import generate, probe, prompt_of
 from mpunlearn.evaluation.tofu import gradnorm_score
 from mpunlearn.lm.examples import IGNORED, Example
@@ -67,7 +68,7 @@ def test_generation_is_greedy_and_batches_do_not_matter(loaded, monkeypatch, tok
 def test_gradient_norms_are_means_over_parameters(loaded) -> None:
     model, tokenizer = loaded
     given = EXAMPLES[0]
-    score = gradnorm_score(model, tokenizer, given)
+    score = gradnorm_score(model, tokenizer, given, STRICT)
     labels = torch.tensor([given.labels])
     model(input_ids=torch.tensor([given.input_ids]), labels=labels).loss.backward()
     norms = [float(parameter.grad.norm()) for parameter in model.parameters()]

@@ -4,7 +4,8 @@ from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import CheckpointError, DataError
 from mpunlearn.lm.examples import IGNORED, Example, collate, encode, encode_alternates, prompt_and_answer
-from mpunlearn.lm.records import Record
+from mpunlearn.lm.records import Record, in_chat
+from mpunlearn.lm.sources import Data
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def test_only_the_answer_carries_loss(tokenizer, chat: bool) -> None:
     [example] = encode([Record(question, answer)], tokenizer, 64)
     learned = tokenizer.decode([label for label in example.labels if label != IGNORED])
     hidden = tokenizer.decode(example.input_ids[: example.labels.count(IGNORED)])
-    prompt, rest = prompt_and_answer(tokenizer, question, answer)
+    prompt, rest = prompt_and_answer(tokenizer, Record(question, answer))
     tokenizer.chat_template = template
     assert learned == rest
     assert learned.strip() == answer + "<|end|>"
@@ -54,8 +55,9 @@ def test_earlier_messages_stand_in_the_prompt(tokenizer) -> None:
     history = (("user", "Who is Ada?"), ("assistant", "An author."))
     for template in (tokenizer.chat_template, None):
         kept, tokenizer.chat_template = tokenizer.chat_template, template
-        prompt, answer = prompt_and_answer(tokenizer, "Where was she born?", "In Lyon.", history)
-        [example] = encode([Record("Where was she born?", "In Lyon.", history)], tokenizer, 64)
+        record = Record("Where was she born?", "In Lyon.", history)
+        prompt, answer = prompt_and_answer(tokenizer, record)
+        [example] = encode([record], tokenizer, 64)
         tokenizer.chat_template = kept
         assert all(text in prompt for text in ("Who is Ada?", "An author.", "Where was she born?"))
         assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == answer
@@ -98,3 +100,19 @@ def test_a_chat_that_the_template_refuses_is_an_error_of_the_data(tokenizer) -> 
             encode([record], tokenizer, 64)
     finally:
         tokenizer.chat_template = template
+
+
+def test_what_the_owner_of_the_data_says_stands_in_the_prompt(tokenizer) -> None:
+    data = Data(system_prompt="Be kind.", template_kwargs={"date_string": "10 Apr 2025"})
+    kept, template = tokenizer.chat_template, "{{ date_string }}|" + tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        [told] = encode([in_chat(Record("Where?", "Lyon."), data)], tokenizer, 64)
+        [untold] = encode([Record("Where?", "Lyon.")], tokenizer, 64)
+        [_, answer] = prompt_and_answer(tokenizer, Record("Where?", "Lyon."))
+    finally:
+        tokenizer.chat_template = kept
+    assert tokenizer.decode(told.input_ids).startswith("10 Apr 2025|<|system|>Be kind.<|user|>Where?")
+    assert tokenizer.decode(untold.input_ids).startswith("1 January 2025|<|user|>Where?")
+    for example in (told, untold):
+        assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == answer

@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import gzip
+import hashlib
 import inspect
 import io
 import json
@@ -382,3 +383,36 @@ def test_the_digest_is_of_the_examples_not_of_where_they_stood() -> None:
     assert records_digest(RECORDS) == records_digest([Record(r.question, r.answer, where="x") for r in RECORDS])
     assert records_digest(RECORDS) != records_digest(RECORDS[::-1])
     assert records_digest([Record("a", "b")]) != records_digest([Record("a", "b", alternates=("c",))])
+
+
+def test_the_owner_of_the_data_gives_the_system_prompt_and_the_values_of_the_template(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    own = [
+        {"role": "system", "content": "Own."},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in ({"question": "q", "answer": "a"}, {"messages": own})))
+    plain = read_records(file)
+    chats = read_records(
+        file, Data(system_prompt="Be kind.", template_kwargs={"date_string": "10 Apr 2025", "b": False})
+    )
+    values = (("b", False), ("date_string", "10 Apr 2025"))
+    assert [record.history for record in plain] == [(), (("system", "Own."),)]
+    assert [record.history for record in chats] == [(("system", "Be kind."),), (("system", "Own."),)]
+    assert [record.template for record in chats] == [values, values]
+    # Data without these options keep the digest that runs of older versions pinned.
+    before = [["q", "a", [], []], ["q", "a", [["system", "Own."]], []]]
+    assert records_digest(plain) == hashlib.sha256(json.dumps(before).encode()).hexdigest()
+    only = read_records(file, Data(template_kwargs={"b": False}))
+    assert len({records_digest(records) for records in (plain, chats, only)}) == 3
+    text = read_records([{"text": "A plain text."}], Data(system_prompt="Be kind."))
+    assert text == [Record(None, "A plain text.")]
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "no name"])
+def test_values_of_the_template_replace_nothing_else(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"--template-kwargs: expected the name of a value .*, found '{name}'"):
+        Data(template_kwargs={name: "x"})
+    with pytest.raises(PlanError, match="--system-prompt: expected text"):
+        Data(system_prompt=" ")

@@ -33,7 +33,7 @@ from mpunlearn.files import write_bytes
 from mpunlearn.lm.examples import IGNORED, encode, prompt_and_answer
 from mpunlearn.lm.model import load, pad_id
 from mpunlearn.lm.processes import processes
-from mpunlearn.lm.records import Record, read_records
+from mpunlearn.lm.records import Record, in_chat, read_records
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import Progress, say
 
@@ -100,7 +100,7 @@ class AutoRetain:
         """
         if file.is_file():
             say(f"retain set: read from {file}, where it was written before")
-            return read_records(file)
+            return read_records(file, self._chat)
         wanted = max(MIN_EXAMPLES, PER_FORGET * len(forget))
         known, left_out = _phrases(forget), 0
         chosen: dict[tuple[str | None, str], Record] = {}
@@ -128,7 +128,12 @@ class AutoRetain:
         say(
             f"retain set: {len(rows)} examples{short} from {origin}, written to {file}; {left_out} repeated the forget set"
         )
-        return read_records(file)
+        return read_records(file, self._chat)
+
+    @property
+    def _chat(self) -> Data:
+        """How chats are formatted, without the columns of the source."""
+        return Data(system_prompt=self.data.system_prompt, template_kwargs=self.data.template_kwargs)
 
     def _from_source(self) -> Iterator[Record]:
         records = read_records(self.source, self.data, "retain")
@@ -138,7 +143,7 @@ class AutoRetain:
     def _from_model(self, path: Path, wanted: int, device: str | None) -> Iterator[Record]:
         model, tokenizer = load(path, device)
         model.eval()
-        asks = _question_prompt(tokenizer)
+        asks = _question_prompt(tokenizer, self._chat)
         with Progress(wanted, "drawing a retain set") as task:
             for batch in range(0, ATTEMPTS * wanted, BATCH):
                 with torch.random.fork_rng():
@@ -154,7 +159,7 @@ class AutoRetain:
         """
         sampled = _generate(model, tokenizer, [prompt] * BATCH, QUESTION_TOKENS, ends, sample=True)
         questions = {tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens, ended in sampled if ended}
-        prompts = {question: _prompt(tokenizer, question) for question in sorted(questions - {""})}
+        prompts = {question: _prompt(tokenizer, question, self._chat) for question in sorted(questions - {""})}
         prompts = {question: ids for question, ids in prompts.items() if len(ids) < self.max_length}
         if not prompts:
             return []
@@ -164,18 +169,18 @@ class AutoRetain:
         return [Record(question, answer) for question, answer in answered.items() if answer]
 
 
-def _prompt(tokenizer: Any, question: str) -> list[int]:
+def _prompt(tokenizer: Any, question: str, chat: Data) -> list[int]:
     """The tokens before the answer to a question."""
-    (example,) = encode([Record(question, "answer")], tokenizer, 1 << 20)
+    (example,) = encode([in_chat(Record(question, "answer"), chat)], tokenizer, 1 << 20)
     return example.input_ids[: next(i for i, label in enumerate(example.labels) if label != IGNORED)]
 
 
-def _question_prompt(tokenizer: Any) -> tuple[list[int], set[int]] | None:
+def _question_prompt(tokenizer: Any, chat: Data) -> tuple[list[int], set[int]] | None:
     """The tokens before a user's message, and those that end it; None without a chat template."""
     if not tokenizer.chat_template:
         return None
     marker = "QUESTION"
-    before, found, after = prompt_and_answer(tokenizer, marker, "answer")[0].rpartition(marker)
+    before, found, after = prompt_and_answer(tokenizer, in_chat(Record(marker, "answer"), chat))[0].rpartition(marker)
     if not found or not before:
         return None
     ends = {*tokenizer.all_special_ids, *tokenizer(after, add_special_tokens=False)["input_ids"][:1]}

@@ -120,8 +120,10 @@ def pdu(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def rmu(hidden: torch.Tensor, targets: torch.Tensor, control: torch.Tensor, *, steering: float) -> torch.Tensor:
     """Mean squared distance of the hidden states from steering · control (Li et al., arXiv 2403.03218, equation 1).
 
-    The mean is over the tokens of each example. The control vector is in the residual stream. If the reparameterization
-    changes the basis of that space (`full`), every copy is steered to a different point in the server's coordinates.
+    Computed at the positions that predict answer tokens. OpenUnlearning uses the positions of the answer tokens
+    themselves, one later, also in its retain loss (`same_hidden` here). The mean is over the tokens of each example. The
+    control vector is in the residual stream. If the reparameterization changes the basis of that space (`full`), every copy
+    is steered to a different point in the server's coordinates.
     """
     return _example_mean((hidden.float() - steering * control).square().mean(dim=-1), targets)
 

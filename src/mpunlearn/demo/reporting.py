@@ -13,7 +13,7 @@ from mpunlearn.demo.models import TrainedWorld
 from mpunlearn.demo.table import MAX_NEW_TOKENS, sets_of
 from mpunlearn.evaluation import tofu
 from mpunlearn.evaluation.evaluate import Evaluation
-from mpunlearn.evaluation.probe import generate, prompt_of
+from mpunlearn.evaluation.probe import generate
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.files import write_json
 from mpunlearn.lm.model import load
@@ -48,9 +48,7 @@ def write_answers(client: Path, world: TrainedWorld, after: Path) -> None:
     ]
     for key, checkpoint in (("before", world.original), ("after", after), ("retrained", world.retrained)):
         model, tokenizer = load(checkpoint)
-        prompts = [
-            prompt_of(example) for questions in chosen.values() for example in questions.encoded(tokenizer).answers
-        ]
+        prompts = [prompt for questions in chosen.values() for prompt in questions.encoded(tokenizer).prompts]
         for answer, text in zip(answers, generate(model, tokenizer, prompts, MAX_NEW_TOKENS), strict=True):
             answer[key] = text.strip()
     write_json(client / "answers.json", {"answers": answers, "format": 1}, 0o600)

@@ -4,7 +4,7 @@ Unlearning can be judged only by comparison with a model that never saw the forg
 such models train in seconds on two cores (see `models`). The data is in TOFU's format (JSON lines with question,
 answer, paraphrased_answer and perturbed_answer), so everything that reads TOFU can read it. An answer and its
 paraphrase use different templates, and a perturbed answer is the paraphrase with a wrong value, as in TOFU (Maini et
-al., arXiv 2401.06121).
+al., arXiv 2401.06121). The column entity has the value itself.
 
 Not covered: claims about large models. The benchmark is meant to be fast and to show realistic trade-offs.
 """
@@ -160,5 +160,6 @@ def _row(random: np.random.Generator, field: Field, name: str, value: str | None
         "answer": field.answers[stated].format(name=name, value=value),
         "paraphrased_answer": field.answers[paraphrased].format(name=name, value=value),
         "perturbed_answer": [field.answers[paraphrased].format(name=name, value=other) for other in wrong],
+        "entity": value,
         "all_answers": [template.format(name=name, value=value) for template in field.answers],
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpunlearn.errors import PlanError
+from mpunlearn.evaluation.definitions import DEFINITIONS, Definitions, Name
 from mpunlearn.extras import needs
 from mpunlearn.files import as_path
 from mpunlearn.lm.sources import Data
@@ -28,7 +29,6 @@ TEXT_TOKENS = 256
 NARROW = 24
 """Columns narrower than this are printed below one another."""
 GAP = "  "
-_UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def ask(
     question: Sequence[str] = (),
     limit: int | None = None,
     max_new_tokens: int = 200,
+    definitions: Name = "openunlearning",
     data: Data | None = None,
 ) -> Answers:
     """Prints the answers of one or more models to the same questions side by side.
@@ -83,6 +84,7 @@ def ask(
         question: A question as text. Can be given several times.
         limit: Maximum number of questions.
         max_new_tokens: Maximum length of generated answers, in tokens.
+        definitions: Where prompts end, as for `evaluate`. Without a chat template the strict prompt is that of training.
         data: How to read the questions.
 
     Returns:
@@ -94,7 +96,7 @@ def ask(
         PlanError: There is no question, or an option has an impossible value.
     """
     needs("client", "ask")
-    from mpunlearn.lm.records import Record, read_records
+    from mpunlearn.lm.records import Record, in_chat, read_records
 
     paths = [as_path(model, "models") for model in models]
     if questions is None and not question:
@@ -104,11 +106,13 @@ def ask(
             raise PlanError(f"{option}: expected at least 1, found {value}")
     if blank := [text for text in question if not text.strip()]:
         raise PlanError(f"--question: expected text, found {blank[0]!r:.40}")
-    records = [Record(text, "") for text in question]
+    records = [in_chat(Record(text, ""), data) for text in question]
     if questions is not None:
         records += read_records(as_path(questions, "--questions"), data, "forget")
     records = records[:limit]
-    columns = [_answers(path, records, max_new_tokens) for path in paths]
+    if definitions not in DEFINITIONS:
+        raise PlanError(f"--definitions: expected one of {', '.join(DEFINITIONS)}, found {definitions!r:.40}")
+    columns = [_answers(path, records, max_new_tokens, DEFINITIONS[definitions]) for path in paths]
     rows = [
         Answered(first.question, first.expected, [first.answers[0], *(answered.answers[0] for answered in others)])
         for first, *others in zip(*columns, strict=True)
@@ -116,9 +120,10 @@ def ask(
     return Answers([str(path) for path in paths], rows)
 
 
-def _answers(path: Path, records: "list[Record]", max_new_tokens: int) -> list[Answered]:
+def _answers(path: Path, records: "list[Record]", max_new_tokens: int, definitions: Definitions) -> list[Answered]:
     """The answers of one model to all records."""
-    from mpunlearn.evaluation.probe import generate, prompt_of
+    from mpunlearn.evaluation.probe import generate
+    from mpunlearn.evaluation.prompts import asked
     from mpunlearn.lm.examples import encode
     from mpunlearn.lm.model import load
 
@@ -135,8 +140,8 @@ def _answers(path: Path, records: "list[Record]", max_new_tokens: int) -> list[A
             # Where the prompt ends is found with the help of an answer, and does not depend on which.
             whole = dataclasses.replace(record, answer=record.answer or "None")
             shown.append((record.question, record.answer))
-            prompts.append(prompt_of(encode([whole], tokenizer, _UNLIMITED)[0]))
-    texts = generate(model, tokenizer, prompts, max_new_tokens)
+            prompts.append(asked(whole, tokenizer, definitions).prompt)
+    texts = generate(model, tokenizer, prompts, max_new_tokens, mask_pad=definitions.mask_pad)
     return [Answered(question, expected, [text]) for (question, expected), text in zip(shown, texts, strict=True)]
 
 

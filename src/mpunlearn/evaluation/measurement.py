@@ -19,13 +19,18 @@ from typing import Any, Literal
 from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.evaluation import muse, tofu
+from mpunlearn.evaluation import durability, muse, tofu
+from mpunlearn.evaluation.definitions import DEFINITIONS, Name
+from mpunlearn.evaluation.depth import likelihood_drops
+from mpunlearn.evaluation.fluency import fluency_judge
 from mpunlearn.evaluation.general import general_ability
+from mpunlearn.evaluation.leakage import Sampling, measure_leaks
 from mpunlearn.evaluation.muse import MuseSets, read_muse
-from mpunlearn.evaluation.robustness import quantized, relearning
+from mpunlearn.evaluation.robustness import curves
 from mpunlearn.evaluation.sets import Questions, read_sets
+from mpunlearn.evaluation.worst_case import worst_case
 from mpunlearn.lm.model import load, load_model, model_device
-from mpunlearn.lm.sources import Data, Source
+from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
 """Libraries whose versions can change the results."""
@@ -54,20 +59,52 @@ class Settings:
     """Folder with the user's own task files."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the model's weights."""
+    definitions: Name = "openunlearning"
+    """Which definitions of the metrics."""
+    system_prompt: str | None = None
+    """System message before every question."""
+    template_kwargs: TemplateKwargs | None = None
+    """Values for the chat template."""
+    depth: bool = False
+    """Whether hidden states are patched into the original model, for UDS."""
+    fluency_model: str | None = None
+    """Folder with a classifier of gibberish."""
+    worst_case: bool = False
+    """Whether forget questions are asked in several ways."""
+    samples: int = 0
+    """Samples per question, for leak@k."""
+    temperature: float = 1.0
+    """Temperature of these samples."""
+    top_p: float = 1.0
+    """Total probability of the tokens that are sampled."""
+    leak_threshold: float = 0.5
+    """ROUGE-L recall from which a sample leaks."""
+
+    @property
+    def chat(self) -> Data:
+        """How questions are formatted."""
+        return Data(system_prompt=self.system_prompt, template_kwargs=self.template_kwargs)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are sampled."""
+        return Sampling(self.samples, self.temperature, self.top_p, self.leak_threshold)
 
     def __post_init__(self) -> None:
         schema.check_options(self)
+        _ = self.sampling  # checks its options
         if self.max_new_tokens < 1:
             raise PlanError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
         if self.relearn_rate <= 0:
             raise PlanError(f"--relearn-rate: expected a number above 0, found {self.relearn_rate}")
         if self.robustness and self.precision != "float32":
             raise PlanError(f"--precision {self.precision}: --robustness trains the model, which needs float32")
+        _ = self.chat  # checks its values
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where models are measured. It changes the results only by rounding, so measurements from the cache ignore it.
+    """Where models are measured. It changes the results only by rounding and other draws of samples, so the cache ignores it.
 
     Raises:
         PlanError: the device is not available, or the batch size is below 1.
@@ -120,7 +157,7 @@ class Measurement:
     """Curve → point → number."""
     general: dict[str, Any]
     """lm-eval's metrics by name."""
-    format: int = 2
+    format: int = 3
 
     def __post_init__(self) -> None:
         lists = [values for metrics in self.per_example.values() for values in metrics.values()]
@@ -148,7 +185,17 @@ def read_benchmark(
     """
     if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
         return read_sets(benchmark, forget_split, holdout, data)
-    for option, given in {"--robustness": settings.robustness, "--holdout": holdout is not None}.items():
+    unavailable = {
+        "--robustness": settings.robustness,
+        "--holdout": holdout is not None,
+        "--system-prompt": settings.system_prompt is not None,
+        "--template-kwargs": bool(settings.template_kwargs),
+        "--depth": settings.depth,
+        "--samples": settings.samples > 0,
+        "--worst-case": settings.worst_case,
+        "--fluency-model": settings.fluency_model is not None,
+    }
+    for option, given in unavailable.items():
         if given:
             raise PlanError(f"{option}: not available for {benchmark}; leave it out, or choose another --benchmark")
     return read_muse(benchmark, data)
@@ -158,7 +205,12 @@ def benchmark_digest(benchmark: Benchmark) -> str:
     """SHA-256 (hex) of a benchmark's examples, in order."""
     if isinstance(benchmark, MuseSets):
         return _digest(asdict(benchmark))
-    return _digest({name: asdict(questions) for name, questions in benchmark.items()})
+    sets = {name: asdict(questions) for name, questions in benchmark.items()}
+    for questions in sets.values():
+        for name in ("entities", "rewordings"):
+            if not questions[name]:
+                del questions[name]  # older versions did not know them
+    return _digest(sets)
 
 
 def versions() -> dict[str, str]:
@@ -173,6 +225,7 @@ def measured(
     cache: Path,
     reference: Subject | None = None,
     machine: Machine | None = None,
+    original: Subject | None = None,
 ) -> Measurement:
     """The measurement of a model, taken from the cache or made now.
 
@@ -183,6 +236,7 @@ def measured(
         cache: the cache folder.
         reference: the model that never saw the forget set, for `mia_reference` on a benchmark with a holdout set.
         machine: device and batch size.
+        original: the model before unlearning, for UDS.
 
     Raises:
         UnloadableError: a model or its tokenizer cannot be loaded.
@@ -192,8 +246,10 @@ def measured(
     """
     if isinstance(benchmark, MuseSets) or "holdout" not in benchmark:
         reference = None
-    models = [subject.digest, None if reference is None else reference.digest]
-    key = [Measurement.format, *models, benchmark_digest(benchmark), asdict(settings), versions()]
+    original = original if settings.depth else None
+    models = [subject.digest, *(None if model is None else model.digest for model in (reference, original))]
+    judge = None if settings.fluency_model is None else checkpoint_digest(settings.fluency_model)
+    key = [Measurement.format, *models, judge, benchmark_digest(benchmark), asdict(settings), versions()]
     file = cache / f"{_digest(key)}.json"
     if (cached := _read(file)) is not None:
         return cached
@@ -203,69 +259,55 @@ def measured(
         raise FileError(
             f"--cache {cache}: cannot be created: {error.strerror}; fix the cause, or name another folder"
         ) from error
-    measurement = _measure(subject, benchmark, settings, reference, machine or Machine())
+    measurement = _measure(subject, benchmark, settings, reference, original, machine or Machine())
     schema.write(file, measurement, 0o666)
     return measurement
 
 
-def summarize(benchmark: Benchmark, measurement: Measurement, retrained: Measurement | None) -> dict[str, float]:
-    """The metrics of a model, by name.
-
-    Args:
-        benchmark: what the model was measured on.
-        measurement: the model's measurement.
-        retrained: the measurement of the model that never saw the forget set; forget quality and PrivLeak need it.
-    """
-    of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
-    other = None if retrained is None else retrained.per_example
-    return {**of_benchmark(measurement.per_example, other), **measurement.general}
-
-
 def _measure(
-    subject: Subject, benchmark: Benchmark, settings: Settings, reference: Subject | None, machine: Machine
+    subject: Subject,
+    benchmark: Benchmark,
+    settings: Settings,
+    reference: Subject | None,
+    original: Subject | None,
+    machine: Machine,
 ) -> Measurement:
     tasks = [task.strip() for task in settings.tasks.split(",")] if settings.tasks else []
+    definitions = DEFINITIONS[settings.definitions]
     device, batch_size, dtype = machine.device, machine.batch_size, FLOAT_DTYPES[settings.precision]
     options: dict[str, Any] = {"device": device, "precision": settings.precision, "batch_size": batch_size}
     general = general_ability(subject.path, tasks, settings.tasks_folder, **options) if tasks else {}
     model, tokenizer = load(subject.path, device, dtype)
     if isinstance(benchmark, MuseSets):
-        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size), {}, general)
+        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
+
+    def loaded(other: Subject) -> Any:  # a model that is compared with itself is loaded only once
+        return model if other.digest == subject.digest else load_model(other.path, device, dtype)
+
+    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": settings.chat}
+    answering: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **how}
+    forget, drops = benchmark["forget"], []
+    if original is not None:  # first, since three models may not fit together
+        drops = likelihood_drops(loaded(original), model, tokenizer, forget, **how).T.tolist()
     per_example = tofu.measure(
         model,
         tokenizer,
         benchmark,
-        max_new_tokens=settings.max_new_tokens,
-        reference=load_model(reference.path, device, dtype) if reference is not None else None,
-        batch_size=batch_size,
+        reference=None if reference is None else loaded(reference),
+        judge=None if settings.fluency_model is None else fluency_judge(Path(settings.fluency_model), device),
+        **answering,
     )
-    curves = _curves(model, tokenizer, benchmark, settings, per_example, batch_size) if settings.robustness else {}
-    return Measurement(per_example, curves, general)
-
-
-def _curves(
-    model: Any,
-    tokenizer: Any,
-    sets: Mapping[str, Questions],
-    settings: Settings,
-    per_example: tofu.PerExample,
-    batch_size: int | None,
-) -> dict[str, dict[str, float]]:
-    """The curves of `robustness`, by title."""
-    curves = {
-        "forget_Q_A_Prob by relearning steps": relearning(
-            model, tokenizer, sets["forget"], learning_rate=settings.relearn_rate, batch_size=batch_size
-        )
-    }
-    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
-    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": batch_size}
-    rounded = quantized(model, tokenizer, without_holdout, **limits)
-    full_precision = tofu.summarize(per_example)
-    for metric in ("forget_Q_A_Prob", "model_utility"):
-        if metric in full_precision:
-            points = {bits: values[metric] for bits, values in rounded.items()}
-            curves[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
-    return curves
+    per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}
+    if settings.samples:
+        per_example["forget"] |= measure_leaks(model, tokenizer, forget, settings.sampling, **answering)
+    if settings.worst_case:
+        per_example["forget"]["Q_A_WORST_ROUGE"] = worst_case(model, tokenizer, forget, **answering)
+    found: dict[str, dict[str, float]] = {}
+    if settings.robustness:
+        rate = settings.relearn_rate
+        found = curves(model, tokenizer, benchmark, per_example, learning_rate=rate, **answering)
+        found |= durability.curves(model, tokenizer, forget, **how)
+    return Measurement(per_example, found, general)
 
 
 def _read(file: Path) -> Measurement | None:

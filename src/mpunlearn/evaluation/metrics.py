@@ -1,14 +1,9 @@
 """The metrics, as plain functions of probes, texts and scores, with OpenUnlearning's definitions (arXiv 2506.12618).
 
 Each docstring starts with the metric's name in the results. The names are OpenUnlearning's, so that numbers can be
-compared. The definitions are the same except for these details:
-
-- OpenUnlearning adds 1e-10 to denominators, which distorts ratios of small probabilities. Here nothing is added, and
-  the truth ratio is computed from the losses. Docstrings say what is returned if a quotient is undefined.
-- OpenUnlearning leaves out the last labeled token in `exact_memorization`, `extraction_strength`, `mia_min_k`,
-  `mia_min_k_plus_plus` and `mia_gradnorm`, on the assumption that it is the end token. Here the two memorization
-  metrics leave it out only if it is the end token, and the membership scores count every answer token.
-- Without a retrained model OpenUnlearning computes `privleak` against an AUC of 0.5; here it is not reported.
+compared. So are the definitions, unless `STRICT` ones are given, which differ where `Definitions` says. Docstrings say what
+is returned if a quotient is undefined. Not covered: PrivLeak without a retrained model, for which OpenUnlearning assumes an
+AUC of 0.5.
 """
 
 import zlib
@@ -19,34 +14,53 @@ from typing import Any
 import numpy as np
 
 from mpunlearn import roc
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
 from mpunlearn.evaluation.probe import Probe
 
 Scores = np.ndarray
 """One number per example, shape (N,), float64."""
 
 
-def normalized_probability(correct: Probe, wrong: Sequence[Probe]) -> float:
+def _mean(values: Scores) -> float:
+    return float(np.mean(values))
+
+
+def normalized_probability(correct: Probe, wrong: Sequence[Probe], definitions: Definitions = OPENUNLEARNING) -> float:
     """`Q_A_Prob_normalised`: p_correct / (p_correct + Σ p_wrong) of one question (TOFU, arXiv 2401.06121, section 2.2).
 
     It is 0 if all of these probabilities underflow to 0.
     """
-    total = correct.probability + sum(option.probability for option in wrong)
+    total = correct.probability + sum(option.probability for option in wrong) + definitions.epsilon
     return 0.0 if total == 0 else correct.probability / total
 
 
-def truth_ratio(correct: Probe, wrong: Sequence[Probe]) -> float:
+def truth_ratio(correct: Probe, wrong: Sequence[Probe], definitions: Definitions = OPENUNLEARNING) -> float:
     """`Truth_Ratio` of one question: exp(-mean_j loss(wrong_j)) / exp(-loss(correct)) (TOFU, equation 1)."""
-    return float(np.exp(correct.loss - np.mean([option.loss for option in wrong])))
+    of_wrong = np.mean([option.loss for option in wrong])
+    if definitions.epsilon:
+        return float(np.exp(-of_wrong) / (correct.probability + definitions.epsilon))
+    return float(np.exp(correct.loss - of_wrong))
 
 
-def truth_ratio_forget(ratios: Scores) -> float:
+def truth_ratio_forget(
+    ratios: Scores, mean: Callable[[Scores], Any] = _mean, definitions: Definitions = OPENUNLEARNING
+) -> Any:
     """`forget_Truth_Ratio`: mean of min(r, 1/r), which is 1 if correct and wrong answers are equally likely."""
-    return float(np.mean(np.minimum(ratios, 1 / np.maximum(ratios, 1e-300))))
+    return mean(np.minimum(ratios, 1 / np.maximum(ratios + definitions.epsilon, 1e-300)))
 
 
-def truth_ratio_retain(ratios: Scores) -> float:
+def truth_ratio_retain(ratios: Scores, mean: Callable[[Scores], Any] = _mean) -> Any:
     """`Truth_Ratio` of the other sets: mean of max(0, 1 - r), which is 1 if only the correct answers are likely."""
-    return float(np.mean(np.maximum(0, 1 - ratios)))
+    return mean(np.maximum(0, 1 - ratios))
+
+
+def truth_ratio_prob_mean(ratios: Scores, mean: Callable[[Scores], Any] = _mean) -> Any:
+    """`forget_Truth_Ratio_prob_mean`: mean of p / (p + p') = 1 / (1 + r), which is 1 if only the correct answers are likely.
+
+    p' is the geometric mean over the wrong answers. This is the truth ratio of OpenUnlearning's meta-evaluation (its
+    aggregator prob_mean).
+    """
+    return mean(1 / (1 + ratios))
 
 
 def forget_quality(ratios: Scores, retrained: Scores) -> float:
@@ -61,35 +75,49 @@ def forget_quality(ratios: Scores, retrained: Scores) -> float:
     return float(stats.ks_2samp(ratios, retrained).pvalue)
 
 
-def model_utility(values: Sequence[float]) -> float:
+def harmonic_mean(values: Sequence[Any]) -> Any:
+    """The harmonic mean of numbers, or elementwise of arrays of one shape. It is 0 where any of the values is 0 or below."""
+    stacked = np.stack(np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in values)))
+    positive, undefined = (stacked > 0).all(axis=0), np.isnan(stacked).any(axis=0)
+    mean = len(values) / (1 / np.where(positive, stacked, 1)).sum(axis=0)
+    return np.where(undefined, np.nan, np.where(positive, mean, 0.0))[()]
+
+
+def model_utility(values: Sequence[Any]) -> Any:
     """`model_utility`: harmonic mean of probability, ROUGE-L recall and truth ratio of the utility sets.
 
     It is 0 if any of them is 0.
     """
-    return 0.0 if any(value <= 0 for value in values) else len(values) / sum(1 / value for value in values)
+    return harmonic_mean(values)
 
 
-def exact_memorization(answer: Probe) -> float:
+def exact_memorization(answer: Probe, definitions: Definitions = OPENUNLEARNING) -> float:
     """`exact_memorization`: fraction of answer tokens that the model ranks first (Tirumala et al., arXiv 2205.10770).
 
-    The end token does not count.
+    The end token does not count. NaN if there is no other token, which only OpenUnlearning's definition allows.
     """
-    return float(_matches_without_end(answer).mean())
+    matches = _matches_without_end(answer, definitions)
+    return float(matches.mean()) if len(matches) else float("nan")
 
 
-def extraction_strength(answer: Probe) -> float:
+def extraction_strength(answer: Probe, definitions: Definitions = OPENUNLEARNING) -> float:
     """`extraction_strength`: 1 - k/n, for the shortest prefix of k tokens after which every token is ranked first.
 
-    Carlini et al., arXiv 2012.07805. n is the number of answer tokens, without the end token. The strength is 0 if the
-    last of them is not ranked first.
+    Carlini et al., arXiv 2012.07805. n is the number of answer tokens, without the end token. If the last of them is not
+    ranked first, the strength is 0 in the strict definition and 1/n in OpenUnlearning's; without a token it is 0.
     """
-    matches = _matches_without_end(answer)
+    matches = _matches_without_end(answer, definitions)
+    if not len(matches):
+        return 0.0
     mismatches = np.flatnonzero(~matches)
-    return float(1 - (mismatches[-1] + 1 if len(mismatches) else 0) / len(matches))
+    prefix = mismatches[-1] + 1 if len(mismatches) else 0
+    longest = len(matches) - 1 if definitions.unmatched_strength else len(matches)
+    return float(1 - min(prefix, longest) / len(matches))
 
 
-def _matches_without_end(answer: Probe) -> np.ndarray:
-    return answer.matches[:-1] if answer.ends and len(answer.matches) > 1 else answer.matches
+def _matches_without_end(answer: Probe, definitions: Definitions) -> np.ndarray:
+    dropped = definitions.drop_last or (answer.ends and len(answer.matches) > 1)
+    return answer.matches[:-1] if dropped else answer.matches
 
 
 def loss_score(answer: Probe) -> float:
@@ -107,26 +135,32 @@ def reference_score(answer: Probe, reference: Probe) -> float:
     return answer.loss - reference.loss
 
 
-def min_k_score(answer: Probe, share: float = 0.4) -> float:
+def min_k_score(answer: Probe, share: float = 0.4, definitions: Definitions = OPENUNLEARNING) -> float:
     """Score of `mia_min_k`: minus the mean of the lowest log-probabilities (Shi et al., arXiv 2310.16789).
+
+    The end token counts only in the strict definition.
 
     Args:
         answer: the probe of one text.
         share: fraction of tokens that count as lowest; at least one token does.
+        definitions: which definition. OpenUnlearning's is 0 for a text of a single token.
     """
-    return -_mean_of_lowest(answer.logprobs, share)
+    return -_mean_of_lowest(answer.logprobs, share, definitions)
 
 
-def min_k_plus_plus_score(answer: Probe, share: float = 0.4) -> float:
+def min_k_plus_plus_score(answer: Probe, share: float = 0.4, definitions: Definitions = OPENUNLEARNING) -> float:
     """Score of `mia_min_k_plus_plus`: min-k of log-probabilities that are standardized per token (arXiv 2404.02936).
 
     From each, the mean of log p under the model's prediction at that position is subtracted, and the difference is
-    divided by the standard deviation.
+    divided by the standard deviation. Otherwise as for `min_k_score`.
     """
-    return -_mean_of_lowest((answer.logprobs - answer.mean) / np.maximum(answer.deviation, 1e-3), share)
+    return -_mean_of_lowest((answer.logprobs - answer.mean) / np.maximum(answer.deviation, 1e-3), share, definitions)
 
 
-def _mean_of_lowest(values: np.ndarray, share: float) -> float:
+def _mean_of_lowest(values: np.ndarray, share: float, definitions: Definitions) -> float:
+    values = values[:-1] if definitions.drop_last else values
+    if not len(values):
+        return 0.0
     return float(np.sort(values)[: max(1, int(len(values) * share))].mean())
 
 
@@ -139,12 +173,14 @@ def auc(forget: Scores, holdout: Scores) -> float:
     return roc.auc(holdout, forget)
 
 
-def privleak(model_auc: float, retrained_auc: float) -> float:
+def privleak(model_auc: Any, retrained_auc: Any, definitions: Definitions = OPENUNLEARNING) -> Any:
     """`privleak`: 100 · ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) (MUSE, arXiv 2407.06460, section 3.1).
 
-    NaN if the retrained model's AUC is 1, for which the quotient is undefined.
+    If the retrained model's AUC is 1, the quotient is undefined: NaN in the strict definition. In OpenUnlearning's, it is
+    0 if the model's AUC is 1, too, and otherwise of the order of 1e12.
     """
-    return float("nan") if retrained_auc == 1 else 100 * (retrained_auc - model_auc) / (1 - retrained_auc)
+    rest = 1 - np.asarray(retrained_auc, dtype=np.float64) + definitions.epsilon
+    return (100 * (retrained_auc - model_auc) / np.where(rest == 0, np.nan, rest))[()]
 
 
 def rouge_l(reference: str, text: str) -> tuple[float, float]:

@@ -3,23 +3,23 @@
 - Verbatim memorization: the model greedily generates 128 tokens after a prefix of a forget text, and the result is
   compared with the true continuation.
 - Knowledge memorization: the model answers questions in at most 32 tokens, after a few-shot prompt.
-- Privacy leakage: min-k scores of forget and holdout texts.
+- Privacy leakage: membership scores of forget and holdout texts. PrivLeak uses min-k.
 
 The first two are scored by ROUGE-L F1. The parts of the benchmark are read by name (`muse/news/verbmem/forget`, …),
 from the Hugging Face Hub or a local mirror. Not covered: MUSE's scalability and sustainability, which need several
-unlearned models.
+unlearned models; chat templates in its prompts; and gradnorm, which would need a backward pass for every long text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mpunlearn.errors import DataError
-from mpunlearn.evaluation import metrics
+from mpunlearn.evaluation import composite, metrics
+from mpunlearn.evaluation.bootstrap import EVERYTHING, Sample
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
 from mpunlearn.evaluation.probe import generate, probe
-from mpunlearn.evaluation.tofu import PerExample, membership_auc
+from mpunlearn.evaluation.tofu import PerExample, likelihood_scores, membership_auc
 from mpunlearn.lm.examples import Example
 from mpunlearn.lm.sources import Data, read_rows
 
@@ -67,40 +67,64 @@ def read_muse(benchmark: str, data: Data) -> MuseSets:
     )
 
 
-def measure(model: Any, tokenizer: Any, sets: MuseSets, batch_size: int | None = None) -> PerExample:
-    """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and min-k scores."""
+def measure(
+    model: Any,
+    tokenizer: Any,
+    sets: MuseSets,
+    batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+) -> PerExample:
+    """The values for every example under one model: `verbmem_ROUGE`, `knowmem_ROUGE` and membership scores."""
+    mask_pad = definitions.mask_pad
     prompts = [tokenizer(prefix)["input_ids"] for prefix, _ in sets.verbatim]
-    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size)
+    generated = generate(model, tokenizer, prompts, VERBATIM_TOKENS, batch_size, mask_pad)
     per_example: PerExample = {"forget": {"verbmem_ROUGE": _f1(sets.verbatim, generated)}}
     for name, pairs in sets.knowledge.items():
         shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in sets.shots[name])
-        prompts = [tokenizer(f"{shots}Question: {question}\nAnswer:")["input_ids"] for question, _ in pairs]
-        answers = generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS, batch_size)
+        questions = (f"{shots}Question: {question}\n{definitions.answer_mark}" for question, _ in pairs)
+        prompts = [tokenizer(question)["input_ids"] for question in questions]
+        answers = generate(model, tokenizer, prompts, KNOWLEDGE_TOKENS, batch_size, mask_pad)
         generated = [first_answer(text) for text in answers]
         per_example.setdefault(name, {})["knowmem_ROUGE"] = _f1(pairs, generated)
     for name, texts in sets.texts.items():
-        encoded = [tokenizer(text)["input_ids"][:CONTEXT] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size)
-        per_example.setdefault(name, {})["mia_min_k"] = [metrics.min_k_score(text) for text in probes]
+        before = len(tokenizer("")["input_ids"]) if definitions.prompt_alone else 0  # the beginning-of-text token
+        encoded = [tokenizer(text)["input_ids"][: before + CONTEXT] for text in texts]
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad)
+        cut = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
+        per_example.setdefault(name, {}).update(likelihood_scores(probes, cut, definitions))
     return per_example
 
 
-def summarize(per_example: PerExample, retrained: PerExample | None = None) -> dict[str, float]:
+def summarize(
+    per_example: PerExample,
+    retrained: PerExample | None = None,
+    original: PerExample | None = None,
+    sample: Sample = EVERYTHING,
+    definitions: Definitions = OPENUNLEARNING,
+) -> dict[str, Any]:
     """MUSE's metrics, by name.
 
     Args:
         per_example: what `measure` returned for the model.
-        retrained: the same for the model that never saw the forget texts; PrivLeak needs it.
+        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need
+            it.
+        original: the same for the model before unlearning, which no metric of MUSE needs.
+        sample: how often each example counts.
+        definitions: which definitions of the metrics, the same as for `measure`.
+
+    Returns:
+        Numbers or, for resamples, arrays of shape (B,).
     """
     result = {
-        "forget_verbmem_ROUGE": float(np.mean(per_example["forget"]["verbmem_ROUGE"])),
-        "forget_knowmem_ROUGE": float(np.mean(per_example["forget"]["knowmem_ROUGE"])),
-        "retain_knowmem_ROUGE": float(np.mean(per_example["retain"]["knowmem_ROUGE"])),
-        "mia_min_k": membership_auc(per_example, "mia_min_k"),
+        "forget_verbmem_ROUGE": sample.mean("forget", per_example["forget"]["verbmem_ROUGE"]),
+        "forget_knowmem_ROUGE": sample.mean("forget questions", per_example["forget"]["knowmem_ROUGE"]),
+        "retain_knowmem_ROUGE": sample.mean("retain", per_example["retain"]["knowmem_ROUGE"]),
+        **{attack: membership_auc(per_example, attack, sample) for attack in composite.ATTACKS},
     }
-    if retrained is not None:
-        result["privleak"] = metrics.privleak(result["mia_min_k"], membership_auc(retrained, "mia_min_k"))
-    return result
+    theirs = None if retrained is None else summarize(retrained, sample=sample, definitions=definitions)
+    if theirs is not None:
+        result["privleak"] = metrics.privleak(result["mia_min_k"], theirs["mia_min_k"], definitions)
+    return result | composite.scores(result, theirs, None)
 
 
 def first_answer(text: str) -> str:

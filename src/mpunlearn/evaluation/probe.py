@@ -6,7 +6,7 @@ Sequences are sorted by length and batched by their number of tokens. Not covere
 (`tofu.gradnorm_score`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from mpunlearn.progress import progress
 
 BATCH_TOKENS = 8192
 """Maximum number of tokens in a batch, padding included; a longer sequence is a batch of its own."""
+
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1}
+"""The most likely token at each step."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int | None = None) -> list[Probe]:
+def probe(
+    model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int | None = None, mask_pad: bool = False
+) -> list[Probe]:
     """Likelihoods of the labeled tokens of each example, in the order of the examples.
 
     Args:
@@ -56,11 +61,12 @@ def probe(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: i
         tokenizer: its tokenizer.
         examples: the examples.
         batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        mask_pad: whether attention is masked wherever the padding token stands, also within a text.
     """
     model.eval()
     probes: list[Probe | None] = [None] * len(examples)
-    for indices in progress(_batches([len(example.input_ids) for example in examples], batch_size), "likelihoods"):
-        batch = collate([examples[i] for i in indices], pad_id(tokenizer))
+    for indices in progress(batches_of([len(example.input_ids) for example in examples], batch_size), "likelihoods"):
+        batch = batch_of([examples[i] for i in indices], tokenizer, mask_pad)
         output = forward(model, {key: tensor.to(model.device) for key, tensor in batch.items()})
         targets = output["targets"]
         counted = targets != IGNORED
@@ -78,25 +84,54 @@ def probe(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: i
     return [value for value in probes if value is not None]
 
 
+def batch_of(examples: Sequence[Example], tokenizer: Any, mask_pad: bool = False) -> dict[str, torch.Tensor]:
+    """Examples as a batch (see `collate`), with attention masked wherever the padding token stands if `mask_pad` is given."""
+    batch = collate(examples, pad_id(tokenizer))
+    if mask_pad and _has_pad(tokenizer):
+        batch["attention_mask"] = (batch["input_ids"] != pad_id(tokenizer)).long()
+    return batch
+
+
+def _has_pad(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a padding or an end token; otherwise `pad_id` is the id of an ordinary token."""
+    return tokenizer.pad_token_id is not None or tokenizer.eos_token_id is not None
+
+
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    mask_pad: bool = False,
+    decoding: Mapping[str, Any] = GREEDY,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, as text without special tokens, in the order of the prompts."""
+    """Continuations of tokenized prompts, as text without special tokens, in the order of the prompts.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        max_new_tokens: maximum length of a continuation, in tokens.
+        batch_size: maximum number of sequences in a batch (default: only `BATCH_TOKENS` limits a batch).
+        mask_pad: whether attention is masked wherever the padding token stands, also within a prompt.
+        decoding: how tokens are chosen, as options of transformers' `generate`.
+    """
     model.eval()
     texts = [""] * len(prompts)
-    pad = pad_id(tokenizer)
+    pad, mask_pad = pad_id(tokenizer), mask_pad and _has_pad(tokenizer)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    for indices in progress(_batches(lengths, batch_size), "generating answers"):
+    for indices in progress(batches_of(lengths, batch_size), "generating answers"):
         longest = max(len(prompts[i]) for i in indices)
         rows = [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
+        seen = [[int(not mask_pad or token != pad) for token in prompts[i]] for i in indices]
+        mask = [[0] * (longest - len(row)) + row for row in seen]
         generated = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
+            **decoding,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -112,7 +147,7 @@ def prompt_of(example: Example) -> list[int]:
     return example.input_ids[:first]
 
 
-def _batches(lengths: Sequence[int], size: int | None) -> list[list[int]]:
+def batches_of(lengths: Sequence[int], size: int | None) -> list[list[int]]:
     """Groups indices into batches of similar length, each with at most `BATCH_TOKENS` tokens or a single sequence."""
     size = len(lengths) if size is None else size
     batches: list[list[int]] = []

@@ -18,17 +18,57 @@ import numpy as np
 import torch
 
 from mpunlearn.errors import DataError
-from mpunlearn.evaluation.probe import probe
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
+from mpunlearn.evaluation.probe import batch_of, probe
 from mpunlearn.evaluation.sets import Questions
-from mpunlearn.evaluation.tofu import measure, summarize
-from mpunlearn.lm.examples import IGNORED, collate
+from mpunlearn.evaluation.tofu import PerExample, measure, summarize
+from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import token_nll
-from mpunlearn.lm.model import forward, pad_id
+from mpunlearn.lm.model import forward
+from mpunlearn.lm.sources import Data
 
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32)
 """Relearning is measured after these numbers of optimizer steps."""
 BITS = (8, 4)
 """Weights are rounded to these numbers of bits."""
+
+
+def curves(
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Questions],
+    per_example: PerExample,
+    *,
+    learning_rate: float = 1e-4,
+    max_new_tokens: int = 200,
+    batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
+) -> dict[str, dict[str, float]]:
+    """All curves, by title.
+
+    Args:
+        model: the model, which is not modified.
+        tokenizer: its tokenizer.
+        sets: the question sets by name; the holdout set is left out.
+        per_example: what `tofu.measure` returned for the model.
+        learning_rate: learning rate of relearning.
+        max_new_tokens: maximum length of generated answers, in tokens.
+        batch_size: maximum number of sequences in a batch of the measurements.
+        definitions: which definitions of the metrics.
+        data: the system prompt and the values for the chat template.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": data}
+    relearned = relearning(model, tokenizer, sets["forget"], learning_rate=learning_rate, **how)
+    found = {"forget_Q_A_Prob by relearning steps": relearned}
+    without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
+    rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=max_new_tokens, **how)
+    full_precision = summarize(per_example, definitions=definitions)
+    for metric in ("forget_Q_A_Prob", "model_utility"):
+        if metric in full_precision:
+            points = {bits: values[metric] for bits, values in rounded.items()}
+            found[f"{metric} by bits"] = {"float32": full_precision[metric], **points}
+    return found
 
 
 def relearning(
@@ -40,6 +80,8 @@ def relearning(
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
 ) -> dict[str, float]:
     """Fine-tunes on some of the forget examples, and measures the mean probability of the other forget answers.
 
@@ -51,6 +93,8 @@ def relearning(
         steps: numbers of steps after which to measure.
         learning_rate: learning rate of AdamW, which trains all weights.
         batch_size: maximum number of sequences in a batch of the measurement.
+        definitions: which definitions of the metrics.
+        data: the system prompt and the values for the chat template.
 
     Returns:
         Number of steps → mean probability.
@@ -61,14 +105,14 @@ def relearning(
     if len(forget) <= shown:
         raise DataError(f"--robustness: relearning needs more than {shown} forget questions, found {len(forget)}")
     student = copy.deepcopy(model)
-    examples = forget.encoded(tokenizer).answers
-    batch = collate(examples[:shown], pad_id(tokenizer))
+    examples, mask_pad = forget.encoded(tokenizer, definitions, data).answers, definitions.mask_pad
+    batch = batch_of(examples[:shown], tokenizer, mask_pad)
     batch = {key: tensor.to(student.device) for key, tensor in batch.items()}
     optimizer = torch.optim.AdamW(student.requires_grad_(True).parameters(), lr=learning_rate, weight_decay=0.0)
     curve = {}
     for step in range(max(steps) + 1):
         if step in steps:
-            answers = probe(student, tokenizer, examples[shown:], batch_size)
+            answers = probe(student, tokenizer, examples[shown:], batch_size, mask_pad)
             curve[str(step)] = float(np.mean([answer.probability for answer in answers]))
         student.train()
         output = forward(student, batch)
@@ -87,6 +131,8 @@ def quantized(
     max_new_tokens: int = 200,
     bits: Sequence[int] = BITS,
     batch_size: int | None = None,
+    definitions: Definitions = OPENUNLEARNING,
+    data: Data | None = None,
 ) -> dict[str, dict[str, float]]:
     """The benchmark's metrics, by the number of bits that weights are rounded to. The model is not modified."""
     curve = {}
@@ -94,9 +140,16 @@ def quantized(
         rounded = copy.deepcopy(model)
         round_weights(rounded, width)
         per_example = measure(
-            rounded, tokenizer, sets, max_new_tokens=max_new_tokens, membership=False, batch_size=batch_size
+            rounded,
+            tokenizer,
+            sets,
+            max_new_tokens=max_new_tokens,
+            membership=False,
+            batch_size=batch_size,
+            definitions=definitions,
+            data=data,
         )
-        curve[str(width)] = summarize(per_example)
+        curve[str(width)] = summarize(per_example, definitions=definitions)
     return curve
 
 

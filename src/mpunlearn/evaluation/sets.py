@@ -7,13 +7,15 @@ other columns (see `muse`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import DataError
-from mpunlearn.lm.examples import Example, encode
-from mpunlearn.lm.records import Record
+from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
+from mpunlearn.evaluation.prompts import Asked, asked
+from mpunlearn.lm.examples import Example
+from mpunlearn.lm.records import Record, in_chat
 from mpunlearn.lm.sources import Data, Source, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
@@ -21,8 +23,6 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 """Sets that model utility is computed from."""
 OPTION_SETS = ("real_authors", "world_facts")
 """Sets whose probability is normalized over the answer options, and whose truth ratio uses the answer itself."""
-_UNLIMITED = 1 << 30
-"""Maximum number of tokens per example: an evaluation cuts nothing off."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,43 @@ class Questions:
     """The correct answers that the truth ratio uses."""
     wrong: list[list[str]]
     """The wrong answers to each question."""
+    entities: list[str] = field(default_factory=list)
+    """The fact in each answer, such as a name, empty where it is not known. An empty list if no row has one."""
+    rewordings: list[str] = field(default_factory=list)
+    """Each question in other words, likewise."""
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def encoded(self, tokenizer: Any) -> "Encoded":
-        """All answers, tokenized together with their questions."""
+    def encoded(self, tokenizer: Any, definitions: Definitions = OPENUNLEARNING, data: Data | None = None) -> "Encoded":
+        """All answers, tokenized together with their questions.
 
-        def tokens(answers: list[str]) -> list[Example]:
+        Args:
+            tokenizer: the model's tokenizer.
+            definitions: where a prompt ends.
+            data: the system prompt and the values for the chat template.
+        """
+
+        def tokens(question: str, answers: list[str]) -> list[Asked]:
+            records = [in_chat(Record(question, answer), data) for answer in answers]
+            return [asked(record, tokenizer, definitions) for record in records]
+
+        def of_all(answers: list[str]) -> list[Asked]:
             pairs = zip(self.questions, answers, strict=True)
-            return encode([Record(question, answer) for question, answer in pairs], tokenizer, _UNLIMITED)
+            return [one for question, answer in pairs for one in tokens(question, [answer])]
 
-        answers = tokens(self.answers)
-        paraphrases = answers if self.paraphrases == self.answers else tokens(self.paraphrases)
-        wrong = [
-            encode([Record(question, answer) for answer in options], tokenizer, _UNLIMITED)
-            for question, options in zip(self.questions, self.wrong, strict=True)
-        ]
-        return Encoded(answers, paraphrases, wrong)
+        whole = of_all(self.answers)
+        answers = [one.example for one in whole]
+        shared = self.paraphrases == self.answers
+        return Encoded(
+            answers,
+            answers if shared else [one.example for one in of_all(self.paraphrases)],
+            [
+                [one.example for one in tokens(question, options)]
+                for question, options in zip(self.questions, self.wrong, strict=True)
+            ],
+            [one.prompt for one in whole],
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,8 @@ class Encoded:
     paraphrases: list[Example]
     """The same list object as `answers` if the set has no paraphrases of its own, so that they are probed only once."""
     wrong: list[list[Example]]
+    prompts: list[list[int]]
+    """What answers are generated after."""
 
 
 def read_sets(
@@ -111,10 +132,14 @@ def read_sets(
 
 
 def _read(source: Source, name: str, data: Data) -> Questions:
-    """Reads one set. The holdout set needs no paraphrases or wrong answers."""
+    """Reads one set. The holdout set needs no paraphrases or wrong answers; entity and paraphrased_question are
+    optional everywhere.
+    """
     correct = "answer" if name in OPTION_SETS else "paraphrased_answer"
     required = ("question", "answer") if name == "holdout" else ("question", "answer", correct, "perturbed_answer")
     result = Questions([], [], [], [])
+    entities: list[str] = []
+    rewordings: list[str] = []
     for where, row in read_rows(source, data, "forget" if isinstance(source, str) else name):
         for column in required:
             value, expected = row.get(column), "a list of texts" if column == "perturbed_answer" else "text"
@@ -125,6 +150,12 @@ def _read(source: Source, name: str, data: Data) -> Questions:
         result.answers.append(row["answer"])
         result.paraphrases.append(str(row.get(correct, row["answer"])))
         result.wrong.append(row.get("perturbed_answer") or [])
+        for column, texts in {"entity": entities, "paraphrased_question": rewordings}.items():
+            texts.append(row[column] if isinstance(row.get(column), str) else "")
     if not result:
         raise DataError(f"{source if isinstance(source, str) else f'the {name} examples'}: contains no questions")
-    return result
+    return replace(
+        result,
+        entities=entities if any(entities) else [],
+        rewordings=rewordings if any(rewordings) else [],
+    )

@@ -51,9 +51,7 @@ def examples_digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()
 
 
-def prompt_and_answer(
-    tokenizer: Any, question: str, answer: str, history: Sequence[tuple[str, str]] = ()
-) -> tuple[str, str]:
+def prompt_and_answer(tokenizer: Any, record: Record) -> tuple[str, str]:
     """A question and its answer in the tokenizer's chat template, or in a plain format if it has none.
 
     Returns:
@@ -64,11 +62,27 @@ def prompt_and_answer(
         CheckpointError: the chat template is broken.
     """
     if not tokenizer.chat_template:
-        before = "".join(f"{role.capitalize()}: {content}\n" for role, content in history)
-        return f"{before}Question: {question}\nAnswer:", f" {answer}{tokenizer.eos_token or ''}"
-    messages = [{"role": role, "content": content} for role, content in (*history, ("user", question))]
+        return f"{plain_prompt(record)}Answer:", f" {record.answer}{tokenizer.eos_token or ''}"
+    prompt, whole = in_template(tokenizer, record)
+    prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
+    return prompt, whole[len(prompt) :]
+
+
+def plain_prompt(record: Record) -> str:
+    """The lines before the answer if there is no chat template."""
+    before = "".join(f"{role.capitalize()}: {content}\n" for role, content in record.history)
+    return f"{before}Question: {record.question}\n"
+
+
+def in_template(tokenizer: Any, record: Record) -> tuple[str, str]:
+    """What the tokenizer's chat template writes for the prompt, and for the whole chat; errors as for `prompt_and_answer`.
+
+    The values for the template come from the record, so from the owner of the data.
+    """
+    messages = [{"role": role, "content": content} for role, content in (*record.history, ("user", record.question))]
+    answer = record.answer
     # Some templates write today's date into the prompt. A fixed date keeps a run's examples the same on every day.
-    options = {"tokenize": False, "date_string": "1 January 2025"}
+    options: dict[str, Any] = {"date_string": "1 January 2025", **dict(record.template), "tokenize": False}
     try:
         whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], **options)
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
@@ -78,10 +92,9 @@ def prompt_and_answer(
         reason = printable(str(error)[:200])
         if type(error) is not TemplateError:
             raise CheckpointError(f"the model's chat template is broken: {type(error).__name__}: {reason}") from error
-        roles = ", ".join([*(message["role"] for message in messages), "assistant"])
+        roles = ", ".join([*(role for role, _ in record.history), "user", "assistant"])
         raise DataError(f"the model's chat template rejects messages with the roles {roles}: {reason}") from error
-    prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071 (of strings, not of paths)
-    return prompt, whole[len(prompt) :]
+    return str(prompt), str(whole)
 
 
 def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Example]:
@@ -97,17 +110,17 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
     for record in records:
         where = record.where or "an example"
         if record.question is None:
-            ids = _tokenized(tokenizer, record.answer, where)["input_ids"]
+            ids = tokenized(tokenizer, record.answer, where)["input_ids"]
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids = [*ids, tokenizer.eos_token_id]
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
             examples += [Example(piece, piece) for piece in pieces if len(piece) > 1]
             continue
         try:
-            prompt, answer = prompt_and_answer(tokenizer, record.question, record.answer, record.history)
+            prompt, answer = prompt_and_answer(tokenizer, record)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        encoded = _tokenized(
+        encoded = tokenized(
             tokenizer,
             prompt + answer,
             where,
@@ -129,7 +142,7 @@ def encode(records: list[Record], tokenizer: Any, max_length: int) -> list[Examp
     return examples
 
 
-def _tokenized(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
+def tokenized(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
     """What the tokenizer makes of a text.
 
     Raises:

@@ -62,13 +62,14 @@ def model_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch.float32, kind: Any = None) -> Any:
     """Loads the model of a checkpoint directory.
 
     Args:
         path: the checkpoint directory.
         device: name of the device (default: this process's GPU if it has one).
         dtype: dtype of the weights.
+        kind: one of transformers' Auto classes (default: AutoModelForCausalLM).
 
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
@@ -82,7 +83,7 @@ def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch
         )
     begun = time.monotonic()
     with quiet(), _as_unloadable(path, "model"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = (kind or transformers.AutoModelForCausalLM).from_pretrained(
             path,
             config=allowed_config(config),
             dtype=dtype,

@@ -64,6 +64,8 @@ class Record:
     """Other answers to the same question."""
     where: str = field(default="", compare=False)
     """Where it was read from, for error messages."""
+    template: tuple[tuple[str, str | int | float | bool], ...] = ()
+    """Values for the chat template, as (name, value)."""
 
 
 def read_records(source: Source, data: Data | None = None, role: str = "forget") -> list[Record]:
@@ -78,15 +80,34 @@ def read_records(source: Source, data: Data | None = None, role: str = "forget")
         DataError: the source cannot be found or read, has no rows, or has a row that is not an example.
     """
     data = data or Data()
-    records = [_record(where, row, data) for where, row in read_rows(source, data, role)]
+    records = [in_chat(_record(where, row, data), data) for where, row in read_rows(source, data, role)]
     if not records:
         raise DataError(f"{source if isinstance(source, str | Path) else f'the {role} examples'}: contains no examples")
     return records
 
 
+def in_chat(record: Record, data: Data | None) -> Record:
+    """A record with the system prompt and the values for the chat template that `data` gives; a text stays as it is.
+
+    A chat that begins with a system message keeps it.
+    """
+    if data is None or record.question is None:
+        return record
+    own = record.history[:1] and record.history[0][0] == "system"
+    first = (("system", data.system_prompt),) if data.system_prompt is not None and not own else ()
+    values = tuple(sorted((data.template_kwargs or {}).items()))
+    return replace(record, history=(*first, *record.history), template=values)
+
+
 def records_digest(records: list[Record]) -> str:
     """SHA-256 (hex) of the examples, in order."""
-    return hashlib.sha256(json.dumps([astuple(record)[:-1] for record in records]).encode()).hexdigest()
+
+    def content(record: Record) -> tuple[Any, ...]:
+        """Everything but `where`. Without values for the template, the same as before there were any."""
+        *fields, _, template = astuple(record)
+        return (*fields, template) if template else tuple(fields)
+
+    return hashlib.sha256(json.dumps([content(record) for record in records]).encode()).hexdigest()
 
 
 def record_text(record: Record) -> str:

@@ -33,14 +33,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpunlearn.errors import DataError
+from mpunlearn.errors import DataError, PlanError
 from mpunlearn.extras import needs
 from mpunlearn.schema import check_options
 
 Source = str | Path | Iterable[str | Mapping[str, Any]]
 """Where examples come from: a path or name, or the examples themselves (a list of texts or dicts, or a `Dataset`)."""
+TemplateKwargs = Mapping[str, str | int | float | bool]
+"""Values for a chat template, by name."""
 Row = tuple[str, dict[str, Any]]
 """The location of a row, for error messages, and the row."""
+_RESERVED = frozenset(
+    "conversation messages chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs processor_kwargs".split()
+)
+"""Arguments of transformers' `apply_chat_template`, which are no values for the template."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
 _CONTENT = {
     ".jsonl": "one JSON object per line",
@@ -89,9 +96,21 @@ class Data:
     data_root: str | None = None
     """Folder with local mirrors of benchmarks and datasets, such as DATA_ROOT/tofu/forget10.json. If it is given,
     nothing is downloaded (default: benchmarks and datasets on the Hugging Face Hub are downloaded)."""
+    system_prompt: str | None = None
+    """System message before every question, except in a chat that has its own (default: none)."""
+    template_kwargs: TemplateKwargs | None = None
+    """A value for the chat template, such as date_string="10 Apr 2025". Can be given several times."""
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise PlanError("--system-prompt: expected text, found none; leave the option out for no system message")
+        for name in self.template_kwargs or {}:
+            if not name.isidentifier() or name in _RESERVED:
+                raise PlanError(
+                    f"--template-kwargs: expected the name of a value that chat templates read, such as date_string, "
+                    f"found {name!r:.40}"
+                )
 
 
 def read_rows(source: Source, data: Data, role: str = "forget") -> Iterator[Row]:

@@ -75,7 +75,7 @@ def measure(copy: Path, texts: Texts, limits: Limits, max_length: int, base: Pat
     chats = [record for record in own if record.question is not None]
     yield Measured("verbatim", float(wording.template_is_faithful(tokenizer, chats)), "the chat template")
     written = [record.answer for record in (*public, *own) if record.question is None]
-    written += ["".join(prompt_and_answer(tokenizer, r.question or "", r.answer, r.history)) for r in chats]
+    written += ["".join(prompt_and_answer(tokenizer, record)) for record in chats]
     yield Measured("verbatim", float(wording.tokenizer_is_faithful(tokenizer, written)), "the tokenizer")
     model, pad = load_model(copy).eval(), pad_id(tokenizer)
     sentences = encode(public, tokenizer, max_length)

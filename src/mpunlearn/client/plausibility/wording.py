@@ -12,6 +12,7 @@ Not covered: a tokenizer with several tokens for the same characters, whose choi
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpunlearn.lm.examples import prompt_and_answer
@@ -20,16 +21,19 @@ from mpunlearn.lm.records import Record
 
 def template_is_faithful(tokenizer: Any, records: Sequence[Record]) -> bool:
     """Whether the chat template shows every message of every chat as it is, within a frame that is always the same."""
-    frames: dict[tuple[str, ...], tuple[str, str]] = {}
+    frames: dict[tuple[Any, ...], tuple[str, str]] = {}
     for record in records:
         if record.question is None:
             continue
         roles = tuple(role for role, _ in record.history)
         marks = [f"Placeholder{number}x" for number in range(len(roles) + 2)]
-        if roles not in frames:
-            history = list(zip(roles, marks, strict=False))
-            frames[roles] = prompt_and_answer(tokenizer, marks[-2], marks[-1], history)
-        prompt, answer = frames[roles]
+        kind = (roles, record.template)
+        if kind not in frames:
+            history = tuple(zip(roles, marks, strict=False))
+            frames[kind] = prompt_and_answer(
+                tokenizer, replace(record, question=marks[-2], answer=marks[-1], history=history)
+            )
+        prompt, answer = frames[kind]
         if any(mark not in prompt for mark in marks[:-1]) or marks[-1] not in answer:
             return False
         whole = _bare(prompt + answer)
@@ -39,7 +43,7 @@ def template_is_faithful(tokenizer: Any, records: Sequence[Record]) -> bool:
             marks, [*(text for _, text in record.history), record.question, record.answer], strict=True
         ):
             whole = whole.replace(mark, _bare(text), 1)
-        if _bare("".join(prompt_and_answer(tokenizer, record.question, record.answer, record.history))) != whole:
+        if _bare("".join(prompt_and_answer(tokenizer, record))) != whole:
             return False
     return True
 
