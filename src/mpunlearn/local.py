@@ -184,9 +184,11 @@ def _round(
         updates = [folder / "updates" / f"copy-{copy}" for copy in range(1, rounds.plan.perturbation.copies + 1)]
         for update in progress(updates, f"round {number} of {rounds.plan.rounds}: copies"):
             copy = folder / "copies" / update.name
+            published = copied_event(copy)
             if not update.exists():
+                recording.begin(published)
                 client.unlearn(copy, update)
-            recording.updated(copied_event(copy), update)
+            recording.updated(published, update)
             if not keep_exchange:
                 shutil.rmtree(copy, ignore_errors=True)
         rounds.aggregate(number, updates)

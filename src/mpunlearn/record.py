@@ -83,11 +83,19 @@ class PithVerified:
     """The outcome for a bundle of the Pith open graph, which has no problems."""
 
     number: str
+    receipt: bool
+    """Whether the bundle has a receipt, which was verified, too."""
     events: int
+    """How many events it has; they are not looked at."""
 
     def text(self) -> str:
         """One line."""
-        return f"pith:{self.number}: record, number, aliases and receipt verified; {self.events} events not looked at"
+        checked = "number, aliases and receipt" if self.receipt else "number and aliases"
+        return f"pith:{self.number}: record, {checked} verified; {self.events} events not looked at"
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self)
 
 
 def show(record: str | Path) -> Story:
@@ -135,7 +143,8 @@ def verify(
         if content.get("bundle_type") == pith.BUNDLE_TYPE:
             if problems := pith.problems_of(content, public_key):
                 raise RecordError(f"{paths[0]}: {'; '.join(problems)}")
-            return PithVerified(str(content["pith_number"]), len(content.get("events") or []))
+            events = content.get("events") or []
+            return PithVerified(str(content["pith_number"]), isinstance(content.get("receipt"), dict), len(events))
     for path in paths:
         if not path.exists():
             raise RecordError(f"{path}: no such file or directory")
@@ -248,10 +257,10 @@ def add(
         raise RecordError("--target: the id of the event to withdraw; needed for `withdrawn` only")
     path = _records(as_path(record, "record"))[0]
     log = Log.existing(path, as_path(key, "--key") if key is not None else None)
-    bundle = log.bundle
-    content: dict[str, Any] = {"record": bundle.number, "result": str(bundle.canonical_record.get("result", ""))}
-    content |= {name: value for name, value in (("target", target), ("note", note)) if value is not None}
-    return log.append(kind, file_digests([as_path(file, "--file")] if file is not None else []), content).id
+    given = {name: value for name, value in (("target", target), ("note", note)) if value is not None}
+    return log.append(
+        kind, file_digests([as_path(file, "--file")] if file is not None else []), {**log.bundle.reference, **given}
+    ).id
 
 
 def _records(path: Path) -> list[Path]:
@@ -289,7 +298,7 @@ def _name(bundle: "Bundle") -> str:
 def _line(event: "SignedEvent") -> str:
     """One event for people to read."""
     content, party = event.event.content, "server" if event.event.signer == event.event.server else "client"
-    who = f"{party} {event.event.signer[:8]}" if event.event.kind not in ("replicated",) else event.event.signer[:8]
+    who = f"{party} {event.event.signer[:8]}" if event.event.kind != "replicated" else event.event.signer[:8]
     where = ", ".join(f"{name} {content[name]}" for name in ("round", "copy") if name in content)
     note = f": {json.dumps(content['note'], ensure_ascii=False)}" if "note" in content else ""
     return f"{event.event.created_at}  {who}  {event.event.kind:10s} {where}{note}  {event.id[7:19]}"

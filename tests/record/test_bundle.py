@@ -11,6 +11,7 @@ from tests.record.signers import CLIENT, RUN, SERVER, event, small_run
 from mpunlearn.errors import RecordError
 from mpunlearn.protocol.record.artifacts import FileDigest
 from mpunlearn.protocol.record.bundle import Bundle
+from mpunlearn.protocol.record.events import SignedEvent
 from mpunlearn.protocol.record.log import Log
 from mpunlearn.record import add, merge, show, verify
 
@@ -27,6 +28,15 @@ def test_any_order_repetition_and_grouping_gives_the_same_bytes(order, again, cu
     assert Bundle.of([*order, *again]).to_bytes() == expected
     left, right = Bundle.of([*order[:cut], *again]), Bundle.of(order[cut:])
     assert left.merged(right).to_bytes() == right.merged(left).to_bytes() == expected
+
+
+def test_of_two_signatures_of_one_event_the_same_is_kept_in_any_order() -> None:
+    """Whoever has the key can sign one statement in more than one valid way."""
+    one = small_run()[0]
+    other = SignedEvent(one.event, {**one.envelope, "signatures": [{"keyid": "0", "sig": "AA=="}]})
+    left, right = Bundle([one], []), Bundle([other], [])
+    assert left.merged(right).to_bytes() == right.merged(left).to_bytes()
+    assert left.to_bytes() != right.to_bytes()
 
 
 def test_the_state_counts_what_is_wrong() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from tests.perturbations import without_offset
 
+from mpunlearn.client.client import Client
+from mpunlearn.client.recording import Recording
 from mpunlearn.client.unlearn import unlearn
-from mpunlearn.errors import FileError, PlanError, RecordError, UpdateError
+from mpunlearn.errors import FileError, PlanError, RecordError, StateError, UpdateError
 from mpunlearn.evaluation.evaluate import evaluate
 from mpunlearn.local import run
 from mpunlearn.protocol.identity import Identity
@@ -231,3 +233,26 @@ def test_an_update_of_another_publication_is_not_aggregated(save_tiny, tmp_path:
         postprocess([update], state=tmp_path / "s", out=tmp_path / "o")
     (update / "event.json").write_bytes(file_bytes(event.envelope))
     postprocess([update], state=tmp_path / "s", out=tmp_path / "o")
+
+
+def test_what_does_not_fit_the_record_is_noticed_before_training(
+    save_tiny, tmp_path: Path, examples, monkeypatch
+) -> None:
+    forget, retain = examples
+    model, options = save_tiny(), {"retain": retain, "memory": tmp_path / "m", "training": QUICK}
+    first, second = (
+        preprocess(
+            model, state=tmp_path / name, out=tmp_path / f"c-{name}", perturbation=without_offset(copies=2)
+        ).copies
+        for name in ("a", "b")
+    )
+    unlearn(first[0], forget=forget, out=tmp_path / "u1", **options)
+    monkeypatch.setattr(Client, "unlearn", lambda *_: pytest.fail("trained"))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(forget.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(StateError, match="has committed to another forget"):
+        unlearn(first[1], forget=other, out=tmp_path / "u2", **options)
+    with pytest.raises(RecordError, match="is the record of another run"):
+        unlearn(second[1], forget=forget, out=tmp_path / "u2", **options)
+    with pytest.raises(RecordError, match="expected the event of a published copy"):
+        Recording(tmp_path / "x", {}).begin(event_of(tmp_path / "u1"))

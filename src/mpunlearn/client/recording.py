@@ -18,7 +18,7 @@ from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.record import commitments
 from mpunlearn.protocol.record.artifacts import EVENT_FILE
 from mpunlearn.protocol.record.events import SignedEvent
-from mpunlearn.protocol.record.log import FILE, Log, event_of, read_event
+from mpunlearn.protocol.record.log import FILE, IDENTITY, Log, event_of, read_event
 
 
 class Recording:
@@ -33,6 +33,27 @@ class Recording:
     def __init__(self, folder: Path, texts: Mapping[str, Sequence[str]], plan: Path | None = None) -> None:
         self._folder, self._texts, self._plan = folder, texts, plan
 
+    def begin(self, published: SignedEvent | None) -> None:
+        """Commits to the texts, and checks that the record in this folder is of this run; to be called before training.
+
+        Args:
+            published: the event of a copy; None if the server keeps no record.
+
+        Raises:
+            RecordError: the event is not about a copy, or the folder has the record of another run.
+            StateError: the client has committed to other texts in this folder.
+        """
+        if published is None:
+            return
+        event = published.event
+        if event.kind != "published":
+            raise RecordError(f"expected the event of a published copy, found one of kind {event.kind}")
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log = self._log(published)
+        if any(one.event.run != event.run for one in log.bundle.events):
+            raise RecordError(f"{log.path}: is the record of another run; give each run a folder of its own")
+        self._commitments()
+
     def updated(self, published: SignedEvent | None, update: Path) -> SignedEvent | None:
         """Signs an update, unless that has been done; its event is put into its directory.
 
@@ -44,23 +65,28 @@ class Recording:
             The event; None if the server keeps no record.
 
         Raises:
-            RecordError: the event of the update does not verify, or the other one is about something else.
-            StateError: the client has committed to other texts in this folder.
+            RecordError: the event of the update does not verify; also as for `begin`.
+            StateError: as for `begin`.
         """
         if (update / EVENT_FILE).is_file():
             return read_event(update / EVENT_FILE)
         if published is None:
             return None
-        content, event = published.event.content, published.event
-        if event.kind != "published":
-            raise RecordError(f"{update}: was made of something that is not a published copy, but {event.kind}")
+        self.begin(published)
+        content = published.event.content
+        facts: dict[str, Any] = {name: content[name] for name in ("round", "copy") if name in content}
+        facts["commitments"] = self._commitments().roots()
+        return self._log(published).attest("updated", update, facts, [published])
+
+    def _commitments(self) -> commitments.Commitments:
         sets = dict(self._texts)
         if self._plan is not None:
             sets[commitments.PLAN] = commitments.plan_set(self._plan)
-        roots = commitments.Commitments.pinned(self._folder / commitments.FILE, sets).roots()
-        log = Log(self._folder / FILE, Identity.at(self._folder / "identity.key"), event.run, event.server)
-        facts: dict[str, Any] = {name: content[name] for name in ("round", "copy") if name in content}
-        return log.attest("updated", update, {**facts, "commitments": roots}, [published])
+        return commitments.Commitments.pinned(self._folder / commitments.FILE, sets)
+
+    def _log(self, published: SignedEvent) -> Log:
+        event = published.event
+        return Log(self._folder / FILE, Identity.at(self._folder / IDENTITY), event.run, event.server)
 
 
 def check_published(

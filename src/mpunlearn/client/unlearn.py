@@ -74,8 +74,10 @@ def unlearn(
         callback=callback,
         device=device,
     )
-    published = event_of(Path(copy)) if memory is not None else None  # before hours of training on another copy
+    if memory is None or not is_main():
+        return client.unlearn(copy, out)
+    recording, published = Recording(Path(memory), client.text_digests), event_of(Path(copy))
+    recording.begin(published)
     update = client.unlearn(copy, out)
-    if memory is not None and is_main():
-        Recording(Path(memory), client.text_digests).updated(published, update)
+    recording.updated(published, update)
     return update

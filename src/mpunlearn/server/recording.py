@@ -24,7 +24,7 @@ from mpunlearn.protocol.record import artifacts, commitments
 from mpunlearn.protocol.record.artifacts import artifact_digest, artifact_files, file_digests
 from mpunlearn.protocol.record.canonical import canonical, stringified
 from mpunlearn.protocol.record.events import SignedEvent
-from mpunlearn.protocol.record.log import FILE, Log, event_of, read_event
+from mpunlearn.protocol.record.log import FILE, IDENTITY, Log, event_of, read_event
 
 if TYPE_CHECKING:
     from mpunlearn.server.perturbation import Perturbation
@@ -42,7 +42,7 @@ class Recording:
 
     def __init__(self, state: Path, run: str, identity: Path | None = None, plan: Path | None = None) -> None:
         self._state, self._plan = state, plan
-        key = Identity.at(identity or state / "identity.key")
+        key = Identity.at(identity or state / IDENTITY)
         self._log = Log(state / FILE, key, run, key.public)
 
     def published(
@@ -57,12 +57,13 @@ class Recording:
         Args:
             folders: directories of the copies, in order.
             number: the round, starting at 1.
-            models: the model and, if there are any, the base and the stand-in.
+            models: the model and, if there are any, the base and the stand-in, which are recorded in round 1 only.
             perturbation: what was done to the copies.
         """
         from mpunlearn.checkpoint import checkpoint_files
 
-        files = {name: file_digests(checkpoint_files(path)) for name, path in models.items()}
+        recorded = {name: path for name, path in models.items() if number == 1 or name == "model"}
+        files = {name: file_digests(checkpoint_files(path)) for name, path in recorded.items()}
         common: dict[str, Any] = {
             "round": number,
             "copies": len(folders),

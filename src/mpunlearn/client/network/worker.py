@@ -286,6 +286,7 @@ class Worker:
         known = [(file.name, file.sha256) for file in job.files]
         published = check_published(copy, known, self._policy.server_key, job.run, job.round, job.copy)
         if not target.exists():
+            self._recording.begin(published)
             self._say(f"{what}: unlearning")
             self._process.call("train", limits.train_hours * 3600, str(copy), str(target), training)
         self._recording.updated(published, target)

@@ -34,7 +34,7 @@ class Bundle:
     events: list[SignedEvent]
     """The valid events, each after the events that it names; otherwise by time and id."""
     invalid: list[Any]
-    """Envelopes that do not verify, or belong to another run, in a fixed order."""
+    """Envelopes that do not verify, in a fixed order."""
 
     @classmethod
     def of(cls, envelopes: Iterable[Any]) -> "Bundle":
@@ -53,7 +53,8 @@ class Bundle:
 
     @classmethod
     def _of(cls, valid: Iterable[SignedEvent], invalid: Iterable[Any]) -> "Bundle":
-        events = {event.id: event for event in valid}
+        # A signer can sign one event in several ways; the same one is kept, whatever the order.
+        events = {event.id: event for event in sorted(valid, key=lambda event: file_bytes(event.envelope))}
         others = {json.dumps(envelope, sort_keys=True): envelope for envelope in invalid}
         if len(runs := {(event.event.run, event.event.server) for event in events.values()}) > 1:
             raise RecordError(f"these are events of {len(runs)} different runs; merge the records of one run only")
@@ -119,17 +120,16 @@ class Bundle:
         if not self.events:
             return {}
         first = self.events[0].event
-        published = {(*_place(event), event.event.content.get("copy")): event for event in self.of_kind("published")}
-        aggregated = {_place(event): event for event in self.of_kind("aggregated")}
-        rounds = [
-            {
-                "round": place[0],
-                "copies": [event.event.digest for key, event in published.items() if key[0] == place[0]],
-                "updates": self._updates(aggregated.get(place)),
-                **({"result": aggregated[place].event.digest} if place in aggregated else {}),
-            }
-            for place in sorted({key[:1] for key in published} | set(aggregated))
-        ]
+        published = {(_round(event), event.event.content.get("copy")): event for event in self.of_kind("published")}
+        aggregated = {_round(event): event for event in self.of_kind("aggregated")}
+        rounds = []
+        for place in sorted({place for place, _ in published} | set(aggregated)):
+            copies = [event.event.digest for (at, _), event in published.items() if at == place]
+            entry: dict[str, Any] = {"round": place, "copies": copies, "updates": []}
+            if place in aggregated:
+                event = aggregated[place].event
+                entry |= {"updates": event.content.get("updates", []), "result": event.digest}
+            rounds.append(entry)
         opening = next((event.event.content for event in self.of_kind("published")), {})
         results = [entry["result"] for entry in rounds if "result" in entry]
         used = [
@@ -147,9 +147,10 @@ class Bundle:
             **({"result": results[-1]} if results else {}),
         }
 
-    def _updates(self, aggregated: SignedEvent | None) -> list[dict[str, Any]]:
-        """The updates that an aggregation used, as the server lists them."""
-        return [] if aggregated is None else list(aggregated.event.content.get("updates", []))
+    @property
+    def reference(self) -> dict[str, str]:
+        """How a later event refers to the run: the number of its record and the digest of its result."""
+        return {"record": self.number, "result": str(self.canonical_record.get("result", ""))}
 
     @property
     def sha256(self) -> str:
@@ -208,10 +209,9 @@ def _named(event: Event) -> list[str]:
     return [*event.after, *([event.previous] if event.previous else [])]
 
 
-def _place(event: SignedEvent) -> tuple[int]:
-    """The round of an event."""
-    found = event.event.content.get("round")
-    return (found if isinstance(found, int) else 0,)
+def _round(event: SignedEvent) -> int:
+    """The round of an event; 0 if it has none."""
+    return int(event.event.content.get("round", 0))
 
 
 def _ordered(events: Mapping[str, SignedEvent]) -> list[SignedEvent]:

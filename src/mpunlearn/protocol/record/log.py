@@ -4,7 +4,7 @@ Each append replaces the file atomically. An event that says the same as one tha
 step that is repeated after an interruption neither loses nor doubles its event.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpunlearn.protocol.record.events import MAX_BYTES, Event, Kind, SignedEvent
 FILE = "record.json"
 IDENTITY = "identity.key"
 _PLACES = (".", "state", "server/state")
-"""Where a run's record is, seen from the directory of its result's directory."""
+"""Where a run's record is, relative to the directory that contains the run's result."""
 
 
 class Log:
@@ -64,7 +64,7 @@ class Log:
         return Bundle.read(self.path) if self.path.exists() else Bundle([], [])
 
     def append(
-        self, kind: Kind, files: Sequence[FileDigest], content: dict[str, Any], after: Iterable[SignedEvent] = ()
+        self, kind: Kind, files: Sequence[FileDigest], content: Mapping[str, Any], after: Iterable[SignedEvent] = ()
     ) -> SignedEvent:
         """Signs an event and appends it, unless the same event is there already.
 
@@ -78,7 +78,7 @@ class Log:
             others = list(after)
             bundle = self.bundle.merged(Bundle(others, []))
             own = [event for event in bundle.events if event.event.signer == self._identity.public]
-            said = (kind, list(files), content, [event.id for event in others])
+            said = (kind, list(files), dict(content), [event.id for event in others])
             for event in own:
                 if (event.event.kind, event.event.files, event.event.content, event.event.after) == said:
                     return event
@@ -91,7 +91,7 @@ class Log:
                 created_at=now(),
                 previous=previous,
                 after=[other.id for other in others],
-                content=content,
+                content=dict(content),
                 files=list(files),
             ).sign(self._identity)
             write_bytes(self.path, bundle.merged(Bundle([event], [])).to_bytes(), 0o644)
@@ -120,8 +120,7 @@ def append_result(kind: Kind, model: Path, result: Path) -> None:
     log = Log.existing(records[0])
     bundle = log.bundle
     if read_event(model / EVENT_FILE).id in bundle.by_id:
-        content = {"record": bundle.number, "result": str(bundle.canonical_record.get("result", ""))}
-        log.append(kind, file_digests([result]), content)
+        log.append(kind, file_digests([result]), bundle.reference)
 
 
 def event_of(folder: Path, known: Iterable[tuple[str, str]] | None = None) -> SignedEvent | None:

@@ -7,7 +7,6 @@ verified.
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -62,8 +61,3 @@ def signature_valid(sha256: str, signature: str, public_key: str) -> bool:
     except (InvalidSignature, ValueError, binascii.Error):
         return False
     return True
-
-
-def canonical_form(record: Any) -> bytes:
-    """The canonical form as Pith defines it, to compare ours with."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -6,7 +6,7 @@ and keys. Whatever differs is a problem, and its file is named. Files that are n
 says how many were checked.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Verification:
         self.problems += problems
 
 
-def verify(paths: Iterable[Path], model: Path | None = None, openings: Iterable[Path] = ()) -> Verification:
+def verify(paths: Sequence[Path], model: Path | None = None, openings: Iterable[Path] = ()) -> Verification:
     """Verifies records and all files that belong to them.
 
     Args:
