@@ -226,7 +226,8 @@ def overview(values: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> 
         cells = ["" if a is None or b is None else f"{a:.3f} / {b:.3f}" for a, b in pairs]
         lines.append([metric, f"{max(gaps):.0e}", *cells])
     return markdown(
-        ["metric", "from OpenUnlearning's at most", *(f"{name}: openunlearning / strict" for name in values)], lines
+        ["metric", "largest difference from OpenUnlearning", *(f"{name}: openunlearning / strict" for name in values)],
+        lines,
     )
 
 

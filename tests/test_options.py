@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from mpunlearn.cli import VERBS
-from mpunlearn.options import GENERAL, General, ParseError, options_of, parse
-from mpunlearn.options import REQUIRED as NO_DEFAULT
+from mpunlearn.options import ParseError, parse
 from mpunlearn.protocol.objectives import OBJECTIVES
 from mpunlearn.protocol.plan import Training
 from mpunlearn.server.perturbation import Perturbation
+from mpunlearn.signatures import GENERAL, General, options_of
+from mpunlearn.signatures import REQUIRED as NO_DEFAULT
 
 REQUIRED = {
     "preprocess": ["m", "--state", "s", "--out", "o"],

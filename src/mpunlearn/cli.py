@@ -4,8 +4,8 @@ Options, types and help texts come from the functions' signatures and docstrings
 and the Python API share one text. The modules of the commands import nothing heavy at the top level, so `--help` does
 not load PyTorch.
 
-Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows, 4
-`doctor` found that a run cannot start, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
+Exit codes: 0 success, 2 invalid input (reported in one line), 3 an audit found more than --require allows or a record does
+not verify, 4 `doctor` found that a run cannot start, 130 interrupted with Ctrl-C, 143 terminated. A traceback is a bug.
 """
 
 import difflib

@@ -13,6 +13,8 @@ EXTRAS = {
     "audit": ("scipy",),
     "client": ("accelerate", "huggingface_hub", "rouge_score", "scipy", "tokenizers", "transformers"),
     "data": ("datasets", "pyarrow"),
+    "figures": ("matplotlib",),
+    "lm-eval": ("lm_eval",),
     "lora": ("peft",),
     "network": ("flwr", "fsspec", "h11", "httpx", "psutil", "uvicorn"),
 }

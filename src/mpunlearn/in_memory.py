@@ -37,9 +37,11 @@ class Copies(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.published.copies)
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, number: int | slice) -> Any:
         from mpunlearn.lm.memory import load_like
 
+        if isinstance(number, slice):
+            return [self[index] for index in range(len(self))[number]]
         return load_like(self.published.copies[number], self._kind, self._device)
 
 
@@ -145,12 +147,12 @@ def aggregate(
     from mpunlearn.server.postprocess import postprocess
 
     with TemporaryDirectory(prefix="mpunlearn-", dir=folder) as name:
+        source = save_model(model, Path(name) / "model")  # before the updates, which may have yet to be trained
         paths = []
         for number, update in enumerate(updates, start=1):
             given = isinstance(update, str | Path)
             paths.append(Path(update) if given else save_trained(update, Path(name) / f"update-{number}"))
             del update
-        source = save_model(model, Path(name) / "model")
         result = postprocess(
             paths, state=state, out=Path(name) / "result", eta=eta, checkpoint=source, dtype=dtype, device=device
         )

@@ -223,12 +223,13 @@ def _check_room(out: Path, plan: "RunPlan", client: "Client", keep_models: bool)
         FileError: there is less free space than that.
     """
     from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+    from mpunlearn.server.updates import update_bytes
 
     tensors = Checkpoint(plan.checkpoint).tensors.values()
     entries = sum(info.nbytes // info.dtype.itemsize for info in tensors)
     copies, dtype = plan.perturbation.copies, plan.perturbation.publish_dtype
     copy = entries * FLOAT_DTYPES[dtype].itemsize if dtype else sum(info.nbytes for info in tensors)
-    update = theta = 4 * entries
+    theta, update = 4 * entries, update_bytes(Path(plan.checkpoint), plan.training)
     references = copies * copy if client.losses.reference_model else 0
     models = plan.rounds if keep_models else min(plan.rounds, 2)
     needed = copies * max(copy, update) + min(copy, update) + theta * models + references

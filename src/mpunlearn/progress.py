@@ -43,7 +43,7 @@ class Progress:
         self._begun = self._last = time.monotonic()
         bar = shown and _bars()
         self._bar = tqdm(total=total, desc=what, unit_scale=True, leave=False, dynamic_ncols=True, disable=not bar)
-        self._lines = shown and not bar
+        self._shown, self._lines = shown, shown and not bar
         self._logged = False
 
     def update(self, steps: int = 1, note: str = "") -> None:
@@ -71,7 +71,7 @@ class Progress:
         seconds = time.monotonic() - self._begun
         if self._lines and kind is None and (self._logged or self._note):
             self._log(f"done in {seconds:.1f} s")
-        elif kind is None:
+        elif self._shown and kind is None:
             logger.debug("%s: done in %.1f s", self._what, seconds)
 
 

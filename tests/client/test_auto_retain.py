@@ -86,6 +86,8 @@ def test_the_model_says_what_it_knows_but_not_what_it_shall_forget(tmp_path: Pat
         assert auto.draw(path, [first], tmp_path / "again.jsonl", "cpu") == drawn
     assert auto.draw(tmp_path / "nowhere", [first], tmp_path / "drawn.jsonl", "cpu") == drawn
     everything = [Record(*pair) for pair in KNOWN]
+    with pytest.raises(DataError, match="was drawn for another forget set"):
+        auto.draw(path, everything, tmp_path / "drawn.jsonl", "cpu")
     if chat:
         with pytest.raises(DataError, match="give a retain set of your own"):
             AutoRetain(str(tmp_path / "drawn.jsonl"), Data(), 0, 512).draw(

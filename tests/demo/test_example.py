@@ -51,7 +51,7 @@ def test_losses_stay_with_the_client(here: Path) -> None:
 
 def test_the_options_suit_every_verb_that_the_readme_gives_them_to(here: Path) -> None:
     from mpunlearn.cli import VERBS
-    from mpunlearn.options import options_of
+    from mpunlearn.signatures import options_of
 
     given = set(yaml.safe_load((here / "run.yaml").read_text()))
     for verb in ("run", "server start"):

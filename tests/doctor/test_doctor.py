@@ -44,7 +44,7 @@ def run(tmp_path: Path, save_tiny) -> Path:
 def findings(*arguments, **options) -> dict[str, Finding]:
     """What `doctor` found, by check, on a port that no other test uses."""
     try:
-        health = doctor(*arguments, **{"port": free_port(), **options})
+        health = doctor(*arguments, **options if arguments else {"port": free_port(), **options})
     except NotReadyError as error:
         health = error.report
     assert isinstance(health, Health)
@@ -257,6 +257,19 @@ def test_a_server_whose_certificate_is_not_that_of_the_invitation(tmp_path: Path
     assert trusted.status == "ok"
     assert "TLS" in trusted.found
     assert (stranger.status, "not trusted" in stranger.found) == ("failed", True)
+
+
+def test_a_run_in_one_process_needs_no_port_and_its_keys_are_checked(tmp_path: Path) -> None:
+    run, model = tmp_path / "run", tmp_path / "model"
+    model.mkdir()
+    RunPlan(str(model)).pin(run / "server" / "plan.json")
+    Identity.at(run / "server" / "identity.key")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not failures(run, port=taken.getsockname()[1])
+    (run / "server" / "identity.key").chmod(0o644)
+    assert failures(run) == {"permissions"}
 
 
 def test_no_run_and_a_run_without_its_model(run: Path, tmp_path: Path) -> None:

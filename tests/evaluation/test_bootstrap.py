@@ -66,6 +66,13 @@ def test_resampled_aggregates_are_those_of_the_repeated_examples() -> None:
         assert [column[row] for column in found] == pytest.approx(list(slow), nan_ok=True)
 
 
+def test_a_score_that_is_not_a_number_makes_the_auc_none() -> None:
+    sample = Resampled(seed=0)
+    assert np.isnan(EVERYTHING.auc([0.1, np.nan], [0.2]))
+    assert np.isnan(sample.auc([0.1, np.nan], [0.2])).all()
+    assert np.isnan(sample.auc([0.1], [np.nan, 0.2])).all()
+
+
 def test_models_share_their_resamples_and_seeds_differ() -> None:
     one, same, other = Resampled(5), Resampled(5), Resampled(5, seed=1)
     assert np.array_equal(one.counts("forget", 8), same.counts("forget", 8))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpunlearn.architecture import families
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import PlanError
 from mpunlearn.evaluation import depth
@@ -19,7 +20,7 @@ from mpunlearn.lm.examples import IGNORED, collate
 from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward, load
 
-FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox olmo2 mixtral qwen3_moe""".split()
+FAMILIES = sorted(families.FAMILIES)
 
 
 def questions(count: int = 6, entity: bool = True) -> Questions:

@@ -50,13 +50,16 @@ def test_the_levels_are_those_of_the_paper() -> None:
     assert durability.nf4_levels().tolist() == pytest.approx([float(level) for level in NF4.split()], abs=1e-6)
 
 
-def test_linear_layers_are_rounded_to_the_nearest_level_of_their_block(save_tiny) -> None:
-    model, _ = load(save_tiny())
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_matrices_are_rounded_to_the_nearest_level_of_their_block(save_tiny, family: str) -> None:
+    sizes = {"num_local_experts": 2} if family == "mixtral" else {}
+    sizes |= {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if family == "qwen3_moe" else {}
+    model, _ = load(save_tiny("model", family, **sizes))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     durability.round_nf4(model)
     levels = durability.nf4_levels()
     for name, parameter in model.named_parameters():
-        rounded = "proj" in name
+        rounded = "proj" in name or "gate.weight" in name
         assert torch.equal(parameter, before[name]) != rounded, name
         if rounded:
             old, new = before[name].flatten(), parameter.detach().flatten()

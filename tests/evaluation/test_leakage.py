@@ -15,9 +15,9 @@ from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.errors import PlanError
 from mpunlearn.evaluation.evaluate import evaluate
 from mpunlearn.evaluation.leakage import Sampling, counts_of, leak_metrics, leak_probability, leaks, measure_leaks
-from mpunlearn.evaluation.probe import generate, prompt_of
+from mpunlearn.evaluation.probe import generate
 from mpunlearn.evaluation.sets import Questions
-from mpunlearn.lm.examples import encode
+from mpunlearn.lm.examples import encode, prompt_of
 from mpunlearn.lm.model import load
 from mpunlearn.lm.records import Record
 

@@ -6,9 +6,9 @@ import torch
 
 from mpunlearn.evaluation import probe as probes
 from mpunlearn.evaluation.definitions import STRICT
-from mpunlearn.evaluation.probe import generate, probe, prompt_of
+from mpunlearn.evaluation.probe import generate, probe
 from mpunlearn.evaluation.tofu import gradnorm_score
-from mpunlearn.lm.examples import IGNORED, Example
+from mpunlearn.lm.examples import IGNORED, Example, prompt_of
 from mpunlearn.lm.model import load
 
 

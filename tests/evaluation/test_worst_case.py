@@ -3,9 +3,9 @@
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.evaluation import worst_case
 from mpunlearn.evaluation.metrics import rouge_l
-from mpunlearn.evaluation.probe import generate, prompt_of
+from mpunlearn.evaluation.probe import generate
 from mpunlearn.evaluation.sets import Questions
-from mpunlearn.lm.examples import encode
+from mpunlearn.lm.examples import encode, prompt_of
 from mpunlearn.lm.model import load
 from mpunlearn.lm.records import Record
 
@@ -18,7 +18,7 @@ def test_the_highest_score_over_all_prompts(save_tiny, monkeypatch) -> None:
 
     def said(question: str, beginning: str = "") -> str:
         [example] = encode([Record(question, "x")], tokenizer, 99)
-        begun = tokenizer(f" {beginning}", add_special_tokens=False)["input_ids"] if beginning else []
+        begun = tokenizer(beginning, add_special_tokens=False)["input_ids"] if beginning else []
         return generate(model, tokenizer, [prompt_of(example) + begun], 6)[0]
 
     # The truth is what the model says to another prompt each time.

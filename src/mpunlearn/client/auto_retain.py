@@ -30,7 +30,7 @@ import torch
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.files import write_bytes
-from mpunlearn.lm.examples import IGNORED, encode, prompt_and_answer
+from mpunlearn.lm.examples import encode, prompt_and_answer, prompt_of
 from mpunlearn.lm.model import load, pad_id
 from mpunlearn.lm.processes import processes
 from mpunlearn.lm.records import Record, in_chat, read_records
@@ -98,11 +98,16 @@ class AutoRetain:
             DataError: everything that is found repeats the forget set, the source cannot be read, or the file can be neither
                 read nor written.
         """
-        if file.is_file():
-            say(f"retain set: read from {file}, where it was written before")
-            return read_records(file, self._chat)
-        wanted = max(MIN_EXAMPLES, PER_FORGET * len(forget))
         known, left_out = _phrases(forget), 0
+        if file.is_file():
+            drawn = read_records(file, self._chat)
+            if any(_repeats(record, known) for record in drawn):
+                raise DataError(
+                    f"--retain auto: {file} was drawn for another forget set and repeats this one; remove it to draw a new set"
+                )
+            say(f"retain set: read from {file}, where it was written before")
+            return drawn
+        wanted = max(MIN_EXAMPLES, PER_FORGET * len(forget))
         chosen: dict[tuple[str | None, str], Record] = {}
         candidates = self._from_source() if self.source else self._from_model(path, wanted, device)
         for record in candidates:
@@ -172,7 +177,7 @@ class AutoRetain:
 def _prompt(tokenizer: Any, question: str, chat: Data) -> list[int]:
     """The tokens before the answer to a question."""
     (example,) = encode([in_chat(Record(question, "answer"), chat)], tokenizer, 1 << 20)
-    return example.input_ids[: next(i for i, label in enumerate(example.labels) if label != IGNORED)]
+    return prompt_of(example)
 
 
 def _question_prompt(tokenizer: Any, chat: Data) -> tuple[list[int], set[int]] | None:
@@ -237,9 +242,9 @@ def _phrases(records: list[Record]) -> set[tuple[str, ...]]:
 
 
 def _repeats(record: Record, known: set[tuple[str, ...]]) -> bool:
-    """Whether an example contains one of these phrases."""
+    """Whether an example contains one of these phrases, which have 2 to `SHARED_WORDS` words."""
     texts = [_words(record.question or ""), _words(record.answer)]
-    return any(_sequences(words, size) & known for words in texts for size in {len(phrase) for phrase in known})
+    return any(_sequences(words, size) & known for words in texts for size in range(2, SHARED_WORDS + 1))
 
 
 def _words(text: str) -> list[str]:

@@ -28,8 +28,8 @@ def doctor(
     store: str | None = None,
     invitation: str | Path | None = None,
     work: str | Path = "mpu-client",
-    host: str = "127.0.0.1",
-    port: int = 9100,
+    host: str | None = None,
+    port: int | None = None,
 ) -> Health:
     """Checks whether this machine can start a run: libraries, hardware, keys, certificates, ports, stores.
 
@@ -38,8 +38,8 @@ def doctor(
         store: A folder or s3://BUCKET/PREFIX to check (default: that of the run).
         invitation: For a client: the server's invitation.json, to check whether the server is reachable.
         work: For a client: its own folder, whose keys are checked if there is an invitation.
-        host: Address at which a server would listen (default: that of the run).
-        port: Port at which a server would listen (default: that of the run).
+        host: Address at which a server would listen (default: that of the run, or 127.0.0.1).
+        port: Port at which a server would listen (default: that of the run, or 9100).
 
     Returns:
         The findings. The exit code is 0 if a run can start, and 4 if a check failed.
@@ -48,7 +48,7 @@ def doctor(
         NotReadyError: A check failed.
         PlanError: The port is not a port.
     """
-    if not 0 < port < 65536:
+    if port is not None and not 0 < port < 65536:
         raise PlanError(f"--port: expected a number from 1 to 65535, found {port}")
     folder = as_path(run, "run") if run is not None else None
     here = Path() if folder is None else folder
@@ -59,7 +59,8 @@ def doctor(
         checks.append(("run", lambda: finding))
     service = plan.service if plan is not None else None
     if service is not None:
-        host, port, store = service.listen, service.port, store or service.federation.store
+        host, port = host or service.listen, port or service.port
+        store = store or service.federation.store
     networked = service is not None or invitation is not None
     checks += [
         ("libraries", machine.libraries),
@@ -76,9 +77,8 @@ def doctor(
     if folder is not None:
         checks.append(("permissions", lambda: parties.permissions(folder, "permissions")))
         checks.append(("certificates", lambda: parties.certificates(folder)))
-    if invitation is None and (service is None or service.superlink is None):
-        serving = folder is not None and service is not None and _served(folder)
-        checks.append(("port", lambda: _own_port(port) if serving else parties.port(host, port)))
+    if invitation is None and (plan is None or (service is not None and service.superlink is None)):
+        checks.append(("port", lambda: _port(folder, host or "127.0.0.1", port or 9100, networked)))
     if store is not None:
         url = store
         checks.append(("store", lambda: parties.store(url)))
@@ -138,23 +138,14 @@ def _isolation() -> Finding:
     )
 
 
-def _served(folder: Path) -> bool:
-    """Whether a server of this run is running now. It holds a lock on the directory."""
-    import fcntl
-    import os
+def _port(folder: Path | None, host: str, port: int, networked: bool) -> Finding:
+    """Whether a server can listen, unless that of this run does already."""
+    if folder is not None and networked:
+        from mpunlearn.server.network.status import is_locked
 
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _own_port(port: int) -> Finding:
-    return ok(f"port {port}", "in use by the server of this run, which is running")
+        if is_locked(folder):
+            return ok(f"port {port}", "in use by the server of this run, which is running")
+    return parties.port(host, port)
 
 
 def _server(path: Path) -> Iterator[Finding]:

@@ -17,10 +17,10 @@ from typing import Any
 from mpunlearn.doctor.findings import Finding, failed, ok, warning
 from mpunlearn.errors import MPUError
 
-KEYS = ("identity.key", "node.key", "**/secret.key", "flower/*.key")
+KEYS = ("**/identity.key", "node.key", "**/secret.key", "flower/*.key")
 """Where secret keys are, below the directory of a run or of a client."""
 PRIVATE = ("state", "server", "client", "server/state", "flower", "memory")
-"""Folders below these that only their owner may enter."""
+"""Folders of a run or of a client that only their owner may enter."""
 CERTIFICATES = ("flower/ca.crt", "flower/server.pem")
 SOON_DAYS = 30
 """Certificates that end within this time are reported."""

@@ -96,6 +96,7 @@ def ask(
         PlanError: There is no question, or an option has an impossible value.
     """
     needs("client", "ask")
+    from mpunlearn.checkpoint import Checkpoint
     from mpunlearn.lm.records import Record, in_chat, read_records
 
     paths = [as_path(model, "models") for model in models]
@@ -106,12 +107,14 @@ def ask(
             raise PlanError(f"{option}: expected at least 1, found {value}")
     if blank := [text for text in question if not text.strip()]:
         raise PlanError(f"--question: expected text, found {blank[0]!r:.40}")
+    if definitions not in DEFINITIONS:
+        raise PlanError(f"--definitions: expected one of {', '.join(DEFINITIONS)}, found {definitions!r:.40}")
+    for path in paths:
+        Checkpoint(path)  # catches a mistyped path before the first model answers
     records = [in_chat(Record(text, ""), data) for text in question]
     if questions is not None:
         records += read_records(as_path(questions, "--questions"), data, "forget")
     records = records[:limit]
-    if definitions not in DEFINITIONS:
-        raise PlanError(f"--definitions: expected one of {', '.join(DEFINITIONS)}, found {definitions!r:.40}")
     columns = [_answers(path, records, max_new_tokens, DEFINITIONS[definitions]) for path in paths]
     rows = [
         Answered(first.question, first.expected, [first.answers[0], *(answered.answers[0] for answered in others)])

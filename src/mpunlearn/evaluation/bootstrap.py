@@ -114,6 +114,7 @@ class Resampled:
         """The AUCs, shape (B,): the pairs in order, weighted by how often both of their examples occur."""
         members, others = np.asarray(forget)[:, None], np.asarray(holdout)[None, :]
         ordered = (others > members) + 0.5 * (others == members)
+        ordered = np.where(np.isnan(members) | np.isnan(others), np.nan, ordered)
         weighted = (self.counts("forget", len(forget)) @ ordered) * self.counts("holdout", len(holdout))
         return weighted.sum(axis=1) / ordered.size
 
@@ -124,7 +125,7 @@ class Resampled:
         last = np.append(np.diff(pooled[order]) != 0, True)  # distributions are compared after each group of ties
         counts = self.counts("forget", len(ratios))
         steps = np.concatenate((counts, -counts), axis=1)[:, order]
-        distances = np.abs(np.cumsum(steps, axis=1)[:, last]).max(axis=1).round().astype(int)
+        distances = np.abs(np.cumsum(steps, axis=1)[:, last]).max(axis=1).astype(int)
         _, first, which = np.unique(distances, return_index=True, return_inverse=True)
         times = counts.astype(int)
         p = [metrics.forget_quality(np.repeat(ratios, times[row]), np.repeat(retrained, times[row])) for row in first]

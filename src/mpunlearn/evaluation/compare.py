@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import FileError, PlanError
+from mpunlearn.extras import needs
 from mpunlearn.tables import markdown
 
 Intervals = Mapping[str, Sequence[float]]
@@ -77,17 +78,15 @@ def check_figure(path: Path) -> None:
     """Refuses a figure that cannot be drawn, before anything is measured.
 
     Raises:
-        PlanError: matplotlib is not installed, or the file type is not svg, png or pdf.
+        MissingPackageError: matplotlib is not installed.
+        PlanError: the file type is not svg, png or pdf.
         FileError: the file exists.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise PlanError(f"--figure {path}: expected a name that ends in .svg, .png or .pdf")
     if path.exists() or path.is_symlink():
         raise FileError(f"--figure {path}: already exists; name another file, or remove this one")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlanError("--figure: needs matplotlib; run `pip install 'mpunlearn[figures]'`") from None
+    needs("figures", "--figure")
 
 
 def draw(
@@ -126,6 +125,7 @@ def draw(
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise FileError(f"--figure {path}: cannot be written: {error.strerror}; name another file") from error

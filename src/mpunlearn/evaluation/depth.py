@@ -29,6 +29,7 @@ from mpunlearn.evaluation.definitions import OPENUNLEARNING, Definitions
 from mpunlearn.evaluation.probe import batch_of, batches_of
 from mpunlearn.evaluation.sets import Questions
 from mpunlearn.lm.examples import IGNORED, Example
+from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward
 from mpunlearn.lm.sources import Data
 from mpunlearn.progress import progress
@@ -137,8 +138,8 @@ def entities(
 def _only(example: Example, entity: str, tokenizer: Any) -> Example:
     """An example with labels only on its entity; on its whole answer without the end token if the entity is not found."""
     counted = [i for i, label in enumerate(example.labels) if i and label != IGNORED]
-    if len(counted) > 1 and example.labels[counted[-1]] == tokenizer.eos_token_id:
-        counted.pop()
+    end = next((at for at, i in enumerate(counted) if example.labels[i] == tokenizer.eos_token_id), len(counted))
+    counted = counted[: max(1, end)]  # without what a template writes after the end token, too
     ids = [example.input_ids[i] for i in counted]
     start = tokenizer.decode(ids).find(entity) if entity else -1
     if start >= 0:
@@ -185,7 +186,5 @@ def _patched(layer: torch.nn.Module, state: torch.Tensor, where: torch.Tensor) -
 def _log_likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mean log-likelihood of the labeled tokens of each example, in nats, shape (B,), float64."""
     output = forward(model, batch)
-    counted = output["targets"] != IGNORED
-    logprobs = output["logits"].float().log_softmax(dim=-1)
-    own = logprobs.gather(2, output["targets"].clamp(min=0).unsqueeze(2)).squeeze(2).double()
-    return (own * counted).sum(dim=1) / counted.sum(dim=1)
+    counted = (output["targets"] != IGNORED).sum(dim=1)
+    return -token_nll(output["logits"], output["targets"]).double().sum(dim=1) / counted

@@ -102,13 +102,16 @@ def curves(
     """
     examples, mask_pad = forget.encoded(tokenizer, definitions, data).answers, definitions.mask_pad
 
+    def probability(of: Any) -> float:
+        answers = probe(of, tokenizer, examples, batch_size, mask_pad)
+        return float(np.mean([answer.probability for answer in answers]))
+
     def after(change: Callable[[Any], None]) -> float:
         student = copy.deepcopy(model)
         change(student)
-        answers = probe(student, tokenizer, examples, batch_size, mask_pad)
-        return float(np.mean([answer.probability for answer in answers]))
+        return probability(student)
 
-    before = after(lambda student: None)
+    before = probability(model)
     relearned = after(lambda student: _relearn(student, tokenizer, examples, mask_pad))
     return {RELEARNED: {"0": before, "1": relearned}, QUANTIZED: {"float32": before, "nf4": after(round_nf4)}}
 
@@ -142,14 +145,17 @@ def nf4_levels() -> torch.Tensor:
 
 @torch.no_grad()
 def round_nf4(model: Any) -> None:
-    """Rounds the weights of all linear layers but the last to NF4 in place, in blocks of `BLOCK` with their own scale."""
-    last = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not last:
-            flat = module.weight.flatten()
+    """Rounds all weights but embeddings, LM head and vectors to NF4 in place, in blocks of `BLOCK` with their own scale.
+
+    The experts of MoE models are parameters of three axes and no linear layers; they are rounded, too, and so are routers.
+    """
+    kept = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    levels = nf4_levels().to(next(model.parameters()))
+    middles = (levels[1:] + levels[:-1]) / 2
+    for weight in model.parameters():
+        if weight.dim() >= 2 and id(weight) not in kept:
+            flat = weight.flatten()
             padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
             scale = padded.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-            levels = nf4_levels().to(padded)
-            middles = (levels[1:] + levels[:-1]) / 2
             rounded = levels[torch.bucketize(padded / scale, middles)] * scale
-            module.weight.copy_(rounded.flatten()[: len(flat)].reshape(module.weight.shape))
+            weight.copy_(rounded.flatten()[: len(flat)].reshape(weight.shape))

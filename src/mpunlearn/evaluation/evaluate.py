@@ -208,13 +208,21 @@ def evaluate(
     retrained = measurement.Subject.of(retain_model) if retain_model is not None else None
     original = measurement.Subject.of(original_model) if original_model is not None else None
 
-    def measured(subject: measurement.Subject, reference: measurement.Subject | None = retrained) -> "Measurement":
-        return measurement.measured(subject, examples, settings, folder, reference, machine, original)
+    def measured(
+        subject: measurement.Subject,
+        reference: measurement.Subject | None = retrained,
+        how: measurement.Settings = settings,
+    ) -> "Measurement":
+        return measurement.measured(subject, examples, how, folder, reference, machine, original)
 
     own = measured(model)
-    further = {str(path): (subject.digest, measured(subject)) for path in others for subject in [model.of(path)]}
+    subjects = {str(path): measurement.Subject.of(path) for path in others}
+    further = {name: (subject.digest, measured(subject)) for name, subject in subjects.items()}
     theirs = None if retrained is None else measured(retrained, None)
-    before = None if original is None else measured(original)
+    # Of the original model only the utility is used, unless it is also one of those that are compared.
+    brief = dataclasses.replace(settings, depth=False, worst_case=False, samples=0, robustness=False, tasks=None)
+    listed = original_model in (checkpoint, *others)
+    before = None if original is None else measured(original, how=settings if listed else brief)
     measurements = {"model": own, **({} if theirs is None else {"retrained": theirs})}
     intervals, compared = summary.compared(examples, own, further, theirs, before, settings)
     evaluation = Evaluation(

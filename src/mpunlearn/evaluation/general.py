@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpunlearn.errors import DataError, PlanError
+from mpunlearn.extras import needs
 
 
 def general_ability(
@@ -30,15 +31,15 @@ def general_ability(
         batch_size: number of sequences in a batch (default: lm-eval's own).
 
     Raises:
-        PlanError: lm-eval is not installed, or has no such task.
+        MissingPackageError: lm-eval is not installed.
+        PlanError: it has no such task.
         DataError: a task's data cannot be loaded.
     """
-    try:
-        import lm_eval
-        import torch
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise PlanError(f"--tasks: needs lm-eval ({error}); run `pip install 'mpunlearn[lm-eval]'`") from None
+    needs("lm-eval", "--tasks")
+    import lm_eval
+    import torch
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise PlanError(

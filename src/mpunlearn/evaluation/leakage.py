@@ -67,7 +67,7 @@ def leak_probability(leaks: int, samples: int, k: int) -> float:
 
 def counts_of(samples: int) -> list[int]:
     """The values of k that are reported: the powers of two up to n, and n itself."""
-    return sorted({1 << power for power in range(samples.bit_length()) if 1 << power <= samples} | {samples})
+    return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
 def leaks(text: str, answer: str, entity: str, threshold: float) -> bool:

@@ -286,6 +286,7 @@ def _measure(
 
     how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": settings.chat}
     answering: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **how}
+    judge = None if settings.fluency_model is None else fluency_judge(Path(settings.fluency_model), device)
     forget, drops = benchmark["forget"], []
     if original is not None:  # first, since three models may not fit together
         drops = likelihood_drops(loaded(original), model, tokenizer, forget, **how).T.tolist()
@@ -294,7 +295,7 @@ def _measure(
         tokenizer,
         benchmark,
         reference=None if reference is None else loaded(reference),
-        judge=None if settings.fluency_model is None else fluency_judge(Path(settings.fluency_model), device),
+        judge=judge,
         **answering,
     )
     per_example["forget"] |= {f"{tofu.DROP}{layer}": values for layer, values in enumerate(drops)}

@@ -77,10 +77,9 @@ def forget_quality(ratios: Scores, retrained: Scores) -> float:
 
 def harmonic_mean(values: Sequence[Any]) -> Any:
     """The harmonic mean of numbers, or elementwise of arrays of one shape. It is 0 where any of the values is 0 or below."""
-    stacked = np.stack(np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in values)))
-    positive, undefined = (stacked > 0).all(axis=0), np.isnan(stacked).any(axis=0)
-    mean = len(values) / (1 / np.where(positive, stacked, 1)).sum(axis=0)
-    return np.where(undefined, np.nan, np.where(positive, mean, 0.0))[()]
+    from scipy import stats
+
+    return stats.hmean(np.maximum(np.broadcast_arrays(*values), 0), axis=0)
 
 
 def model_utility(values: Sequence[Any]) -> Any:

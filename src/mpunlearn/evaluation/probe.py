@@ -141,12 +141,6 @@ def generate(
     return texts
 
 
-def prompt_of(example: Example) -> list[int]:
-    """The tokens before the answer."""
-    first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
-    return example.input_ids[:first]
-
-
 def batches_of(lengths: Sequence[int], size: int | None) -> list[list[int]]:
     """Groups indices into batches of similar length, each with at most `BATCH_TOKENS` tokens or a single sequence."""
     size = len(lengths) if size is None else size

@@ -12,8 +12,7 @@ from typing import Any
 
 from mpunlearn.errors import DataError
 from mpunlearn.evaluation.definitions import Definitions
-from mpunlearn.evaluation.probe import prompt_of
-from mpunlearn.lm.examples import IGNORED, Example, encode, in_template, plain_prompt, tokenized
+from mpunlearn.lm.examples import IGNORED, Example, encode, in_template, plain_prompt, prompt_of, tokenized
 from mpunlearn.lm.records import Record
 
 _UNLIMITED = 1 << 30

@@ -91,7 +91,6 @@ def read_sets(
     forget_split: str,
     holdout: Source | None,
     data: Data,
-    forget: str | None = None,
 ) -> dict[str, Questions]:
     """The question sets of a benchmark, by name.
 
@@ -101,7 +100,6 @@ def read_sets(
         holdout: a source of questions that no model was trained on, for membership inference (default: the benchmark's
             own, if it has one).
         data: where local mirrors are.
-        forget: a source for the forget set (default: the benchmark's own).
 
     Raises:
         DataError: a set cannot be read, or is not in TOFU's format.
@@ -126,7 +124,6 @@ def read_sets(
             raise DataError(
                 f"--benchmark {benchmark}: expected tofu, muse/news, muse/books, or a folder with forget.jsonl"
             )
-    sources |= {"forget": forget} if forget else {}
     sources |= {"holdout": holdout} if holdout is not None else {}
     return {name: _read(source, name, data) for name, source in sources.items()}
 

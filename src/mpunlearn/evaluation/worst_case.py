@@ -48,7 +48,7 @@ def worst_case(
         data: the system prompt and the values for the chat template.
     """
     prompts, expected = [], []
-    space = " " if tokenizer.chat_template or not definitions.answer_mark.endswith(" ") else ""
+    space = "" if tokenizer.chat_template or definitions.answer_mark.endswith(" ") else " "  # templates write none
     begun = [[], *(tokenizer(f"{space}{text}", add_special_tokens=False)["input_ids"] for text in BEGINNINGS)]
     for number, answer in enumerate(forget.answers):
         wordings = [forget.questions[number], *(forget.rewordings[number : number + 1])]

@@ -71,12 +71,10 @@ def model_card(
         "([arXiv 2602.23798](https://arxiv.org/abs/2602.23798)).",
         *([f"Record of the run: `{_plain(record)}`"] if record else []),
         *(["## How it was made\n\n" + _made(plan)] if plan is not None else []),
-        *(["## What it still knows\n\n" + "\n\n".join(map(_metrics, evaluations))] if evaluations else []),
+        "## What it still knows\n\n" + ("\n\n".join(map(_metrics, evaluations)) or "It was not evaluated."),
         *(["## What the run disclosed\n\n" + "\n\n".join(map(_figure_table, audits))] if audits else []),
         "## Limits\n\n" + LIMITS.rstrip(),
     ]
-    if not evaluations:
-        parts.insert(-1, "It was not evaluated.")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 

@@ -46,6 +46,12 @@ class Example:
         return replace(self, labels=[IGNORED if i in skipped else label for i, label in enumerate(self.labels)])
 
 
+def prompt_of(example: Example) -> list[int]:
+    """The tokens before the answer."""
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+    return example.input_ids[:first]
+
+
 def examples_digest(examples: Sequence[Example]) -> str:
     """SHA-256 (hex) of tokenized examples, in order."""
     return hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in examples]).encode()).hexdigest()

@@ -45,7 +45,7 @@ def estimate(
     companions = sum(path.stat().st_size for name in COMPANIONS if (path := source.path / name).is_file())
     copy = shapes.copy_bytes(perturbation.publish_dtype) + companions
     update, references = shapes.update_bytes(training), work.losses.reference_model
-    memory = _training_memory(shapes, work)
+    memory = _training_memory(shapes, work, rounds)
     program = rates.program_bytes if rates is not None and rates.program_bytes else PROGRAM_BYTES
     over = network_disk(
         shapes, training, copies=copies, rounds=rounds, copy=copy, clients=clients, references=references
@@ -89,8 +89,11 @@ def estimate(
     )
 
 
-def _training_memory(shapes: Shapes, work: Work) -> TrainingMemory:
-    """The memory of the largest micro-batch. Its forget and retain side are in memory one after the other."""
+def _training_memory(shapes: Shapes, work: Work, rounds: int) -> TrainingMemory:
+    """The memory of the largest micro-batch. Its forget and retain side are in memory one after the other.
+
+    With LoRA, the model without its adapters is the reference in round 1, but from round 2 on the copy of round 1 is.
+    """
     size = min(work.resources.micro_batch_size or work.training.batch_size, max(map(len, work.steps)))
     forget, alternates = work.examples.forget, [answer for each in work.examples.alternates for answer in each]
     examples = [*forget, *work.examples.retain, *alternates]
@@ -101,7 +104,7 @@ def _training_memory(shapes: Shapes, work: Work) -> TrainingMemory:
         answer_tokens=max(example.tokens for example in examples),
         precision=work.resources.precision,
         checkpointing=work.resources.gradient_checkpointing,
-        reference_model=work.losses.reference_model and not work.training.lora_rank,
+        reference_model=work.losses.reference_model and not (work.training.lora_rank and rounds == 1),
     )
 
 

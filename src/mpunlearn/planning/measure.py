@@ -1,4 +1,4 @@
-"""Times the parts of a run on this machine, for at most about 20 seconds.
+"""Times the parts of a run on this machine, within about the given time.
 
 The server's passes and the client's training are really done: on the model itself if it is small, otherwise on a smaller
 one (see `cut`), from which the times are extrapolated: passes, loading and writing by the number of entries, training by
@@ -76,8 +76,6 @@ class Rates:
     """Writing one update."""
     what: str
     """What was timed; empty if it was the model itself."""
-    examples: int
-    """How many forget examples of a step were timed."""
     program_bytes: int
     """Memory of this process before the model was loaded."""
 
@@ -127,7 +125,6 @@ def measure(
         reference=client.reference,
         write=client.write * scale,
         what=small.what,
-        examples=client.examples,
         program_bytes=resident,
     )
 
@@ -156,8 +153,7 @@ class _Client:
         self._reference: Any = None
         if work.losses.reference_model:
             self._reference = self._model if training.lora_rank else load_model(copy)
-        self.setup = 0.0
-        self.examples, self.step = self._time_step(seconds)
+        self.step = self._time_step(seconds)
         self.reference = self._time_reference() if "reference_nll" in work.losses.needs else 0.0
         self.write = 0.0
 
@@ -168,8 +164,8 @@ class _Client:
         self.write, _ = _timed(lambda: write_update(self._copy, self._model, card, dtype, out))
         return out
 
-    def _time_step(self, seconds: float) -> tuple[int, float]:
-        """How many forget examples of a step were timed, and how long a whole step takes on the whole model."""
+    def _time_step(self, seconds: float) -> float:
+        """How long a whole step takes on the whole model; also sets `setup`."""
         steps = sorted(self._work.steps, key=len, reverse=True)
         end = time.monotonic() + seconds
         self._train([steps[0][:1]])  # the first step also loads modules
@@ -185,7 +181,7 @@ class _Client:
         per_flop = took / sum(self._flops(self._small.shapes, picks) for picks in several[1:])
         whole = sum(self._flops(self._shapes, step) for step in steps) / len(steps)
         self.setup = max(0.0, alone - per_flop * self._flops(self._small.shapes, first[0]))
-        return count, per_flop * whole
+        return per_flop * whole
 
     def _train(self, steps: list[list[Pick]]) -> None:
         work = self._work

@@ -79,12 +79,12 @@ def _both(objective: ObjectiveName, *values: Any, **others: Any) -> list[Recomme
 
 TABLE: list[Recommendation] = [
     *_both("grad-ascent", 1e-5, 32, 10, DEFAULTS,
-           note="OpenUnlearning reports a model utility of 0 on forget10 with it (docs/repro.md): use fewer epochs"),
+           note="OpenUnlearning reports a model utility of 0 on forget10 with it (its docs/repro.md): use fewer epochs"),
     *_both("grad-diff", 1e-5, 32, 10, DEFAULTS),
     Recommendation("npo", "small", 5e-5, 32, 10, _SELECTED.format("2-1b", 10, "5e-5", "1.0"), {"alpha": 1.0, "beta": 0.1},
-                   "best of 54 settings by forget quality for 1 B; for 3 B: learning rate 2e-5, 5 epochs, alpha 2"),
+                   "the published checkpoint for 1 B; for 3 B: learning rate 2e-5, 5 epochs, alpha 2"),
     Recommendation("npo", "large", 5e-5, 32, 5, _SELECTED.format("1-8b", 5, "5e-5", "2.0"), {"alpha": 2.0, "beta": 0.1},
-                   "best of 54 settings by forget quality for 8 B"),
+                   "the published checkpoint for 8 B"),
     *_both("dpo", 1e-5, 32, 10, f"{_REPOSITORY}/configs/experiment/unlearn/tofu/idk.yaml, configs/trainer/DPO.yaml",
            {"beta": 0.1}),
     *_both("simnpo", 1e-5, 32, 10,

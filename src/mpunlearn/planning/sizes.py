@@ -10,19 +10,19 @@ Not covered: several processes, among which FSDP shards weights, gradients and t
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mpunlearn.architecture import FAMILIES, Architecture, TensorRole
-from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 from mpunlearn.errors import UnsupportedModelError
 from mpunlearn.planning.report import TrainingMemory
 from mpunlearn.protocol.exchange import FACTORS
 from mpunlearn.protocol.plan import Training
+from mpunlearn.server.updates import trained_names
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in FLOAT_DTYPES.items()}
 FLOAT32 = 4
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "tensor_adam": 4, "adafactor": 0, "sgd": 0}
 """Bytes of state for each trained entry; unknown optimizers are counted like AdamW."""
@@ -104,21 +104,7 @@ class Shapes:
 
         For MoE models, whose experts transformers merges, LoRA adapts only what is linear there: this counts everything.
         """
-        architecture = self.architecture
-        if training.train == "all":
-            names = set(self.shapes)
-        elif training.train == "blocks":
-            names = {name for name, role in self.roles.items() if role.layer is not None}
-            if not training.token_local:
-                names -= {name for name, role in self.roles.items() if architecture.token_local(role)}
-        else:
-            head = architecture.family.head
-            names = {
-                name for name in self.shapes if re.search(training.train, "lm_head.weight" if name == head else name)
-            }
-        if training.lora_rank:
-            names = {name for name in names if len(self.shapes[name]) == 2 and name != architecture.family.embedding}
-        return names
+        return trained_names(self.architecture, self.roles, training)
 
     def trained_entries(self, training: Training) -> int:
         """The number of entries that the optimizer changes; with LoRA, those of the outer factors."""

@@ -154,9 +154,9 @@ def _audit_card(audit: ModelAudit) -> Card:
     if audit.floor is not None:
         marks.append(Mark("announced", audit.floor, "bound", f"{audit.floor:.3f}"))
     return Card(
-        "Parameters hidden",
+        "Error of the best attack",
         f"{error:.1%}",
-        "Error left to a client that pools its copies. 0% is the model.",
+        "Distance of a client's best estimate from the parameters, relative to their norm. At 0% it has the model.",
         tuple(marks),
     )
 

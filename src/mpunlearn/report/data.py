@@ -79,7 +79,6 @@ class AttackScore:
 class BehaviorScore:
     """How close a model comes to the server's as a function."""
 
-    agreement: float
     probability: float
 
 
@@ -120,7 +119,6 @@ class SpellingLeak:
 
     label: str
     exact: float
-    next_token: float
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Notes in events are left out, since anyone may have written anything into them.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpunlearn.report import words
 from mpunlearn.report.data import RecordSummary
 
 if TYPE_CHECKING:
@@ -22,15 +23,14 @@ _SENTENCES = {
 
 def record_summary(folder: Path) -> RecordSummary | None:
     """Verifies the record in a directory with all files there; None if there is no record."""
-    from mpunlearn.errors import RecordError
+    from mpunlearn.protocol.record.log import FILE
     from mpunlearn.protocol.record.verification import verify
 
-    try:
-        found = verify([folder])
-    except RecordError:
+    if not any(folder.rglob(FILE)):
         return None
-    events = [event.event for event in found.bundle.events]
-    absent = [f"{len(found.bundle.absent)} events that others name are not here."] if found.bundle.absent else []
+    found = verify([folder])
+    events, missing = [event.event for event in found.bundle.events], len(found.bundle.absent)
+    absent = [f"Missing here: {words.count(missing, 'event')} that others name."] if missing else []
     problems = (*(problem[0].upper() + problem[1:] + "." for problem in found.problems), *absent)
     happened = (
         *_rounds(events),
@@ -47,17 +47,13 @@ def _rounds(events: "list[Event]") -> list[tuple[str, str]]:
         own = [event for event in events if event.kind in _ROUNDS and event.content.get("round") == number]
         copies, updates = (sum(event.kind == kind for event in own) for kind in _ROUNDS[:2])
         done = any(event.kind == "aggregated" for event in own)
-        parts = [_counted(copies, "copy was published", "copies were published")] if copies else []
+        parts = [words.count(copies, "copy was published", "copies were published")] if copies else []
         parts += (
-            [_counted(updates, "update was signed by a client", "updates were signed by clients")] if updates else []
+            [words.count(updates, "update was signed by a client", "updates were signed by clients")] if updates else []
         )
         parts += ["the updates were aggregated"] if done else []
         happened.append((_time(own[-1]), f"Round {number}: {', '.join(parts)}."))
     return happened
-
-
-def _counted(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
 
 
 def _time(event: "Event") -> str:

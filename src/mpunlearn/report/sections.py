@@ -65,6 +65,8 @@ def over_rounds(evaluations: Sequence[Evaluation], plan: PublicPlan | None) -> S
             )
             for line in lines
         ]
+    if not rows:
+        return None
     columns = (Column("model"), Column("set"), *(Column(f"round {number:g}", True) for number in _numbers(series)))
     table = Table("The figures as a table", columns, rows)
     text = (

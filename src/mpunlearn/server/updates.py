@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mpunlearn.architecture import Architecture
+from mpunlearn.architecture import Architecture, TensorRole
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorDirectory
 from mpunlearn.errors import PlanError, UpdateError
 from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
@@ -161,22 +161,27 @@ def planned_tensors(copy: Path, training: Training) -> set[str] | None:
     """
     checkpoint = Checkpoint(copy)
     architecture = Architecture.of(checkpoint)
-    roles = architecture.tensor_roles(checkpoint)
-    if training.train in ("blocks", "all"):
-        names = (
-            set(roles) if training.train == "all" else {name for name, role in roles.items() if role.layer is not None}
-        )
-        if training.train == "blocks" and not training.token_local:
-            names -= {name for name, role in roles.items() if architecture.token_local(role)}
-    elif architecture.experts:
+    if architecture.experts and (training.lora_rank or training.train not in ("blocks", "all")):
         return None
+    return trained_names(architecture, architecture.tensor_roles(checkpoint), training)
+
+
+def trained_names(architecture: Architecture, roles: Mapping[str, TensorRole], training: Training) -> set[str]:
+    """The names, among the tensors of a model, of those that a plan trains, or adapts with LoRA.
+
+    For MoE models with LoRA or a regular expression this is what the plan says, not what transformers makes of it.
+    """
+    if training.train == "all":
+        names = set(roles)
+    elif training.train == "blocks":
+        names = {name for name, role in roles.items() if role.layer is not None}
+        if not training.token_local:
+            names -= {name for name, role in roles.items() if architecture.token_local(role)}
     else:
         names = {name for name in roles if _matches(training.train, name, architecture)}
-    if not training.lora_rank:
-        return names
-    if architecture.experts:
-        return None
-    return {name for name in names if len(roles[name].axes) == 2 and name != architecture.family.embedding}
+    if training.lora_rank:
+        names = {name for name in names if len(roles[name].axes) == 2 and name != architecture.family.embedding}
+    return names
 
 
 def _matches(pattern: str, name: str, architecture: Architecture) -> bool:

@@ -85,7 +85,7 @@ def join(
 
     Raises:
         PlanError: The invitation or the policy cannot be read.
-        NetworkError: Flower is not installed.
+        MissingPackageError: The extra network is not installed.
         MPUError: As for `unlearn`.
     """
     needs("network", "client join")

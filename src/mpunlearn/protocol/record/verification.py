@@ -63,7 +63,11 @@ def verify(paths: Sequence[Path], model: Path | None = None, openings: Iterable[
         raise RecordError(f"{', '.join(map(str, paths))}: contains no {log.FILE}")
     result = Verification(Bundle([], []))
     bundles = [bundle for path in records if (bundle := _record(path, result)) is not None]
-    result.bundle = Bundle([], []).merged(*bundles)
+    try:
+        result.bundle = Bundle([], []).merged(*bundles)
+    except RecordError as error:
+        result.add(str(error))
+        return result
     for event in result.bundle.equivocations:
         signer, kind = event.event.signer[:16], event.event.kind
         result.add(f"equivocation: {signer} signed two different histories, one with {kind} {event.id[:23]}")

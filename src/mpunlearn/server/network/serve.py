@@ -78,7 +78,8 @@ def start(
 
     Raises:
         PlanError: `run` holds a run with different options, or an option has an invalid value.
-        NetworkError: Flower is not installed, the port is in use, or the run cannot continue without a client.
+        MissingPackageError: The extra network is not installed.
+        NetworkError: The port is in use, or the run cannot continue without a client.
         MPUError: As raised by `preprocess` and `postprocess`.
     """
     needs("network", "server start")

@@ -171,11 +171,11 @@ def run_status(path: Path) -> RunStatus:
         raise StateError(f"{path}: contains no run; start one with `mpunlearn server start`")
     started = folder.plan.stat().st_mtime
     if not folder.status.exists():
-        return RunStatus(str(path), _is_locked(path), started, None, {}, None)
+        return RunStatus(str(path), is_locked(path), started, None, {}, None)
     current, last_sign = read(Status, folder.status), folder.status.stat().st_mtime
     seen = {client: _last_seen(folder, entry.node) for client, entry in current.clients.items()}
     known = {client: at for client, at in seen.items() if at is not None}
-    return RunStatus(str(path), _is_locked(path), started, last_sign, known, current)
+    return RunStatus(str(path), is_locked(path), started, last_sign, known, current)
 
 
 def _last_seen(folder: "RunFolder", node: str | None) -> float | None:
@@ -183,7 +183,7 @@ def _last_seen(folder: "RunFolder", node: str | None) -> float | None:
     return file.stat().st_mtime if file is not None and file.exists() else None
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of the run's directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
