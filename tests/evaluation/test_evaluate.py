@@ -197,6 +197,10 @@ def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path,
     assert curve["40"] > 0.5
     with pytest.raises(DataError, match="more than 6 forget questions, found 6"):
         relearning(model, tokenizer, forget, shown=6)
+    other = Questions(["Who wrote nothing?"], ["Nobody."], ["Nobody."], [["Somebody."]])
+    elsewhere = relearning(model, tokenizer, forget, on=other, shown=1, steps=(0, 40), learning_rate=1e-2)
+    assert elsewhere["0"] == pytest.approx(curve["0"], rel=1e-4)  # the second half of `double` is the forget set
+    assert elsewhere["40"] < curve["40"] / 2
     rounded = quantized(model, tokenizer, {"forget": forget}, max_new_tokens=4)
     assert list(rounded) == ["8", "4"]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -204,7 +208,8 @@ def test_curves_are_drawn_and_leave_the_model_as_it_was(save_tiny, folder: Path,
     evaluation = evaluate(
         path, benchmark=str(folder), robustness=True, max_new_tokens=4, cache=tmp_path / "cache", out=out
     )
-    curves = {"forget_Q_A_Prob by relearning steps", "forget_Q_A_Prob by bits", "model_utility by bits"}
+    steps = "forget_Q_A_Prob by relearning steps"
+    curves = {steps, f"{steps} on the retain set", "forget_Q_A_Prob by bits", "model_utility by bits"}
     curves |= {durability.RELEARNED, durability.QUANTIZED}
     assert set(json.loads(out.read_text())["robustness"]) == set(evaluation.robustness) == curves
     assert evaluation.robustness["forget_Q_A_Prob by bits"]["model"] == {

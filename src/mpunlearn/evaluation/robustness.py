@@ -1,13 +1,14 @@
 """Whether the forgetting lasts: curves under relearning and under quantization, to compare with a retrained model's.
 
-- Relearning: the model is fine-tuned on a few forget examples, and the probability of the *other* forget answers is
-  measured along the way. A model that has truly forgotten relearns them no faster than one that never knew them.
+- Relearning: the model is fine-tuned on a few examples, and the probability of forget answers that are not among them is
+  measured along the way. A model that has truly forgotten relearns them no faster than one that never knew them. The examples
+  are some of the forget set, or, out of domain, some of the retain set: fine-tuning on other texts can bring knowledge back,
+  too, and methods that withstand the one need not withstand the other (Fan et al., arXiv 2510.07626).
 - Quantization: every weight matrix is rounded to 8 and to 4 bits, since rounding can undo small updates (Zhang et al.,
   arXiv 2410.16454).
 
 Both work on an in-memory copy of the model. Relearning also needs gradients and AdamW's two moments, so it takes five
-times the memory of the model in total. Not covered: relearning on other texts, and quantization methods that use
-calibration data.
+times the memory of the model in total. Not covered: quantization methods that use calibration data.
 """
 
 import copy
@@ -61,6 +62,9 @@ def curves(
     how: dict[str, Any] = {"batch_size": batch_size, "definitions": definitions, "data": data}
     relearned = relearning(model, tokenizer, sets["forget"], learning_rate=learning_rate, **how)
     found = {"forget_Q_A_Prob by relearning steps": relearned}
+    if "retain" in sets:
+        relearned = relearning(model, tokenizer, sets["forget"], on=sets["retain"], learning_rate=learning_rate, **how)
+        found["forget_Q_A_Prob by relearning steps on the retain set"] = relearned
     without_holdout = {name: questions for name, questions in sets.items() if name != "holdout"}
     rounded = quantized(model, tokenizer, without_holdout, max_new_tokens=max_new_tokens, **how)
     full_precision = summarize(per_example, definitions=definitions)
@@ -76,6 +80,7 @@ def relearning(
     tokenizer: Any,
     forget: Questions,
     *,
+    on: Questions | None = None,
     shown: int = 4,
     steps: Sequence[int] = RELEARN_STEPS,
     learning_rate: float = 1e-4,
@@ -83,13 +88,14 @@ def relearning(
     definitions: Definitions = OPENUNLEARNING,
     data: Data | None = None,
 ) -> dict[str, float]:
-    """Fine-tunes on some of the forget examples, and measures the mean probability of the other forget answers.
+    """Fine-tunes on a few examples, and measures the mean probability of the forget answers that are not among them.
 
     Args:
         model: the model, which is not modified.
         tokenizer: its tokenizer.
         forget: the forget set.
-        shown: number of examples to train on, the first ones of the set; every step uses all of them as its batch.
+        on: the set to train on (default: the forget set).
+        shown: number of examples to train on, the first ones of that set; every step uses all of them as its batch.
         steps: numbers of steps after which to measure.
         learning_rate: learning rate of AdamW, which trains all weights.
         batch_size: maximum number of sequences in a batch of the measurement.
@@ -100,19 +106,23 @@ def relearning(
         Number of steps → mean probability.
 
     Raises:
-        DataError: the set has no examples beyond those that are trained on.
+        DataError: the forget set has no examples beyond those that are trained on.
     """
-    if len(forget) <= shown:
+    if on is None and len(forget) <= shown:
         raise DataError(f"--robustness: relearning needs more than {shown} forget questions, found {len(forget)}")
     student = copy.deepcopy(model)
-    examples, mask_pad = forget.encoded(tokenizer, definitions, data).answers, definitions.mask_pad
-    batch = batch_of(examples[:shown], tokenizer, mask_pad)
+    measured, mask_pad = forget.encoded(tokenizer, definitions, data).answers, definitions.mask_pad
+    if on is None:
+        examples, measured = measured[:shown], measured[shown:]
+    else:
+        examples = on.encoded(tokenizer, definitions, data).answers[:shown]
+    batch = batch_of(examples, tokenizer, mask_pad)
     batch = {key: tensor.to(student.device) for key, tensor in batch.items()}
     optimizer = torch.optim.AdamW(student.requires_grad_(True).parameters(), lr=learning_rate, weight_decay=0.0)
     curve = {}
     for step in range(max(steps) + 1):
         if step in steps:
-            answers = probe(student, tokenizer, examples[shown:], batch_size, mask_pad)
+            answers = probe(student, tokenizer, measured, batch_size, mask_pad)
             curve[str(step)] = float(np.mean([answer.probability for answer in answers]))
         student.train()
         output = forward(student, batch)
