@@ -40,7 +40,7 @@ from unlearning_worlds import TOFU_20, World, demo_world, tofu_world
 
 RATES, GAMMAS = (1e-4, 6e-3), (0.03, 3.0)
 """Ranges of the search, logarithmic. γ is not searched without a retain term, where it hardly matters under Adam."""
-BUDGET, FIRST = 15, 10
+BUDGET, FIRST = 12, 8
 """Pairs per objective, and how many of them cover the whole range."""
 FREE, RETRAINED, ORIGINAL = "noise-free", "retrained", "original"
 SETTINGS = ("copies", "kappa", "denoising", "common_noise", "reparameterization")
@@ -107,7 +107,7 @@ def unlearned(
     )
 
 
-def scores(world: World, checkpoint: Path, work: Path, deep: bool) -> Row:
+def scores(world: World, checkpoint: Path, work: Path, deep: bool, relearn_rate: float = RELEARN_RATE) -> Row:
     """The columns that are measured on a checkpoint.
 
     Args:
@@ -115,9 +115,10 @@ def scores(world: World, checkpoint: Path, work: Path, deep: bool) -> Row:
         checkpoint: the checkpoint.
         work: for the cache of the measurements of original and retrained model.
         deep: whether to measure those of `DEPTH` and `CURVES`, too.
+        relearn_rate: learning rate of relearning.
     """
     more: dict[str, Any] = (
-        {"depth": True, "samples": SAMPLES, "robustness": True, "relearn_rate": RELEARN_RATE} if deep else {}
+        {"depth": True, "samples": SAMPLES, "robustness": True, "relearn_rate": relearn_rate} if deep else {}
     )
     found = evaluate(
         checkpoint,

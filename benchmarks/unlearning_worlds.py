@@ -24,7 +24,7 @@ import torch
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe
 from mpunlearn.files import new_directory
-from mpunlearn.lm.examples import IGNORED, collate, encode
+from mpunlearn.lm.examples import IGNORED, Example, collate, encode
 from mpunlearn.lm.records import Record
 from tofu_small import QUESTIONS_PER_AUTHOR
 
@@ -137,6 +137,14 @@ def tofu_world(
         for model in ("original", "retrained"):
             (work / model).rename(new / model)
     return world
+
+
+def examples_of(world: World, split: str) -> list[Example]:
+    """The encoded training examples of forget or retain."""
+    import transformers
+
+    records = [Record(row["question"], row["answer"]) for row in _read(world.training(split))]
+    return encode(records, transformers.AutoTokenizer.from_pretrained(world.original), 512)
 
 
 def fit(
