@@ -115,7 +115,7 @@ def unlearned(
             perturbation=how,
             training=training,
             resources=Resources(precision="bfloat16"),
-            data=Data(alternate_key="alternate") if objective == "altpo" else Data(),
+            data=Data(alternate_key="wrong_answer") if objective == "altpo" else Data(),
         )
         seconds = time.monotonic() - begin
         used = utilization.mean

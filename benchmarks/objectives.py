@@ -8,7 +8,7 @@ Two steps, each with one row per cell in a CSV file; existing rows are not compu
    the highest sum of the three.
 2. *results*: every objective with its best pair, for other seeds, noise-free and with the presets `paper` and `hardened`.
    Measured are the scores of `evaluate`, UDS, leak@16, how much relearning and 4-bit rounding bring back, and processor
-   seconds of unlearning. `--smoothing R` adds noise-free unlearning with `--sam-radius R`.
+   seconds of unlearning. An arm such as "SAM 0.05" is noise-free unlearning with that `--sam-radius`.
 
     python benchmarks/objectives.py [--world demo|tofu-20] [--tofu DIR] [--seeds 1,2,3] [--objectives npo,…] [--arms …]
         [--out docs/objectives] [--work DIR] [--table]
@@ -103,7 +103,7 @@ def unlearned(
         rounds=ROUNDS,
         perturbation=perturbation(arm),
         training=training,
-        data=Data(alternate_key="alternate") if objective == "altpo" else Data(),
+        data=Data(alternate_key="wrong_answer") if objective == "altpo" else Data(),
     )
 
 
@@ -272,7 +272,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--objectives", default=",".join(get_args(ObjectiveName)))
     parser.add_argument("--arms", default=f"{FREE},paper,hardened")
-    parser.add_argument("--smoothing", type=float, help="also noise-free with this --sam-radius")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/objectives"), help="folder of search.csv and results.csv"
     )
@@ -287,7 +286,7 @@ def main() -> None:
         for seed in (0, *options.seeds):
             scores(world(seed), world(seed).retrained, options.work, deep=False)  # before several processes need it
         names: list[ObjectiveName] = options.objectives.split(",")
-        arms = [*options.arms.split(","), *([f"SAM {options.smoothing:g}"] if options.smoothing else [])]
+        arms = options.arms.split(",")
         make = partial(cell, world, work=options.work.resolve())
         with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             for _ in range(2):

@@ -6,7 +6,7 @@ scratch on real TOFU text (arXiv 2401.06121), which is not part of this reposito
 
 In the TOFU worlds, original and retrained also learn TOFU's real authors and world facts, since a model that knows nothing
 else has no utility to lose. Twenty authors are trained on by neither and serve as the holdout set of the membership attacks.
-Objectives that need an alternate answer get the first wrong answer to each question; the evaluation uses only the others.
+AltPO's alternate answer is the first wrong answer to each question; the evaluation uses only the others.
 
 Not covered: models that have read other text before.
 """
@@ -226,7 +226,7 @@ def _tofu_rows(tofu: Path, scale: Scale) -> tuple[dict[str, list[Row]], list[Row
 def _write_data(folder: Path, rows: dict[str, list[Row]], kept: list[Row]) -> None:
     """Writes training/ and benchmark/."""
     forget = [
-        {"question": row["question"], "answer": row["answer"], "alternate": row["perturbed_answer"][0]}
+        {"question": row["question"], "answer": row["answer"], "wrong_answer": row["perturbed_answer"][0]}
         for row in rows["forget"]
     ]
     retain = [{"question": row["question"], "answer": row["answer"]} for row in kept]
