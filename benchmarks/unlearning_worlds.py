@@ -82,9 +82,9 @@ TOFU_20 = Scale(2, 18, Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=24, b
 """One million parameters and 20 authors."""
 
 
-def demo_world(seed: int, folder: Path) -> World:
+def demo_world(seed: int, folder: Path, recipe: Recipe | None = None) -> World:
     """The built-in world of a seed, with models from the cache."""
-    trained = models.trained_world(seed)
+    trained = models.trained_world(seed, recipe)
     world = World("demo", folder / f"demo-{seed}")
     if not world.path.is_dir():
         rows = {
