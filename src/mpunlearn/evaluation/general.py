@@ -19,6 +19,7 @@ def general_ability(
     device: str | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
+    chat: bool = False,
 ) -> dict[str, float]:
     """Every metric of every task, named task/metric, without standard errors.
 
@@ -29,6 +30,7 @@ def general_ability(
         device: device of the model (default: a GPU if there is one).
         precision: dtype of the weights.
         batch_size: number of sequences in a batch (default: lm-eval's own).
+        chat: whether questions are asked in the model's chat template.
 
     Raises:
         MissingPackageError: lm-eval is not installed.
@@ -54,6 +56,7 @@ def general_ability(
             task_manager=manager,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             batch_size=batch_size,
+            apply_chat_template=chat,
             bootstrap_iters=0,
             log_samples=False,
             verbosity="ERROR",

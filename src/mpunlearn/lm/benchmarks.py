@@ -81,8 +81,8 @@ def _muse(source: str, part: str, role: str) -> Remote | None:
 
 def _wmdp(source: str, part: str, role: str) -> Remote:
     if part == "wikitext":
-        mirrors = ("wmdp/wikitext", "wikitext")
-        return Remote("Salesforce/wikitext", "wikitext-2-raw-v1", "test", mirrors, _without_headings)
+        wikitext = ("wmdp/wikitext", "wikitext")
+        return Remote("Salesforce/wikitext", "wikitext-2-raw-v1", "test", wikitext, _without_headings)
     domain, _, what = part.partition("/")
     what = what or role
     if domain in ("bio", "cyber", "chem") and what == "questions":
