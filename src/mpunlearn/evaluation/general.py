@@ -5,7 +5,9 @@ results. Not covered: the harness's options, such as the number of shots, beyond
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.extras import needs
@@ -40,9 +42,8 @@ def general_ability(
     needs("lm-eval", "--tasks")
     import lm_eval
     import torch
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
+    manager = _task_manager(None if tasks_folder is None else str(tasks_folder))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise PlanError(
             f"--tasks: lm-eval has no task {', '.join(unknown)}; check the spelling, or give the folder with your own "
@@ -72,3 +73,11 @@ def general_ability(
         for metric, value in values.items()
         if isinstance(value, float | int) and "stderr" not in metric and metric != "sample_len"
     }
+
+
+@cache
+def _task_manager(folder: str | None) -> Any:
+    """lm-eval's tasks and those of a folder. Finding them takes seconds, and several checkpoints may be measured."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
