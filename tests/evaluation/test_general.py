@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tests import mirrors
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.evaluation.evaluate import evaluate
 from mpunlearn.evaluation.general import general_ability
-from tests import mirrors
 
 pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.lm_eval, pytest.mark.filterwarnings("ignore")]

@@ -25,6 +25,7 @@ def test_the_corpora_of_wmdp_follow_the_role(tmp_path: Path) -> None:
         ("wmdp/cyber", "forget", "cyber-forget"),
         ("wmdp/cyber", "retain", "cyber-retain"),
         ("wmdp/cyber/retain", "forget", "cyber-retain"),
+        ("wmdp/cyber", "calibration text", "cyber-retain"),
     ):
         assert texts(source, root, role) == [f"{name}-corpus 0", f"{name}-corpus 1"]
     assert texts("wmdp/wikitext", root, "retain") == ["A sentence that is longer than fifty characters, long enough."]

@@ -55,12 +55,14 @@ def find(source: str, role: str) -> Remote | None:
 
     Args:
         source: the name.
-        role: "forget" or "retain": which part to read if the name does not say.
+        role: which part to read if the name does not say: "forget", or else the retain set, also for calibration and other
+            text that need not be forgotten.
 
     Raises:
         DataError: the benchmark has no such part.
     """
     name, _, part = source.partition("/")
+    role = role if role == "forget" else "retain"
     return _BENCHMARKS[name](source, part, role) if name in _BENCHMARKS else None
 
 
