@@ -83,6 +83,7 @@ def test_our_accuracy_on_wmdp_is_that_of_lm_eval(save_tiny, tmp_path: Path, monk
     root = mirrors.wmdp(tmp_path / "data", questions=40)
     path = save_tiny(max_position_embeddings=512)
     monkeypatch.chdir(root)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     accuracies = set()
     for domain in ("bio", "cyber", "chem"):
         name, task = f"wmdp/{domain}", f"wmdp_{domain}"

@@ -75,6 +75,15 @@ def test_the_scopes_of_knowundo_follow_the_role(tmp_path: Path) -> None:
             read_records("knowundo/privacy", data)
 
 
+def test_a_mirror_that_changed_is_read_again(tmp_path: Path) -> None:
+    """The cache of `datasets` takes two mirrors of a repository for the same data."""
+    for name in ("first", "second"):
+        root = tmp_path / name
+        file = ("bio-retain-corpus.jsonl", [{"text": name}])
+        mirrors.repository(root, "cais/wmdp-corpora", {("bio-retain-corpus", "train"): file})
+        assert texts("wmdp/bio/retain", root) == [name]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

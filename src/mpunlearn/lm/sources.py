@@ -179,7 +179,8 @@ def _remote(source: str, remote: Remote, data: Data) -> Iterator[Row]:
     import datasets
 
     try:
-        table = datasets.load_dataset(where, remote.config, split=remote.split)
+        # A mirror is streamed: for a changed one, the library would find the old rows in its cache.
+        table = datasets.load_dataset(where, remote.config, split=remote.split, streaming=data.data_root is not None)
     except Exception as error:  # errors of the library, the network and every file format
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DataError(f"{source}: cannot be loaded from {where} ({reason}); {_remedy(where, str(error))}") from error
