@@ -166,3 +166,28 @@ def test_options_of_tofu_are_refused_and_mistakes_are_found_before_a_model_is_lo
     for name in ("wmdp", "rwku", "rwku/A/forget_level1", "knowundo/books"):
         with pytest.raises(DataError, match=f"--benchmark {name}: expected one of tofu, .*rwku/TARGET"):
             evaluate(path, benchmark=name, data_root=root)
+
+
+def test_only_the_first_line_of_an_answer_counts_and_each_answer_for_its_own_probe(
+    save_tiny, tmp_path: Path, monkeypatch
+) -> None:
+    """A random model says nothing right, so the answers are given; their order is that of the prompts."""
+    sets = rwku.read("rwku/Stephen_King", Data(data_root=str(mirrors.rwku(tmp_path / "data"))))
+    model, tokenizer = load(save_tiny(max_position_embeddings=512))
+    said = [" Stephen King\nwrites", "King", "\nStephen King writes", "no", "Stephen King writes", "King King", ""]
+
+    def answers(model, tokenizer, prompts, tokens, batch_size):
+        assert (len(prompts), tokens) == (len(said), 30)
+        return said
+
+    monkeypatch.setattr(rwku, "generate", answers)
+    found = {
+        name: values["ROUGE"] for name, values in rwku.measure(model, tokenizer, sets).items() if "ROUGE" in values
+    }
+    assert found == {
+        "forget_level1": [pytest.approx(2 / 3)],
+        "forget_level2": [pytest.approx(1 / 3)],
+        "forget_level3": [0, 0, 1],
+        "neighbor_level1": [pytest.approx(1 / 3)],
+        "neighbor_level2": [0],
+    }
