@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test fuzz check benchmarks claim clean
+.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test lm-eval-test fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -49,6 +49,15 @@ wheel-test: $(READY)
 		"mpunlearn[all] @ file://$$(ls $(CURDIR)/dist/test/*.whl)"
 	cd dist/test/empty && ../venv/bin/mpunlearn demo --quick && ../venv/bin/mpunlearn network-demo --quiet
 	test -n "$(KEEP)" || rm -rf dist/test
+
+# The tests with the real lm-eval, in an environment of its own, since it brings many packages. KEEP=1 keeps it.
+lm-eval-test:
+	test -x dist/lm-eval/bin/python || python3 -m venv dist/lm-eval
+	dist/lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	dist/lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[client,data,lm-eval]" pytest hypothesis
+	dist/lm-eval/bin/python -m pytest -m lm_eval tests/evaluation/test_general.py
+	test -n "$(KEEP)" || rm -rf dist/lm-eval
 
 # Ten minutes for each target; SECONDS=60 for less.
 fuzz: $(READY)

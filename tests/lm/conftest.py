@@ -17,13 +17,15 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
         """The paths of all requests during the last program."""
-        asked = self.asked
+        self.code = (404, "RepoNotFound")
+        """Status and error code of every answer."""
+        asked, hub = self.asked, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 asked.append(self.path)
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_response(hub.code[0])
+                self.send_header("X-Error-Code", hub.code[1])
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 

@@ -88,6 +88,7 @@ def evaluate(
     relearn_rate: float = 1e-4,
     tasks: str | None = None,
     tasks_folder: str | Path | None = None,
+    tasks_chat: bool = False,
     definitions: Name = "openunlearning",
     system_prompt: str | None = None,
     template_kwargs: TemplateKwargs | None = None,
@@ -102,41 +103,45 @@ def evaluate(
 
     Args:
         checkpoint: The checkpoint directory to evaluate.
-        benchmark: One of tofu, muse/news and muse/books, or a folder with forget.jsonl, retain.jsonl, … in TOFU's
-            format. Python programs can also give such sets themselves, as a dict with lists of dicts or a
+        benchmark: One of tofu, muse/news, muse/books, wmdp/bio, wmdp/cyber, wmdp/chem, rwku/TARGET (such as
+            rwku/Stephen_King), knowundo/privacy and knowundo/copyright, or a folder with forget.jsonl, retain.jsonl, …
+            in TOFU's format. Python programs can also give such sets themselves, as a dict with lists of dicts or a
             `datasets.Dataset`.
         forget_split: The TOFU forget set to evaluate. Other benchmarks have only one.
         retain_model: A checkpoint that never saw the forget set. Forget quality, PrivLeak, mia_reference, UDS and the
             privacy score compare the model with it.
         holdout: Questions that no model was trained on, for membership inference (default: holdout.jsonl in the
-            benchmark's folder, if it exists). Not available for MUSE, which has its own.
+            benchmark's folder, if it exists). Only for TOFU and folders; MUSE has its own.
         original_model: The checkpoint before unlearning. UDS and the overall score need it.
         compare: Further checkpoints, for a table and a figure with one column and one color for each.
         figure: A new file for a figure of the metrics with their intervals (svg, png or pdf). It needs the extra figures.
         out: A new file for the full result as JSON. If the checkpoint is the result of a run on this machine, the run's
             record gets its digest.
         depth: Also measure UDS: how much of the knowledge is gone from the hidden states. It needs --retain-model and
-            --original-model, and runs the model once per layer. Not available for MUSE.
+            --original-model, and runs the model once per layer. Only for TOFU and folders.
         fluency_model: A folder with a classifier that has a class named clean, such as
             madhurjindal/autonlp-Gibberish-Detector-492513457. It judges the answers to forget questions, and their
-            fluency becomes part of the utility score. Not available for MUSE.
+            fluency becomes part of the utility score. Only for TOFU and folders.
         worst_case: Also ask every forget question in other words and with answers begun for the model, and report the
-            highest ROUGE-L recall. Not available for MUSE.
-        samples: Also sample this many answers to each forget question, for leak@k. Not available for MUSE.
+            highest ROUGE-L recall. Only for TOFU and folders.
+        samples: Also sample this many answers to each forget question, for leak@k. Only for TOFU and folders.
         temperature: Temperature of these samples.
         top_p: Sample only from the likeliest tokens with this total probability.
         leak_threshold: ROUGE-L recall from which a sample leaks. In rows with the column entity, a sample leaks if it
             contains the entity.
-        robustness: Also measure curves and scores under relearning and quantization. Not available for MUSE.
+        robustness: Also measure curves and scores under relearning and quantization. Only for TOFU and folders.
         relearn_rate: The learning rate for relearning.
         tasks: Tasks of lm-eval that measure general ability, separated by commas. They need the extra lm-eval.
         tasks_folder: A folder with your own task files for lm-eval.
+        tasks_chat: Ask the tasks' questions in the model's chat template (default: as plain text, which is lm-eval's
+            default, too).
         definitions: How metrics are defined where OpenUnlearning's evaluation and the papers differ, see
             docs/definitions.md. All models are measured with the same definitions.
-        system_prompt: System message before every question (default: none). Not available for MUSE.
-        template_kwargs: A value for the chat template, such as date_string="10 Apr 2025". Can be given several times. Not
-            available for MUSE.
-        max_new_tokens: Maximum length of generated answers, in tokens. MUSE has its own limits.
+        system_prompt: System message before every question (default: none). Only for TOFU and folders.
+        template_kwargs: A value for the chat template, such as date_string="10 Apr 2025". Can be given several times. Only for
+            TOFU and folders.
+        max_new_tokens: Maximum length of generated answers, in tokens. Only for TOFU and folders; other
+            benchmarks have their own limits.
         cache: A folder for cached measurements, so that no model is measured twice (default: mpunlearn/evaluations in
             the user's cache folder).
         data_root: Folder with local mirrors of benchmarks, which are used instead of the Hub.
@@ -190,6 +195,7 @@ def evaluate(
         relearn_rate=relearn_rate,
         tasks=tasks,
         tasks_folder=tasks_folder,
+        tasks_chat=tasks_chat,
         precision=precision,
         definitions=definitions,
         system_prompt=system_prompt,

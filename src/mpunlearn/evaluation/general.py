@@ -5,7 +5,9 @@ results. Not covered: the harness's options, such as the number of shots, beyond
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.extras import needs
@@ -19,6 +21,7 @@ def general_ability(
     device: str | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
+    chat: bool = False,
 ) -> dict[str, float]:
     """Every metric of every task, named task/metric, without standard errors.
 
@@ -29,6 +32,7 @@ def general_ability(
         device: device of the model (default: a GPU if there is one).
         precision: dtype of the weights.
         batch_size: number of sequences in a batch (default: lm-eval's own).
+        chat: whether questions are asked in the model's chat template.
 
     Raises:
         MissingPackageError: lm-eval is not installed.
@@ -38,9 +42,8 @@ def general_ability(
     needs("lm-eval", "--tasks")
     import lm_eval
     import torch
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks_folder) if tasks_folder is not None else None)
+    manager = _task_manager(None if tasks_folder is None else str(tasks_folder))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise PlanError(
             f"--tasks: lm-eval has no task {', '.join(unknown)}; check the spelling, or give the folder with your own "
@@ -54,6 +57,7 @@ def general_ability(
             task_manager=manager,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             batch_size=batch_size,
+            apply_chat_template=chat,
             bootstrap_iters=0,
             log_samples=False,
             verbosity="ERROR",
@@ -69,3 +73,11 @@ def general_ability(
         for metric, value in values.items()
         if isinstance(value, float | int) and "stderr" not in metric and metric != "sample_len"
     }
+
+
+@cache
+def _task_manager(folder: str | None) -> Any:
+    """lm-eval's tasks and those of a folder. Finding them takes seconds, and several checkpoints may be measured."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)

@@ -19,13 +19,12 @@ from typing import Any, Literal
 from mpunlearn import schema
 from mpunlearn.checkpoint import FLOAT_DTYPES, checkpoint_digest
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.evaluation import durability, muse, tofu
+from mpunlearn.evaluation import durability, named, tofu
 from mpunlearn.evaluation.definitions import DEFINITIONS, Name
 from mpunlearn.evaluation.depth import likelihood_drops
 from mpunlearn.evaluation.fluency import fluency_judge
 from mpunlearn.evaluation.general import general_ability
 from mpunlearn.evaluation.leakage import Sampling, measure_leaks
-from mpunlearn.evaluation.muse import MuseSets, read_muse
 from mpunlearn.evaluation.robustness import curves
 from mpunlearn.evaluation.sets import Questions, read_sets
 from mpunlearn.evaluation.worst_case import worst_case
@@ -35,8 +34,8 @@ from mpunlearn.lm.sources import Data, Source, TemplateKwargs
 LIBRARIES = ("mpunlearn", "torch", "transformers", "tokenizers", "rouge-score", "scipy", "numpy")
 """Libraries whose versions can change the results."""
 
-Benchmark = Mapping[str, Questions] | MuseSets
-"""What models are measured on: question sets by name, or MUSE."""
+Benchmark = Mapping[str, Questions] | named.Named
+"""What models are measured on: question sets by name, or a benchmark of a form of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class Settings:
     """Total probability of the tokens that are sampled."""
     leak_threshold: float = 0.5
     """ROUGE-L recall from which a sample leaks."""
+    tasks_chat: bool = False
+    """Whether tasks of lm-eval use the chat template."""
 
     @property
     def chat(self) -> Data:
@@ -173,7 +174,7 @@ def read_benchmark(
     """Reads the examples of a benchmark.
 
     Args:
-        benchmark: tofu, muse/news, muse/books, a folder in TOFU's format, or question sets by name.
+        benchmark: a name that `named` or `sets` knows, a folder in TOFU's format, or question sets by name.
         forget_split: which of TOFU's forget sets to read.
         holdout: source of the holdout set, for TOFU or a folder.
         settings: how models are measured.
@@ -181,9 +182,9 @@ def read_benchmark(
 
     Raises:
         DataError: the benchmark cannot be read.
-        PlanError: an option is not available for MUSE.
+        PlanError: an option is not available for this benchmark.
     """
-    if isinstance(benchmark, Mapping) or benchmark not in muse.BENCHMARKS:
+    if isinstance(benchmark, Mapping) or not named.is_named(benchmark):
         return read_sets(benchmark, forget_split, holdout, data)
     unavailable = {
         "--robustness": settings.robustness,
@@ -198,12 +199,12 @@ def read_benchmark(
     for option, given in unavailable.items():
         if given:
             raise PlanError(f"{option}: not available for {benchmark}; leave it out, or choose another --benchmark")
-    return read_muse(benchmark, data)
+    return named.read(benchmark, data)
 
 
 def benchmark_digest(benchmark: Benchmark) -> str:
     """SHA-256 (hex) of a benchmark's examples, in order."""
-    if isinstance(benchmark, MuseSets):
+    if isinstance(benchmark, named.Named):
         return _digest(asdict(benchmark))
     sets = {name: asdict(questions) for name, questions in benchmark.items()}
     for questions in sets.values():
@@ -244,7 +245,7 @@ def measured(
         PlanError: lm-eval is not installed, or has no such task.
         FileError: the cache cannot be written.
     """
-    if isinstance(benchmark, MuseSets) or "holdout" not in benchmark:
+    if isinstance(benchmark, named.Named) or "holdout" not in benchmark:
         reference = None
     original = original if settings.depth else None
     models = [subject.digest, *(None if model is None else model.digest for model in (reference, original))]
@@ -276,10 +277,11 @@ def _measure(
     definitions = DEFINITIONS[settings.definitions]
     device, batch_size, dtype = machine.device, machine.batch_size, FLOAT_DTYPES[settings.precision]
     options: dict[str, Any] = {"device": device, "precision": settings.precision, "batch_size": batch_size}
+    options["chat"] = settings.tasks_chat
     general = general_ability(subject.path, tasks, settings.tasks_folder, **options) if tasks else {}
     model, tokenizer = load(subject.path, device, dtype)
-    if isinstance(benchmark, MuseSets):
-        return Measurement(muse.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
+    if isinstance(benchmark, named.Named):
+        return Measurement(named.measure(model, tokenizer, benchmark, batch_size, definitions), {}, general)
 
     def loaded(other: Subject) -> Any:  # a model that is compared with itself is loaded only once
         return model if other.digest == subject.digest else load_model(other.path, device, dtype)

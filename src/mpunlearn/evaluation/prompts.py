@@ -61,3 +61,20 @@ def asked(record: Record, tokenizer: Any, definitions: Definitions) -> Asked:
 def answer_text(example: Example, tokenizer: Any) -> str:
     """The tokens that count, as text without special tokens."""
     return str(tokenizer.decode([label for label in example.labels if label != IGNORED], skip_special_tokens=True))
+
+
+def continued(tokenizer: Any, prompt: str, rest: str) -> Example:
+    """A text of which the rest counts, as lm-eval does it: the tokens of prompt and rest together, less as many as the
+    prompt alone has. Nothing is added at the end.
+
+    Raises:
+        DataError: no token of the rest counts.
+        CheckpointError: the model's tokenizer is broken.
+    """
+    ids, before = (
+        tokenized(tokenizer, text, "a question of the benchmark")["input_ids"] for text in (prompt + rest, prompt)
+    )
+    first = max(1, len(before))
+    if len(ids) <= first:
+        raise DataError(f"a question of the benchmark: {rest!r:.60} has no token of its own after {prompt[-60:]!r}")
+    return Example(list(ids), [IGNORED] * first + list(ids[first:]))

@@ -2,8 +2,8 @@
 
 TOFU is read by name (arXiv 2401.06121). A folder can also be a benchmark, with the files forget.jsonl, retain.jsonl,
 real_authors.jsonl, world_facts.jsonl and holdout.jsonl in TOFU's format; only the first is required. All rows are
-checked before a model is loaded, so that mistakes in the data are reported at once. Not covered: MUSE, whose parts have
-other columns (see `muse`).
+checked before a model is loaded, so that mistakes in the data are reported at once. Not covered: benchmarks of another form
+(see `named`).
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,10 @@ from mpunlearn.lm.records import Record, in_chat
 from mpunlearn.lm.sources import Data, Source, read_rows
 
 SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
+BENCHMARKS = (
+    "tofu, muse/news, muse/books, wmdp/bio, wmdp/cyber, wmdp/chem, rwku/TARGET, knowundo/privacy, knowundo/copyright"
+)
+"""All benchmarks by name, for messages."""
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 """Sets that model utility is computed from."""
 OPTION_SETS = ("real_authors", "world_facts")
@@ -121,9 +125,7 @@ def read_sets(
         folder = Path(benchmark)
         sources = {name: str(folder / f"{name}.jsonl") for name in SETS if (folder / f"{name}.jsonl").is_file()}
         if "forget" not in sources:
-            raise DataError(
-                f"--benchmark {benchmark}: expected tofu, muse/news, muse/books, or a folder with forget.jsonl"
-            )
+            raise DataError(f"--benchmark {benchmark}: expected one of {BENCHMARKS}, or a folder with forget.jsonl")
     sources |= {"holdout": holdout} if holdout is not None else {}
     return {name: _read(source, name, data) for name, source in sources.items()}
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mpunlearn.evaluation import durability, muse, tofu
+from mpunlearn.evaluation import durability, named, tofu
 from mpunlearn.evaluation.bootstrap import CONFIDENCE, EVERYTHING, RESAMPLES, SEED, Resampled, Sample, intervals
 from mpunlearn.evaluation.compare import Compared
 from mpunlearn.evaluation.definitions import DEFINITIONS
 from mpunlearn.evaluation.measurement import Benchmark, Measurement, Settings
-from mpunlearn.evaluation.muse import MuseSets
 
 BOOTSTRAP = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED}
 """How intervals are computed."""
@@ -48,9 +47,11 @@ def over(
     Returns:
         Numbers or, for resamples, arrays of shape (B,).
     """
-    of_benchmark = muse.summarize if isinstance(benchmark, MuseSets) else tofu.summarize
     other, before = (None if model is None else model.per_example for model in (retrained, original))
-    return of_benchmark(measurement.per_example, other, before, sample, DEFINITIONS[settings.definitions])
+    definitions = DEFINITIONS[settings.definitions]
+    if isinstance(benchmark, named.Named):
+        return named.summarize(benchmark, measurement.per_example, other, sample, definitions)
+    return tofu.summarize(measurement.per_example, other, before, sample, definitions)
 
 
 def compared(

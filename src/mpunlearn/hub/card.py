@@ -19,8 +19,13 @@ _DATASETS = {
     "tofu": ("locuslab/TOFU", "TOFU"),
     "muse/news": ("muse-bench/MUSE-News", "MUSE News"),
     "muse/books": ("muse-bench/MUSE-Books", "MUSE Books"),
+    "wmdp/bio": ("cais/wmdp", "WMDP biology"),
+    "wmdp/cyber": ("cais/wmdp", "WMDP cybersecurity"),
+    "wmdp/chem": ("cais/wmdp", "WMDP chemistry"),
+    "knowundo/privacy": ("zjunlp/KnowUnDo", "KnowUnDo privacy"),
+    "knowundo/copyright": ("zjunlp/KnowUnDo", "KnowUnDo copyright"),
 }
-"""Benchmark → its repository on the Hub, and its name."""
+"""Benchmark → its repository on the Hub, and its name. RWKU is not here: its target is the person to forget."""
 _NAME = re.compile(r"[A-Za-z0-9_. -]{1,60}")
 """Names of metrics that are taken over from a file."""
 LIMITS = """\

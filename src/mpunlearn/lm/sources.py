@@ -6,7 +6,7 @@ tried in this order:
 
     a file       .jsonl, .json, .csv, .txt (also gzipped: .jsonl.gz, …) or .parquet; others are read as JSON lines
     a folder     that the `datasets` library wrote with `save_to_disk`
-    a benchmark  by name, such as tofu/forget10 or muse/news
+    a benchmark  by name, such as tofu/forget10 or wmdp/bio; `benchmarks` has all names
     a dataset    on the Hugging Face Hub, as hub:OWNER/NAME or hub:OWNER/NAME:CONFIG
 
 Only the last two are ever downloaded, and nothing is downloaded if `Data.data_root` names a folder with local mirrors.
@@ -31,18 +31,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mpunlearn.errors import DataError, PlanError
 from mpunlearn.extras import needs
+from mpunlearn.lm.benchmarks import Remote, Row, find
 from mpunlearn.schema import check_options
 
 Source = str | Path | Iterable[str | Mapping[str, Any]]
 """Where examples come from: a path or name, or the examples themselves (a list of texts or dicts, or a `Dataset`)."""
 TemplateKwargs = Mapping[str, str | int | float | bool]
 """Values for a chat template, by name."""
-Row = tuple[str, dict[str, Any]]
-"""The location of a row, for error messages, and the row."""
 _RESERVED = frozenset(
     "conversation messages chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs processor_kwargs".split()
@@ -60,16 +59,6 @@ _HUB = "hub:"
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 """A folder written by `save_to_disk` has one of these files."""
-_BENCHMARKS = {
-    "tofu": ("locuslab/TOFU", "{part}", "train"),
-    "muse/news": ("muse-bench/MUSE-News", "{folder}", "{part}"),
-    "muse/books": ("muse-bench/MUSE-Books", "{folder}", "{part}"),
-}
-"""Benchmark → its repository on the Hub, configuration and split (TOFU: arXiv 2401.06121; MUSE: arXiv 2407.06460).
-
-A part of MUSE may include a configuration, as in muse/news/knowmem/forget_qa; otherwise it is one of the raw texts."""
-_MUSE_PARTS = {"forget": "forget", "retain": "retain1"}
-"""The part of MUSE to read as the forget or the retain set if the source names only the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +124,14 @@ def read_rows(source: Source, data: Data, role: str = "forget") -> Iterator[Row]
     except OSError as error:
         raise DataError(f"{source:.200}: cannot be opened: {error.strerror}; expected a file or folder") from error
     match = _HUB_NAME.fullmatch(source.removeprefix(_HUB))
-    on_hub = _Remote(match["repository"], match["config"], data.split) if match else None
+    on_hub = Remote(match["repository"], match["config"], data.split) if match else None
     if source.startswith(_HUB):
         if on_hub is None:
             raise DataError(f"{source}: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
         return _remote(source, on_hub, data)
     if _suffix(path):
         raise DataError(f"{source}: no such file")
-    if benchmark := _benchmark(source, role):
+    if benchmark := find(source, role):
         return _remote(source, benchmark, data)
     if on_hub is None:
         raise DataError(
@@ -170,32 +159,7 @@ def _given(source: Any, role: str) -> Iterator[Row]:
     )
 
 
-class _Remote(NamedTuple):
-    """A dataset that may have to be downloaded."""
-
-    repository: str
-    """OWNER/NAME on the Hub."""
-    config: str | None
-    split: str
-    mirrors: tuple[str, ...] = ()
-    """Where a file with the same rows may be: paths relative to `Data.data_root`, without suffix."""
-
-
-def _benchmark(source: str, role: str) -> _Remote | None:
-    """The part of a benchmark that a source names, or None if the source is not a benchmark."""
-    for name, (repository, config, split) in _BENCHMARKS.items():
-        if source != name and not source.startswith(name + "/"):
-            continue
-        part = source[len(name) + 1 :] or (_MUSE_PARTS[role] if name.startswith("muse") else "")
-        if not part:
-            raise DataError(f"{source}: name a part of the benchmark, such as {name}/forget10")
-        folder, _, last = part.rpartition("/")
-        names = {"folder": folder or "raw", "part": last}
-        return _Remote(repository, config.format(**names), split.format(**names), (f"{name}/{part}", part))
-    return None
-
-
-def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
+def _remote(source: str, remote: Remote, data: Data) -> Iterator[Row]:
     """Rows from a local mirror if `data_root` is given, otherwise from the Hub."""
     where = remote.repository
     if data.data_root is not None:
@@ -203,7 +167,7 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
         for mirror in remote.mirrors:
             for suffix in _SUFFIXES:
                 if (file := root / f"{mirror}{suffix}").is_file():
-                    return _file(file)
+                    return remote.convert(_file(file))
         where = str(root / remote.repository)
         if not Path(where).is_dir():
             files = [f"the file {root / mirror}.json (or .jsonl, .csv, …)" for mirror in remote.mirrors]
@@ -215,13 +179,23 @@ def _remote(source: str, remote: _Remote, data: Data) -> Iterator[Row]:
     import datasets
 
     try:
-        table = datasets.load_dataset(where, remote.config, split=remote.split)
+        # A mirror is streamed: for a changed one, the library would find the old rows in its cache.
+        table = datasets.load_dataset(where, remote.config, split=remote.split, streaming=data.data_root is not None)
     except Exception as error:  # errors of the library, the network and every file format
-        raise DataError(
-            f"{source}: cannot be loaded from {where} ({type(error).__name__}: {_first_line(error)}); to work offline, "
-            "put a mirror in a folder and give it as --data-root"
-        ) from error
-    return _rows(source, table)
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(f"{source}: cannot be loaded from {where} ({reason}); {_remedy(where, str(error))}") from error
+    return remote.convert(_rows(source, table))
+
+
+def _remedy(repository: str, error: str) -> str:
+    """What to do if a dataset cannot be loaded."""
+    offline = "to work offline, put a mirror in a folder and give it as --data-root"
+    if "gated" not in error.lower():
+        return offline
+    return (
+        f"its owners ask for consent: accept their conditions at https://huggingface.co/datasets/{repository}, then run "
+        f"`hf auth login` or set HF_TOKEN; {offline}"
+    )
 
 
 def _saved(path: Path, split: str) -> Iterator[Row]:
