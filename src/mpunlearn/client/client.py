@@ -204,7 +204,8 @@ class Client:
         self._warned_of_disclosure = True
         warn_of_names(model, selected)
         width = self.training.lora_rank or getattr(model.config, "hidden_size", 0)
-        positions = longest_step(steps, encoded.forget, encoded.retain, encoded.alternates)
+        alternates = encoded.alternates if self.losses.alternate_passes else []
+        positions = longest_step(steps, encoded.forget, encoded.retain, alternates)
         warn_of_spelling(self.training, positions, width)
 
     def _trainer(
