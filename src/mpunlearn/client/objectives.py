@@ -169,8 +169,8 @@ def jsd(logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Ten
     current = logits[counted].float().log_softmax(dim=-1)
     reference = reference_logits[counted].float().log_softmax(dim=-1)
     middle = torch.logaddexp(current, reference) - math.log(2)
-    divergences = [(one.exp() * (one - middle)).sum(dim=-1) for one in (current, reference)]
-    return at_positions(counted, sum(divergences) / 2)
+    own, other = ((one.exp() * (one - middle)).sum(dim=-1) for one in (current, reference))
+    return at_positions(counted, (own + other) / 2)
 
 
 def same_hidden(hidden: torch.Tensor, targets: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:

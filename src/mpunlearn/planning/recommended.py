@@ -42,8 +42,8 @@ class Recommendation:
     source: str
     """Where the values come from."""
     others: Mapping[str, Any] = field(default_factory=dict)
-    """Further options, such as gamma, alpha, the optimizer and the objective's own, where they differ from the defaults or were chosen
-    together with the learning rate."""
+    """Further options, such as gamma, alpha, the optimizer and the objective's own, where they differ from the defaults or
+    were chosen together with the learning rate."""
     note: str = ""
 
     def options(self, rounds: int) -> dict[str, Any]:
@@ -70,8 +70,9 @@ def recommendation(objective: ObjectiveName, parameters: int) -> Recommendation:
 
 def _tiny(objective: ObjectiveName, learning_rate: float, gamma: float, note: str = "") -> Recommendation:
     """A row of the sweep on the demo's world."""
-    special = {"rmu": {"layer": 0}, "repselect": {"optimizer": "tensor_adam"}}.get(objective, {})
-    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, {"gamma": gamma, **special}, note)
+    special: dict[str, dict[str, Any]] = {"rmu": {"layer": 0}, "repselect": {"optimizer": "tensor_adam"}}
+    others = {"gamma": gamma, **special.get(objective, {})}
+    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, others, note)
 
 
 def _both(objective: ObjectiveName, *values: Any, **others: Any) -> list[Recommendation]:
@@ -126,7 +127,7 @@ TABLE: list[Recommendation] = [
     _tiny("ce-u", 3e-4, 1.0, "in the sweep it damaged the retain set at every setting that unlearned"),
     _tiny("pdu", 1e-3, 0.1),
     _tiny("altpo", 1e-3, 0.1),
-    _tiny("jensun", 1e-3, 0.1),
+    _tiny("jensun", 3e-3, 1.0, "in the sweep it hardly unlearned at any setting"),
     _tiny("repselect", 1e-3, 1.0),
 ]  # fmt: skip
 """All recommendations: one for each objective and size class."""
@@ -138,7 +139,8 @@ def table() -> str:
     rows = []
     for row in sorted(TABLE, key=lambda row: (list(CLASSES).index(row.size), row.objective)):
         number = sources.setdefault(row.source, len(sources) + 1)
-        others = ", ".join(f"{name.replace('_', '-')} {value if isinstance(value, str) else format(value, "g")}" for name, value in row.others.items())
+        shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in row.others.items()}
+        others = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
         numbers = (f"{row.learning_rate:g}", str(row.batch_size), str(row.epochs), others)
         rows.append((CLASSES[row.size], row.objective, *numbers, f"[{number}]", row.note))
     header = ("parameters", "objective", "learning rate", "batch size", "epochs", "further options", "source", "note")
