@@ -141,7 +141,7 @@ def with_alternates(records: list[Record], data: Data, refusals: bool | str, see
         if record.question is None or not alternates:
             raise DataError(
                 f"{record.where}: expected a question with an alternate answer in column {data.alternate_key!r}; name "
-                "another column with --alternate-key, or give a file of refusals with --alternates"
+                "another column with --alternate-key, or give a file of refusals with --alternates, or --alternates generate"
             )
         completed.append(replace(record, alternates=alternates))
     return completed
