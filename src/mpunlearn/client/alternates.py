@@ -119,7 +119,7 @@ class Generated:
         model, tokenizer = load(path, device)
         model.eval()
         prompts = {number: _prompt(tokenizer, records[number]) for number in open_questions}
-        ends = {tokenizer.eos_token_id, model.generation_config.eos_token_id if _is_int(model) else None} - {None}
+        ends = set(tokenizer.all_special_ids)
         with Progress(len(open_questions), "generating alternate answers") as task:
             for attempt in range(ATTEMPTS):
                 wanted = [n for n in open_questions for _ in range(PER_QUESTION - len(found[n]))]
@@ -152,10 +152,6 @@ def _prompt(tokenizer: Any, record: Record) -> list[int]:
         "input_ids"
     ]
     return [*prompt_tokens(tokenizer, asked), *beginning]
-
-
-def _is_int(model: Any) -> bool:
-    return isinstance(model.generation_config.eos_token_id, int)
 
 
 def _chunks(numbers: list[int]) -> Iterator[tuple[int, list[int]]]:

@@ -55,7 +55,8 @@ class Client:
     """The data owner's side of a run.
 
     The constructor checks everything that can be checked before a model is loaded. Arguments and errors are those of
-    the function `unlearn`; `drawn` is the path whose name the files of `--retain auto` and `--alternates generate` begin with, if not `out`.
+    the function `unlearn`. `drawn` is the path whose name the files of `--retain auto` and `--alternates generate` begin
+    with (default: that of the update).
     """
 
     def __init__(
