@@ -32,6 +32,8 @@ from mpunlearn.tables import markdown
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 GAMMAS = (1.0, 0.1)
 """Weights γ of the forget loss. Without a retain term, γ hardly matters under Adam, and only the first is used."""
+OPTIMIZERS: dict[str, str] = {"repselect": "tensor_adam"}
+"""Objectives that do not go with AdamW."""
 FIELDS = ("objective", "learning_rate", "gamma", "seed", "forget", "retain", "score")
 ROUNDS, EPOCHS, BATCH_SIZE = 5, 2, 8
 
@@ -42,7 +44,14 @@ def unlearned(
     """The probabilities of forget and retain answers after unlearning with one setting."""
     layer = {"layer": 0.0} if "layer" in OBJECTIVES[objective].parameters else {}  # the model has two layers
     training = Training(
-        objective, epochs=EPOCHS, learning_rate=rate, batch_size=BATCH_SIZE, gamma=gamma, seed=seed, parameters=layer
+        objective,
+        epochs=EPOCHS,
+        learning_rate=rate,
+        batch_size=BATCH_SIZE,
+        gamma=gamma,
+        optimizer=OPTIMIZERS.get(objective, Training.optimizer),
+        seed=seed,
+        parameters=layer,
     )
     options = {name: value for name, value in NOISE_FREE.items() if name not in ("rounds", "epochs")}
     sets = read_sets(str(world.path / "data"), "", None, Data())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpunlearn.client.objectives import FORGET_LOSSES, RETAIN_LOSSES, Losses
+from mpunlearn.client.objectives import FORGET_LOSSES, RETAIN_LOSSES, Losses, jensun, jsd
 from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import answer_nll, token_nll
 from mpunlearn.protocol.objectives import HYPERPARAMETERS, OBJECTIVES, Objective
@@ -73,6 +73,11 @@ def slow(name: str, batch: dict[str, torch.Tensor]) -> float:
                 count += 1
         return total, count
 
+    def jsd_of(one: list[float], other: list[float]) -> float:
+        middle = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
+        terms = [a * math.log(a / m) for p in (one, other) for a, m in zip(p, middle, strict=True) if a > 0]
+        return sum(terms) / 2
+
     def sigma(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
@@ -80,7 +85,8 @@ def slow(name: str, batch: dict[str, torch.Tensor]) -> float:
         nll, count = nll_of("", example)
         other = nll_of("alternate_", example)[0]
         reference, alternate = plain["reference_nll"][example], plain["alternate_reference_nll"][example]
-        distances = []
+        distances, seen = [], 0
+        refusal = [target for target in plain["alternate_targets"][example] if target != IGNORED]
         for position, target in enumerate(plain["targets"][example]):
             if target == IGNORED:
                 continue
@@ -106,6 +112,12 @@ def slow(name: str, batch: dict[str, torch.Tensor]) -> float:
             elif name == "kl":
                 pairs = zip(softmax(teacher), probabilities, strict=True)
                 per_token.append(sum(a * math.log(a / q) for a, q in pairs))
+            elif name == "jsd":
+                per_token.append(jsd_of(softmax(teacher), probabilities))
+            elif name == "jensun":
+                aim = refusal[seen % len(refusal)]
+                per_token.append(jsd_of([float(v == aim) for v in range(len(scores))], probabilities))
+            seen += 1
             hidden = plain["hidden"][example][position]
             to = [p["steering"] * c for c in plain["control"]]
             to = plain["reference_hidden"][example][position] if name == "same_hidden" else to
@@ -154,6 +166,8 @@ def test_values_by_hand() -> None:
         "ce_u": ln2,  # all of the target lies on the other token
         "pdu": 0.0,  # uniform: the optimum
         "kl": 0.0,
+        "jsd": 0.0,
+        "jensun": 0.75 * math.log(4 / 3),  # both tokens of the answer: (1/2, 1/2) against (0, 1)
     }
     for name, value in expected.items():
         assert float(mean(name, batch)) == pytest.approx(value, abs=1e-6), name
@@ -192,6 +206,8 @@ def test_a_step_down_the_forget_loss_makes_the_answers_less_likely_and_masked_po
     batch["logits"] = (0.3 * batch["logits"]).scatter_add(2, known.unsqueeze(2), torch.full((3, 6, 1), 6.0))
     batch["reference_logits"] = batch["logits"].clone()
     batch["reference_nll"] = answer_nll(batch["logits"], batch["targets"])
+    assert not bool((batch["targets"] == 2).any())
+    batch["alternate_targets"][batch["alternate_targets"] != IGNORED] = 2  # refusals say something else
     moved = "hidden" if name == "rmu" else "logits"
     batch[moved] = batch[moved].clone().requires_grad_()
     losses = Losses(objective)
@@ -223,12 +239,39 @@ def test_weights_are_detached() -> None:
         assert torch.allclose(weighted, weight(torch.exp(-loss.detach())).item() * batch["logits"].grad)
 
 
+@given(shapes)
+@settings(deadline=None, max_examples=50)
+def test_jsd_is_symmetric_bounded_by_ln_2_and_zero_for_equal_predictions(shape) -> None:
+    batch = random_batch(*shape)
+    logits, other, targets = 9 * batch["logits"], 9 * batch["reference_logits"], batch["targets"]
+    assert float(jsd(logits, targets, logits.clone()).abs().max()) < 1e-6
+    values = jsd(logits, targets, other)
+    assert torch.allclose(values, jsd(other, targets, logits), atol=1e-6)
+    assert float(values.min()) + 1e-6 >= 0
+    assert float(values.max()) <= math.log(2) + 1e-6
+    refused = jensun(logits, targets, batch["alternate_targets"])
+    assert float(refused.min()) + 1e-6 >= 0
+    assert float(refused.max()) <= math.log(2) + 1e-6
+
+
+def test_jensun_is_ln_2_where_the_refusal_is_impossible_and_zero_where_it_is_certain() -> None:
+    """And its gradient is finite at both ends."""
+    targets, refusal = torch.tensor([[IGNORED, 3, 3, 3]]), torch.tensor([[IGNORED, 1, IGNORED, 2]])
+    certain = 400 * torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, 1]]), 5).float()
+    for logits, value in ((certain, 0.0), (-certain, math.log(2))):
+        leaf = logits.clone().requires_grad_()
+        values = jensun(leaf, targets, refusal)
+        assert values[0].tolist() == pytest.approx([0, value, value, value])
+        values.sum().backward()
+        assert bool(leaf.grad.isfinite().all())
+
+
 def test_every_objective_needs_only_what_the_loop_provides() -> None:
     provided = set(random_batch(1, 1, 2, 0))
     for name, objective in OBJECTIVES.items():
         losses = Losses(objective)
         assert losses.needs | losses.retain_needs <= provided, name
-        if losses.alternates:
+        if losses.alternate_passes:
             assert "alternate_reference_nll" in losses.needs
 
 
@@ -242,6 +285,7 @@ def test_the_public_table_and_the_functions_are_complete() -> None:
 
 
 def test_only_kl_and_its_like_need_a_second_model() -> None:
-    assert {name for name, objective in OBJECTIVES.items() if Losses(objective).reference_model} == {"undial", "rmu"}
+    needing = {name for name, objective in OBJECTIVES.items() if Losses(objective).reference_model}
+    assert needing == {"undial", "rmu", "jensun"}
     assert Losses(Objective("npo", retain_loss="kl")).reference_model
     assert not Losses(Objective("npo", retain_loss="kl", alpha=0.0)).reference_model

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,21 +162,24 @@ class AutoRetain:
 
         Those that do not end within the maximum length are dropped: training would teach the model to end there.
         """
-        sampled = _generate(model, tokenizer, [prompt] * BATCH, QUESTION_TOKENS, ends, sample=True)
+        sampled = generate(model, tokenizer, [prompt] * BATCH, QUESTION_TOKENS, ends, sample=TOP_P)
         questions = {tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens, ended in sampled if ended}
-        prompts = {question: _prompt(tokenizer, question, self._chat) for question in sorted(questions - {""})}
+        prompts = {
+            question: prompt_tokens(tokenizer, in_chat(Record(question, "answer"), self._chat))
+            for question in sorted(questions - {""})
+        }
         prompts = {question: ids for question, ids in prompts.items() if len(ids) < self.max_length}
         if not prompts:
             return []
-        generated = _generate(model, tokenizer, list(prompts.values()), ANSWER_TOKENS, ends, sample=False)
+        generated = generate(model, tokenizer, list(prompts.values()), ANSWER_TOKENS, ends, sample=0.0)
         pairs = zip(prompts, generated, strict=True)
         answered = {question: tokenizer.decode(tokens).strip() for question, (tokens, ended) in pairs if ended}
         return [Record(question, answer) for question, answer in answered.items() if answer]
 
 
-def _prompt(tokenizer: Any, question: str, chat: Data) -> list[int]:
+def prompt_tokens(tokenizer: Any, record: Record) -> list[int]:
     """The tokens before the answer to a question."""
-    (example,) = encode([in_chat(Record(question, "answer"), chat)], tokenizer, 1 << 20)
+    (example,) = encode([replace(record, answer="answer")], tokenizer, 1 << 20)
     return prompt_of(example)
 
 
@@ -196,20 +199,29 @@ def _texts(model: Any, tokenizer: Any) -> list[Record]:
     """Texts that the model samples from the beginning."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
     ends = {tokenizer.eos_token_id} - {None}
-    generated = _generate(model, tokenizer, [[start]] * BATCH, TEXT_TOKENS, ends, sample=True)
+    generated = generate(model, tokenizer, [[start]] * BATCH, TEXT_TOKENS, ends, sample=TOP_P)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens, _ in generated]
     return [Record(None, text) for text in texts if text]
 
 
 @torch.no_grad()
-def _generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, ends: set[int], *, sample: bool
+def generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, ends: set[int], *, sample: float
 ) -> list[tuple[list[int], bool]]:
-    """Continuations of tokenized prompts up to the first of the tokens `ends`, and whether there was one."""
+    """Continuations of tokenized prompts up to the first of the tokens `ends`, and whether there was one.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        length: maximum number of tokens of a continuation.
+        ends: the tokens that end it.
+        sample: cumulative probability of the tokens to sample from (top-p); 0 takes the most likely token.
+    """
     pad, longest = pad_id(tokenizer), max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    choice = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "temperature": 1.0} if sample else {"do_sample": False}
+    choice = {"do_sample": True, "top_p": sample, "top_k": 0, "temperature": 1.0} if sample else {"do_sample": False}
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -109,8 +109,9 @@ class MicroBatches:
             chosen = [(pick.forget, pick.alternate % len(source.alternates[pick.forget])) for pick in picks]
             answers = [source.alternates[example][number] for example, number in chosen]
             batch["alternate"] = collate(answers or [_without_loss(source.forget[0])], self._pad)
-            values = [source.alternate_nll[example][number] for example, number in chosen]
-            batch["alternate"]["reference_nll"] = _numbers(values)
+            if source.alternate_nll:
+                values = [source.alternate_nll[example][number] for example, number in chosen]
+                batch["alternate"]["reference_nll"] = _numbers(values)
         if source.retain:
             of_step = [pick.retain for pick in step if pick.retain is not None]
             batch["retain"] = self._side(source.retain, of_step, [p.retain for p in picks if p.retain is not None])

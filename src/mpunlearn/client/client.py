@@ -16,12 +16,13 @@ import hashlib
 import logging
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+from mpunlearn.client.alternates import Generated
 from mpunlearn.client.auto_retain import AutoRetain
 from mpunlearn.client.batches import Examples, MicroBatches, Pick, optimizer_steps
 from mpunlearn.client.disclosure import longest_step, warn_of_names, warn_of_spelling
@@ -54,7 +55,8 @@ class Client:
     """The data owner's side of a run.
 
     The constructor checks everything that can be checked before a model is loaded. Arguments and errors are those of
-    the function `unlearn`; `drawn` is the file for the examples of `--retain auto`, instead of the default.
+    the function `unlearn`. `drawn` is the path whose name the files of `--retain auto` and `--alternates generate` begin
+    with (default: that of the update).
     """
 
     def __init__(
@@ -100,7 +102,10 @@ class Client:
         self._decoys = read_records(decoys, data, "forget") if decoys is not None else []
         _check_decoys(self._decoys, self._forget, self._retain)
         self._unlearned = [*self._forget, *self._decoys]
-        if self.losses.alternates:
+        self._generated = Generated.parse(data, self.training.seed) if self.losses.alternates else None
+        if self._generated is not None:
+            self._generated.check(self._unlearned)
+        elif self.losses.alternates:
             self._unlearned = with_alternates(self._unlearned, data, objective.refusals, self.training.seed)
         self._encoded: dict[str, _Encoded] = {}
         self._warned: set[tuple[str, int]] = set()
@@ -141,7 +146,12 @@ class Client:
         if "layer" in self.losses.objective.parameters:
             check_layer(source.path, int(self.losses.objective.parameters["layer"]))
         if self._auto is not None and self.losses.objective.alpha and not self._retain:
-            self._retain = self._auto.draw(source.path, self._unlearned, self._drawn_file(out, card), self._device)
+            file = self._drawn_file(out, card, "--retain auto", "retain")
+            self._retain = self._auto.draw(source.path, self._unlearned, file, self._device)
+        if self._generated is not None:
+            file = self._drawn_file(out, card, "--alternates generate", "alternates")
+            self._unlearned = self._generated.write(source.path, self._unlearned, file, self._device)
+            self._generated, self._encoded = None, {}
         encoded = self._encode(source.path)
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
@@ -168,8 +178,8 @@ class Client:
             self._report(history, card, cache)
         return out
 
-    def _drawn_file(self, out: Path, card: Card | None) -> Path:
-        """The file for the examples of `--retain auto`.
+    def _drawn_file(self, out: Path, card: Card | None, option: str, name: str) -> Path:
+        """The file for what the model writes for an option, `--retain auto` or `--alternates generate`.
 
         Raises:
             PlanError: without a memory, other copies would be trained with other examples.
@@ -177,13 +187,15 @@ class Client:
         """
         if self._memory is None and card is not None:
             raise PlanError(
-                f"--retain auto: {card} must be trained with the same examples as the other copies; give --memory, or a file"
+                f"{option}: {card} must be trained with the same examples as the other copies; give --memory, or a file"
             )
         if self._memory is None:
-            return self._drawn or out.with_name(f"{out.name}.retain.jsonl")
-        file = self._memory / "retain.jsonl"
+            out = self._drawn or out
+            return out.with_name(f"{out.name}.{name}.jsonl")
+        file = self._memory / f"{name}.jsonl"
         if card is not None and card.round > 1 and not file.is_file():
-            raise DataError(f"{file}: the retain set of round 1 is gone; restore it, or start a new run")
+            what = "retain set" if name == "retain" else "set of alternate answers"
+            raise DataError(f"{file}: the {what} of round 1 is gone; restore it, or start a new run")
         return file
 
     def _steps(self, encoded: "_Encoded", card: Card | None) -> list[list[Pick]]:
@@ -204,7 +216,8 @@ class Client:
         self._warned_of_disclosure = True
         warn_of_names(model, selected)
         width = self.training.lora_rank or getattr(model.config, "hidden_size", 0)
-        positions = longest_step(steps, encoded.forget, encoded.retain, encoded.alternates)
+        alternates = encoded.alternates if self.losses.alternate_passes else []
+        positions = longest_step(steps, encoded.forget, encoded.retain, alternates)
         warn_of_spelling(self.training, positions, width)
 
     def _trainer(
@@ -247,7 +260,10 @@ class Client:
             tokenizer, length = load_tokenizer(path), self.training.max_length
             forget = encode(self._unlearned, tokenizer, length)
             retain = encode(self._retain, tokenizer, length)
-            alternates = encode_alternates(self._unlearned, tokenizer, length) if self.losses.alternates else []
+            records = self._unlearned
+            if self._generated is not None:  # for estimates: the answers are not there yet, and are about as long
+                records = [replace(record, alternates=(record.answer,)) for record in records]
+            alternates = encode_alternates(records, tokenizer, length) if self.losses.alternates else []
             if skip := self.losses.objective.skip_tokens:
                 forget = [example.skipping(skip) for example in forget]
                 if not any(example.tokens for example in forget):

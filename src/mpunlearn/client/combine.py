@@ -11,6 +11,13 @@ step, after it, and after a step in the opposite direction, and the step is resc
 α ← max(0, α + dual_step · (L_retain - retain_target)), starting at epoch `dual_warmup` of the run. It is reset at the
 start of every round.
 
+`collapsed` (RepSelect, Sondej et al., arXiv 2606.17168): the leading principal components of the forget gradient of each
+weight are damped or removed (see `collapse`), then α times the retain gradient is added, if there is a retain term.
+Vectors, such as those of norms, get no forget gradient. The elementwise division of Adam would bring the components back:
+use `--optimizer sgd`, as that paper does, or `tensor_adam`. The principal components are those of a step's own gradient;
+the published implementation takes them from one pass over the forget set, which is the same if that is one batch, and
+before that it elicits the knowledge with an adapter that is trained on the forget set, which is not done here.
+
 The training loop calls a `Combination` between and after its two backward passes, and before and after the optimizer
 step.
 """
@@ -20,6 +27,7 @@ from typing import Any
 
 import torch
 
+from mpunlearn.client.collapse import collapsed
 from mpunlearn.lm.processes import full_tensor
 from mpunlearn.protocol.objectives import Objective
 
@@ -40,7 +48,7 @@ class Combination:
         """Called between the two backward passes of a micro-batch."""
 
     def after(self, last: bool) -> None:
-        """Called after both backward passes of a micro-batch; `last` says whether it is the last one of its step."""
+        """Called after the backward passes of a micro-batch; `last` says whether it is the last one of its step."""
 
     def before_step(self, step: int) -> None:
         """Called before the optimizer changes the weights."""
@@ -63,18 +71,37 @@ class Combination:
         """
 
 
-class NormalizedGradients(Combination):
+class SeparateGradients(Combination):
+    """Accumulates the forget gradient and the retain gradient of a step apart from each other."""
+
+    def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
+        super().__init__(objective, parameters)
+        self._retain_gradients: dict[torch.Tensor, torch.Tensor | None] = {}
+
+    def between(self) -> None:
+        """Sets the forget gradient aside, so that the retain gradient accumulates separately."""
+        self._swap()
+
+    def _swap(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad, other = self._retain_gradients.pop(parameter, None), parameter.grad
+            self._retain_gradients[parameter] = other
+
+    def _add_retain(self) -> None:
+        """Adds the retain gradient to the forget gradient."""
+        for parameter in self._parameters:
+            other = self._retain_gradients.pop(parameter, None)
+            if other is not None:
+                parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+
+class NormalizedGradients(SeparateGradients):
     """`normalized`, for NGDiff."""
 
     def __init__(self, objective: Objective, parameters: Sequence[torch.Tensor]) -> None:
         super().__init__(objective, parameters)
         self._every = max(1, int(objective.parameters["adapt_every"]))
-        self._retain_gradients: dict[torch.Tensor, torch.Tensor | None] = {}
         self._before: list[torch.Tensor] = []
-
-    def between(self) -> None:
-        """Sets the forget gradient aside, so that the retain gradient accumulates separately."""
-        self._swap()
 
     def after(self, last: bool) -> None:
         """Restores the forget gradient. At the end of a step, divides both gradients by their norms and adds them."""
@@ -88,15 +115,7 @@ class NormalizedGradients(Combination):
             norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
             for gradient in gradients:
                 gradient.mul_(weight / norm if norm else 0.0)
-        for parameter in self._parameters:
-            other = self._retain_gradients.pop(parameter, None)
-            if other is not None:
-                parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
-
-    def _swap(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad, other = self._retain_gradients.pop(parameter, None), parameter.grad
-            self._retain_gradients[parameter] = other
+        self._add_retain()
 
     def before_step(self, step: int) -> None:
         """Saves the weights if the learning rate is to be rescaled after this step."""
@@ -128,6 +147,26 @@ class NormalizedGradients(Combination):
         scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
 
+class CollapsedGradients(SeparateGradients):
+    """`collapsed`, for RepSelect."""
+
+    def after(self, last: bool) -> None:
+        """At the end of a step, collapses the forget gradient of each weight and adds the retain gradient."""
+        if self.objective.alpha:
+            self._swap()
+        if not last:
+            return
+        components, soft = int(self.objective.parameters["components"]), bool(self.objective.parameters["soft"])
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                continue
+            if parameter.dim() < 2:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = collapsed(parameter.grad, components, soft)
+        self._add_retain()
+
+
 class DualAscent(Combination):
     """`dual`, for PDU."""
 
@@ -142,4 +181,5 @@ COMBINATIONS: dict[str, type[Combination]] = {
     "sum": Combination,
     "normalized": NormalizedGradients,
     "dual": DualAscent,
+    "collapsed": CollapsedGradients,
 }

@@ -123,21 +123,16 @@ def forget(
         if target is None:
             raise PlanError("--out: is missing; give a new directory for the unlearned model")
         source = Checkpoint(as_path(checkpoint, "checkpoint"))
-        return _write(source, target, Client(forget=forget, retain=retain, drawn=_drawn(target), **options))
+        return _write(source, target, Client(forget=forget, retain=retain, drawn=target, **options))
     if tokenizer is None:
         raise PlanError("a model in memory needs its tokenizer; give tokenizer=…")
     from mpunlearn.lm.memory import load_like, save_model
 
-    client = Client(forget=forget, retain=retain, drawn=_drawn(target) if target else None, **options)
+    client = Client(forget=forget, retain=retain, drawn=target, **options)
     with tempfile.TemporaryDirectory(prefix="mpunlearn-") as folder:
         saved = save_model(checkpoint, Path(folder) / "model", tokenizer)
         result = _write(Checkpoint(saved), target or Path(folder) / "result", client)
         return load_like(result, type(checkpoint), checkpoint.device) if target is None else result
-
-
-def _drawn(target: Path) -> Path:
-    """The file for the examples of `--retain auto`, beside the result."""
-    return target.with_name(f"{target.name}.retain.jsonl")
 
 
 def _write(source: "Checkpoint", target: Path, client: "Client") -> Path:

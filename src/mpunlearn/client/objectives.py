@@ -6,7 +6,7 @@ The names of a loss's positional parameters say what it needs, and the training 
     hidden             (B, T, H): hidden states at the same positions, after the layer that the hyperparameter `layer`
                        names
     reference_…        the same under the reference model; reference_nll is NLL(y|x), shape (B,), in nats
-    alternate_…        the same for the alternate answer of each example
+    alternate_…        the same for the alternate answer of each example; alternate_targets alone needs no forward pass
     control            (H,): a random unit vector, the same for all copies and rounds
 
 Keyword-only parameters are hyperparameters. A loss returns either one number per token, shape (B, T), zero at masked
@@ -17,6 +17,7 @@ To add an objective, write its loss here, add it to `FORGET_LOSSES`, and add a l
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,6 +129,24 @@ def rmu(hidden: torch.Tensor, targets: torch.Tensor, control: torch.Tensor, *, s
     return _example_mean((hidden.float() - steering * control).square().mean(dim=-1), targets)
 
 
+def jensun(logits: torch.Tensor, targets: torch.Tensor, alternate_targets: torch.Tensor) -> torch.Tensor:
+    """JSD(p ‖ one-hot token of a refusal) of each answer token's prediction (Singh et al., arXiv 2509.02820).
+
+    The model sees the forget answer, and at its n-th token the target is the n-th token of the refusal, which is repeated
+    to the length of the answer, as in github.com/nmndeep/JensUn-Unlearning. There, the refusal is the words alone; here,
+    the token that ends an answer belongs to it. JSD to a one-hot distribution depends only on the probability q of its
+    token: ln 2 + [q ln q - (1 + q) ln(1 + q)] / 2, which is between 0 (q = 1) and ln 2 (q = 0).
+    """
+    counted = targets != IGNORED
+    ignored = alternate_targets == IGNORED
+    refusal = alternate_targets.gather(1, ignored.long().argsort(dim=1, stable=True))
+    length = (~ignored).sum(dim=1, keepdim=True).clamp(min=1)
+    aims = refusal.gather(1, (counted.cumsum(dim=1) - 1).clamp(min=0) % length)
+    log_q = -token_nll(logits, aims.where(counted, torch.full_like(aims, IGNORED)))[counted]
+    q = log_q.exp()
+    return at_positions(counted, math.log(2) + (q * log_q - (1 + q) * q.log1p()) / 2)
+
+
 def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """CE(D_r), which keeps the retain answers likely."""
     return token_nll(logits, targets)
@@ -144,6 +163,16 @@ def kl(logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tens
     return at_positions(counted, (reference.exp() * (reference - current)).sum(dim=-1))
 
 
+def jsd(logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+    """JSD(model ‖ reference) of each answer token's prediction, at most ln 2 (Singh et al., arXiv 2509.02820)."""
+    counted = targets != IGNORED
+    current = logits[counted].float().log_softmax(dim=-1)
+    reference = reference_logits[counted].float().log_softmax(dim=-1)
+    middle = torch.logaddexp(current, reference) - math.log(2)
+    own, other = ((one.exp() * (one - middle)).sum(dim=-1) for one in (current, reference))
+    return at_positions(counted, (own + other) / 2)
+
+
 def same_hidden(hidden: torch.Tensor, targets: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:
     """Mean squared distance of the hidden states from the reference model's, RMU's own retain loss (equation 2)."""
     return _example_mean((hidden.float() - reference_hidden.float()).square().mean(dim=-1), targets)
@@ -154,12 +183,12 @@ def _example_mean(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (values * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-RETAIN_LOSSES: dict[str, Loss] = {"nll": nll, "kl": kl, "hidden": same_hidden}
+RETAIN_LOSSES: dict[str, Loss] = {"nll": nll, "kl": kl, "jsd": jsd, "hidden": same_hidden}
 """Every retain loss, by its name on the command line."""
 
 
 FORGET_LOSSES: dict[str, Loss] = {
-    loss.__name__: loss for loss in (grad_ascent, npo, dpo, simnpo, undial, satimp, wga, ce_u, pdu, rmu)
+    loss.__name__: loss for loss in (grad_ascent, npo, dpo, simnpo, undial, satimp, wga, ce_u, pdu, rmu, jensun)
 }
 """Every forget loss, by its name in `protocol.objectives`."""
 
@@ -183,6 +212,11 @@ class Losses:
     @property
     def alternates(self) -> bool:
         """Whether forget examples need alternate answers."""
+        return "alternate_targets" in self.needs
+
+    @property
+    def alternate_passes(self) -> bool:
+        """Whether the model also runs on the alternate answers; otherwise only their tokens are used."""
         return "alternate_logits" in self.needs
 
     @property

@@ -3,6 +3,8 @@
     MEMORY/copy-K.json        log-likelihoods of the examples under copy K of round 1, for NPO, DPO and AltPO
     MEMORY/copy-K/            that copy itself, for objectives that use its logits or hidden states
     MEMORY/copy-K.training/   checkpoint of a training that is in progress
+    MEMORY/retain.jsonl       the examples of `--retain auto`
+    MEMORY/alternates.jsonl   the alternate answers of `--alternates generate`
     MEMORY/losses.jsonl       losses, one line per training
 
 The server publishes several noisy copies of its model in every round. The reference model for copy K of any round is

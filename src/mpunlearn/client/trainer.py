@@ -22,6 +22,7 @@ from mpunlearn.client.combine import COMBINATIONS
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import make_optimizer
 from mpunlearn.client.resources import Callback, Resources
+from mpunlearn.client.sharpness import Sharpness
 from mpunlearn.errors import PlanError
 from mpunlearn.extras import needs
 from mpunlearn.files import write_bytes
@@ -96,6 +97,7 @@ class Trainer:
         self._optimizer, self._scheduler = make_optimizer(self._parameters, training, len(batches))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=resources.precision == "float16")
         self._combination = COMBINATIONS[self._objective.combine](self._objective, self._parameters)
+        self._sharpness = Sharpness(self._parameters, training.sam_radius)
         self._control: torch.Tensor | None = None
         self._callback = callback
         self._done = 0
@@ -131,6 +133,7 @@ class Trainer:
         """One optimizer step."""
         batches = self._batches.step(self._done)
         forget = retain = 0.0
+        self._sharpness.aim(lambda: self._forget_gradient(batches))
         for number, batch in enumerate(batches):
             forget_share, retain_share = self._backward(batch, last=number == len(batches) - 1)
             forget, retain = forget + forget_share, retain + retain_share
@@ -156,13 +159,20 @@ class Trainer:
             The micro-batch's contributions to the step's forget and retain loss.
         """
         batch = self._to_device(batch)
-        forget = self._add_gradient(self._loss(batch, "forget"), self._objective.gamma)
+        with self._sharpness.perturbed():
+            forget = self._add_gradient(self._loss(batch, "forget"), self._objective.gamma)
         if not self._objective.alpha:
+            self._combination.after(last)
             return forget, 0.0
         self._combination.between()
         retain = self._add_gradient(self._loss(batch, "retain"), self._combination.alpha)
         self._combination.after(last)
         return forget, retain
+
+    def _forget_gradient(self, batches: list[Batch]) -> None:
+        """Adds the forget gradient of a whole step."""
+        for batch in batches:
+            self._add_gradient(self._loss(self._to_device(batch), "forget"), self._objective.gamma)
 
     def _add_gradient(self, loss: torch.Tensor, weight: float) -> float:
         """Adds the gradient of weight · loss and returns the loss."""
@@ -183,10 +193,9 @@ class Trainer:
             if "reference_nll" in examples:
                 outputs["reference_nll"] = examples["reference_nll"]
             if losses.alternates and side == "forget":
-                alternate = {
-                    **forward(self._model, batch["alternate"]),
-                    "reference_nll": batch["alternate"]["reference_nll"],
-                }
+                alternate = {**batch["alternate"], "targets": batch["alternate"]["labels"][:, 1:]}
+                if losses.alternate_passes:
+                    alternate |= forward(self._model, alternate)
                 outputs |= {f"alternate_{name}": value for name, value in alternate.items()}
             if "control" in needs:
                 outputs["control"] = self._control_vector(outputs["hidden"])
@@ -320,6 +329,11 @@ def check_resources(training: Training, resources: Resources) -> None:
         raise PlanError(
             f"--precision float16: not supported by {training.objective}, which divides by gradient norms; use bfloat16 "
             "or float32"
+        )
+    if training.resolved().combine == "collapsed" and processes() > 1:
+        raise PlanError(
+            f"--objective {training.objective}: not supported on several processes, which shard the gradients that it "
+            "takes apart; train on one"
         )
     if training.lora_rank:
         needs("lora", "--lora-rank")

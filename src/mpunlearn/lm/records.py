@@ -116,19 +116,19 @@ def record_text(record: Record) -> str:
     return json.dumps({key: value for key, value in fields.items() if value}, ensure_ascii=False, sort_keys=True)
 
 
-def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int) -> list[Record]:
+def with_alternates(records: list[Record], data: Data, refusals: bool | str, seed: int) -> list[Record]:
     """The records with at least one alternate answer each: their own, or a randomly chosen refusal.
 
     Args:
         records: questions with answers.
         data: names the file of refusals, if there is one.
-        refusals: whether to use the built-in refusals if there is no such file.
+        refusals: whether to use the built-in refusals if there is no such file, or the one refusal to use.
         seed: seed for choosing refusals.
 
     Raises:
         DataError: an example has no alternate answer, or is a plain text.
     """
-    choices: tuple[str, ...] = REFUSALS if refusals else ()
+    choices: tuple[str, ...] = (refusals,) if isinstance(refusals, str) else REFUSALS if refusals else ()
     if data.alternates is not None:
         lines = read_text(Path(data.alternates)).splitlines()
         choices = tuple(line.strip() for line in lines if line.strip())
@@ -141,7 +141,7 @@ def with_alternates(records: list[Record], data: Data, refusals: bool, seed: int
         if record.question is None or not alternates:
             raise DataError(
                 f"{record.where}: expected a question with an alternate answer in column {data.alternate_key!r}; name "
-                "another column with --alternate-key, or give a file of refusals with --alternates"
+                "another column with --alternate-key, or give a file of refusals with --alternates, or --alternates generate"
             )
         completed.append(replace(record, alternates=alternates))
     return completed

@@ -61,6 +61,10 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")
 """A folder written by `save_to_disk` has one of these files."""
 
 
+GENERATE = "generate"
+"""The value of `Data.alternates` that lets the model write the alternate answers."""
+
+
 @dataclass(frozen=True)
 class Data:
     """How examples are read. The server never sees these options.
@@ -76,10 +80,12 @@ class Data:
     text_key: str | None = None
     """Column with plain texts (default: text)."""
     alternate_key: str = "alternate"
-    """Column with alternate answers to the forget questions, each a text or a list of texts; used by dpo and altpo."""
+    """Column with alternate answers to the forget questions, each a text or a list of texts; used by dpo, altpo and
+    jensun."""
     alternates: str | None = None
     """File of refusals, one per line. One of them is chosen at random for each forget question without an alternate
-    answer (default: a built-in list for dpo, none for altpo)."""
+    answer (default: a built-in list for dpo, "No idea" for jensun, none for altpo). Or generate: the model writes alternate
+    answers itself before it is trained, as in AltPO."""
     split: str = "train"
     """Split to read from datasets that have several."""
     data_root: str | None = None

@@ -99,7 +99,7 @@ def _training_memory(shapes: Shapes, work: Work, rounds: int) -> TrainingMemory:
     examples = [*forget, *work.examples.retain, *alternates]
     return shapes.training_bytes(
         work.training,
-        examples=size * (2 if alternates else 1),
+        examples=size * (2 if work.losses.alternate_passes else 1),
         tokens=max(len(example.input_ids) for example in examples),
         answer_tokens=max(example.tokens for example in examples),
         precision=work.resources.precision,

@@ -220,8 +220,10 @@ class _Client:
         sides = [[examples.forget[pick.forget] for pick in picks]]
         if examples.retain:
             sides.append([examples.retain[pick.retain] for pick in picks if pick.retain is not None])
-        if examples.alternates:
+        if self._work.losses.alternate_passes:
             sides.append([examples.alternates[pick.forget][0] for pick in picks])
+        if self._work.training.sam_radius:  # what belongs to the forget loss runs twice
+            sides += [side for number, side in enumerate(sides) if number != 1 or not examples.retain]
         return sum(forward_flops(shapes, side, size) for side in sides)
 
 

@@ -108,7 +108,7 @@ def applied(advice: Recommendation, training: Training, rounds: int, layers: int
     default, changes = Training(training.objective), {}
     parameters = dict(training.parameters)
     for name, value in advice.options(rounds).items():
-        if name in _CHOSEN:
+        if name in (*_CHOSEN, "optimizer"):
             if getattr(training, name) == getattr(default, name):
                 changes[name] = value
         elif name != "objective":

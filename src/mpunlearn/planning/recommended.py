@@ -24,6 +24,8 @@ CLASSES: dict[SizeClass, str] = {"tiny": "below 50 M", "small": "50 M to 3 B", "
 _REPOSITORY = "https://github.com/locuslab/open-unlearning/blob/main"
 DEFAULTS = f"{_REPOSITORY}/configs/experiment/unlearn/tofu/default.yaml, configs/trainer/finetune.yaml"
 SWEPT = "python benchmarks/hyperparameters.py (docs/hyperparameters.csv)"
+_JENSUN = "https://github.com/nmndeep/JensUn-Unlearning/blob/main"
+_REPSELECT = "https://github.com/filyp/RepSelect/blob/main"
 _SELECTED = "https://huggingface.co/Naahraf27/npo_llama-3.{0}-instruct_forget10_ep{1}_lr{2}_alpha{3}_beta0.1"
 
 
@@ -39,9 +41,9 @@ class Recommendation:
     """Passes over the forget set in the whole run."""
     source: str
     """Where the values come from."""
-    others: Mapping[str, float] = field(default_factory=dict)
-    """Further options, such as gamma, alpha and the objective's own, where they differ from the defaults or were chosen
-    together with the learning rate."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Further options, such as gamma, alpha, the optimizer and the objective's own, where they differ from the defaults or
+    were chosen together with the learning rate."""
     note: str = ""
 
     def options(self, rounds: int) -> dict[str, Any]:
@@ -68,8 +70,9 @@ def recommendation(objective: ObjectiveName, parameters: int) -> Recommendation:
 
 def _tiny(objective: ObjectiveName, learning_rate: float, gamma: float, note: str = "") -> Recommendation:
     """A row of the sweep on the demo's world."""
-    layer = {"layer": 0} if objective == "rmu" else {}
-    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, {"gamma": gamma, **layer}, note)
+    special: dict[str, dict[str, Any]] = {"rmu": {"layer": 0}, "repselect": {"optimizer": "tensor_adam"}}
+    others = {"gamma": gamma, **special.get(objective, {})}
+    return Recommendation(objective, "tiny", learning_rate, 8, 10, SWEPT, others, note)
 
 
 def _both(objective: ObjectiveName, *values: Any, **others: Any) -> list[Recommendation]:
@@ -106,6 +109,11 @@ TABLE: list[Recommendation] = [
     *_both("altpo", 2e-5, 32, 10, f"{_REPOSITORY}/community/methods/AltPO/run.sh; https://huggingface.co/open-unlearning",
            {"alpha": 2.0, "beta": 0.1},
            "the middle of OpenUnlearning's grid: learning rate 1e-5 to 5e-5, alpha 1 to 5, beta 0.05 to 0.5; 5 or 10 epochs"),
+    *_both("jensun", 8e-6, 32, 10, f"{_JENSUN}/configs/experiment/unlearn/lkf/default.yaml, scripts/lkf_unlearn.sh",
+           note="chosen on another benchmark (LKF), with 3 B parameters"),
+    *_both("repselect", 0.05, 32, 10, f"{_REPSELECT}/configs/trainer/RepSelectSimple.yaml",
+           {"optimizer": "sgd", "components": 512, "soft": 1},
+           "that project searches for a learning rate between 0.005 and 0.5 for each model, on other benchmarks"),
     _tiny("grad-ascent", 3e-4, 1.0),
     _tiny("grad-diff", 1e-3, 0.1),
     _tiny("npo", 1e-3, 0.1),
@@ -119,6 +127,8 @@ TABLE: list[Recommendation] = [
     _tiny("ce-u", 3e-4, 1.0, "in the sweep it damaged the retain set at every setting that unlearned"),
     _tiny("pdu", 1e-3, 0.1),
     _tiny("altpo", 1e-3, 0.1),
+    _tiny("jensun", 3e-3, 1.0, "in the sweep it hardly unlearned at any setting"),
+    _tiny("repselect", 1e-3, 1.0),
 ]  # fmt: skip
 """All recommendations: one for each objective and size class."""
 
@@ -129,7 +139,8 @@ def table() -> str:
     rows = []
     for row in sorted(TABLE, key=lambda row: (list(CLASSES).index(row.size), row.objective)):
         number = sources.setdefault(row.source, len(sources) + 1)
-        others = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in row.others.items())
+        shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in row.others.items()}
+        others = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
         numbers = (f"{row.learning_rate:g}", str(row.batch_size), str(row.epochs), others)
         rows.append((CLASSES[row.size], row.objective, *numbers, f"[{number}]", row.note))
     header = ("parameters", "objective", "learning rate", "batch size", "epochs", "further options", "source", "note")

@@ -165,7 +165,7 @@ class Shapes:
         return TrainingMemory(
             weights=weights,
             reference=FLOAT32 * entries if reference_model else 0,
-            gradients=FLOAT32 * trained,
+            gradients=FLOAT32 * trained * (3 if training.sam_radius else 1),
             optimizer=OPTIMIZER_BYTES.get(training.optimizer, 8) * trained,
             activations=int(positions * kept) + LOGIT_TENSORS * FLOAT32 * examples * answer_tokens * vocabulary,
         )

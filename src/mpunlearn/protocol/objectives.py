@@ -23,8 +23,10 @@ ObjectiveName = Literal[
     "ce-u",
     "pdu",
     "altpo",
+    "jensun",
+    "repselect",
 ]
-RetainLoss = Literal["nll", "kl", "hidden"]
+RetainLoss = Literal["nll", "kl", "jsd", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Objective:
     retain_loss: RetainLoss = "nll"
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Default hyperparameters by name; `HYPERPARAMETERS` describes them."""
-    combine: Literal["sum", "normalized", "dual"] = "sum"
+    combine: Literal["sum", "normalized", "dual", "collapsed"] = "sum"
     """How the forget gradient and the retain gradient are combined (see `client.combine`)."""
     skip_tokens: int = 0
     """Number of leading answer tokens of each forget example that are excluded from the loss."""
-    refusals: bool = False
-    """Whether a refusal serves as the alternate answer if the data provide none."""
+    refusals: bool | str = False
+    """Whether a refusal serves as the alternate answer if the data provide none. A text is that refusal."""
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {
@@ -62,6 +64,8 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "ce-u": Objective("ce_u", alpha=0.0, skip_tokens=1),
     "pdu": Objective("pdu", combine="dual", parameters={"retain_target": 0.3, "dual_step": 1.0, "dual_warmup": 5}),
     "altpo": Objective("dpo", parameters={"beta": 0.1}),
+    "jensun": Objective("jensun", retain_loss="jsd", refusals="No idea"),
+    "repselect": Objective("grad_ascent", alpha=0.0, combine="collapsed", parameters={"components": 512, "soft": 1}),
 }
 """All objectives by name. Defaults are those of OpenUnlearning (arXiv 2506.12618) or of the original papers."""
 
@@ -80,5 +84,11 @@ HYPERPARAMETERS: dict[str, tuple[type[int] | type[float], str]] = {
     "retain_target": (float, "Upper bound that pdu imposes on the retain loss, in nats per token."),
     "dual_step": (float, "Step size of the dual variable for pdu."),
     "dual_warmup": (int, "Number of epochs, over all rounds, before pdu updates its dual variable."),
+    "components": (
+        int,
+        "Number of leading principal components of each weight's gradient that repselect collapses, at most half of the "
+        "gradient's rank; 0 collapses none.",
+    ),
+    "soft": (int, "1 if repselect damps the leading principal components, 0 if it removes them."),
 }
 """Type and description of every hyperparameter, for validation and for the command line."""

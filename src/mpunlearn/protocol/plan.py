@@ -39,8 +39,8 @@ class Training:
     """Weight of the retain loss (default: depends on the objective)."""
     retain_loss: RetainLoss | None = None
     """The retain loss: nll is the negative log-likelihood of the retain answers, kl the KL divergence from the
-    predictions of the reference model, and hidden (for rmu) the distance from its hidden states (default: depends on
-    the objective)."""
+    predictions of the reference model, jsd the Jensen-Shannon divergence from them, and hidden (for rmu) the distance
+    from its hidden states (default: depends on the objective)."""
     skip_tokens: int | None = None
     """Number of leading answer tokens of each forget example that are excluded from the loss (default: depends on the
     objective)."""
@@ -55,6 +55,10 @@ class Training:
     """Weight decay of the optimizer."""
     max_grad_norm: float = 1.0
     """Maximum gradient norm for clipping. 0 turns clipping off."""
+    sam_radius: float = 0.0
+    """Sharpness-aware minimization of the forget loss, which makes relearning harder: its gradient is taken at the weights
+    moved by this distance in the direction in which the loss rises fastest (such as 0.01). It costs a second forward and
+    backward pass of the forget examples. 0 turns it off."""
     scheduler: str = "constant"
     """Learning-rate schedule within a round: a name from transformers."""
     warmup_steps: int = 0
@@ -88,6 +92,7 @@ class Training:
             "adam_epsilon",
             "weight_decay",
             "max_grad_norm",
+            "sam_radius",
             "warmup_steps",
             "seed",
             "gamma",
@@ -116,6 +121,10 @@ class Training:
                 raise PlanError(f"{_option(name)}: not a hyperparameter of {self.objective}, which has {known}")
             if HYPERPARAMETERS[name][0] is int and value != int(value):
                 raise PlanError(f"{_option(name)}: expected an integer, found {value:g}")
+            if name == "soft" and value not in (0, 1):
+                raise PlanError(f"--soft: expected 0 or 1, found {value:g}")
+            if name == "components" and value < 0:
+                raise PlanError(f"--components: expected a number of at least 0, found {value:g}")
             if name == "beta" and value <= 0:
                 raise PlanError(f"--beta: expected a number above 0, found {value:g}")
         if self.retain_loss == "hidden" and "layer" not in objective.parameters:
@@ -124,8 +133,12 @@ class Training:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         parameters = {**objective.parameters, **self.parameters}
         objective = dataclasses.replace(objective, **given, parameters=parameters)
-        if objective.combine != "sum" and not objective.alpha:
+        if objective.combine in ("normalized", "dual") and not objective.alpha:
             raise PlanError(f"--alpha 0: {self.objective} needs a retain gradient; expected a number above 0")
+        if objective.combine == "collapsed" and self.lora_rank:
+            raise PlanError(
+                f"--lora-rank: not supported by {self.objective}, which needs the gradients of whole weights; leave it out"
+            )
         return objective
 
     def to_json(self) -> dict[str, Any]:
