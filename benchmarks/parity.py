@@ -50,8 +50,8 @@ FILES = {
 RECIPE = Recipe(vocabulary=2000, hidden=64, ffn=172, learning_rate=3e-3)
 EPOCHS, BATCH = 30, 8
 TIMED_RECIPE = Recipe(vocabulary=8000, hidden=256, layers=4, heads=4, groups=2, ffn=688, learning_rate=1e-3)
-"""Of the model that is timed: about five million parameters."""
-TIMED_EPOCHS = 12
+"""Of the model that is timed: 5.3 million parameters, of which the output layer has 39 %, as in Qwen2.5 0.5B."""
+TIMED_EPOCHS = 20
 NEW_TOKENS = 40
 CHATML = (
     "{{ '<|user|>Today is ' + date_string + '<|end|>\\n' }}"
@@ -108,12 +108,12 @@ def main() -> None:
             "src/evals/metrics/memorization.py; run `git clone https://github.com/locuslab/open-unlearning` and give its "
             "directory\n",
         )
-    rows = read(arguments.tofu, arguments.questions)
     if arguments.time:
-        found = timed(rows, source, arguments.python, arguments.time, arguments.tasks)
+        found = timed(arguments.tofu, arguments.questions, source, arguments.python, arguments.time, arguments.tasks)
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(found, indent=2), encoding="utf-8")
         return
+    rows = read(arguments.tofu, arguments.questions)
     values = {}
     for name, how in FORMATS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -125,15 +125,16 @@ def main() -> None:
 
 
 def timed(
-    rows: Rows, source: Path, python: str, repeats: int, tasks: list[str] | None
+    tofu: Path | None, questions: int, source: Path, python: str, repeats: int, tasks: list[str] | None
 ) -> list[dict[str, Any]]:
     """Times both programs and prints the table."""
     how = FORMATS["template that ends in the end token"]
+    rows = read(tofu, questions)
     rows = {**rows, "forget": [{**row, "alternate": row["perturbed_answer"][0]} for row in rows["forget"]]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(rows, folder)
-        train(how, rows, folder, TIMED_RECIPE, TIMED_EPOCHS, ("model",))
+        train(how, rows, folder, TIMED_RECIPE, TIMED_EPOCHS, ("model",), read(tofu, None))
         picks = parity_time.steps(len(rows["forget"]), len(rows["retain"]))
         job = {
             **job_of(how, source, folder),
@@ -157,14 +158,15 @@ def timed(
     return found
 
 
-def read(tofu: Path | None, questions: int) -> Rows:
-    """The question sets, in TOFU's format. The last rows of a file are the holdout set, as the first ones may be known."""
+def read(tofu: Path | None, questions: int | None) -> Rows:
+    """The question sets, in TOFU's format; all questions if no number is given. The last rows of a file are the holdout set, as the first ones may be known."""
     if tofu is None:
         rows: Rows = generate_rows(0, RECIPE)
     else:
         lines = {name: (tofu / f"{file}.json").read_text(encoding="utf-8").splitlines() for name, file in FILES.items()}
         rows = {name: [json.loads(line) for line in text] for name, text in lines.items()}
-    chosen = {name: rows[name][-questions:] if name == "holdout" else rows[name][:questions] for name in FILES}
+    holdout = rows["holdout"] if questions is None else rows["holdout"][-questions:]
+    chosen = {name: holdout if name == "holdout" else rows[name][:questions] for name in FILES}
     return {name: [{c: row[c] for c in COLUMNS if c in row} for row in several] for name, several in chosen.items()}
 
 
@@ -199,10 +201,13 @@ def train(
     recipe: Recipe = RECIPE,
     epochs: int = EPOCHS,
     names: tuple[str, ...] = ("model", "retrained"),
+    texts: Rows | None = None,
 ) -> list[Path]:
-    """Trains the model, which sees every second question of the forget set, and the one that sees none."""
+    """Trains the model, which sees every second question of the forget set, and the one that sees none; and, before, their
+    tokenizer on `texts`, if they are given.
+    """
     tokenizer = models.train_tokenizer(
-        [row[column] for several in rows.values() for row in several for column in ("question", "answer")],
+        [row[column] for several in (texts or rows).values() for row in several for column in ("question", "answer")],
         recipe.vocabulary,
     )
     tokenizer.chat_template = how.template
