@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import parity_time
 import torch
 
+import parity_time
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.evaluation.definitions import DEFINITIONS
@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="Python with OpenUnlearning's requirements")
     parser.add_argument("--questions", type=int, default=20, help="questions per set")
     parser.add_argument("--out", type=Path, help="JSON file for all values")
-    parser.add_argument("--time", type=int, default=0, metavar="REPEATS", help="time both programs this many times instead")
+    parser.add_argument(
+        "--time", type=int, default=0, metavar="REPEATS", help="time both programs this many times instead"
+    )
     parser.add_argument("--tasks", nargs="*", help="what to time (default: everything)")
     arguments = parser.parse_args()
     source = arguments.openunlearning / "src"

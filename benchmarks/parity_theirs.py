@@ -155,6 +155,7 @@ class Theirs:
 def timed(job: dict[str, Any], folder: Path) -> None:
     """Does tasks on demand."""
     import torch
+
     from parity_serve import serve
     from parity_theirs_training import TRAINERS, trainer
 
@@ -171,9 +172,7 @@ def timed(job: dict[str, Any], folder: Path) -> None:
         "membership": partial(theirs.membership, reference=False),
         "suite": suite,
     }
-    serve(
-        lambda name: trainer(theirs, name, folder / "model") if name in TRAINERS else tasks[name], folder, "theirs"
-    )
+    serve(lambda name: trainer(theirs, name, folder / "model") if name in TRAINERS else tasks[name], folder, "theirs")
 
 
 def main() -> None:

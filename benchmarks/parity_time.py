@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity_serve import serve
 
 from mpunlearn.client.batches import Examples, MicroBatches, optimizer_steps
 from mpunlearn.client.objectives import Losses
@@ -39,6 +38,7 @@ from mpunlearn.lm.records import Record
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.plan import Training
 from mpunlearn.tables import markdown
+from parity_serve import serve
 
 EVALUATION = ("likelihoods", "rouge", "membership", "suite")
 """Probabilities, truth ratios and memorization; generated answers; membership inference; all of it in one call."""
@@ -101,7 +101,11 @@ class Ours:
     def _forget(self) -> Any:
         from dataclasses import replace
 
-        return replace(self._sets["forget"], wrong=[[] for _ in self._sets["forget"].wrong]).encoded(self._tokenizer).answers
+        return (
+            replace(self._sets["forget"], wrong=[[] for _ in self._sets["forget"].wrong])
+            .encoded(self._tokenizer)
+            .answers
+        )
 
     def _train(self, objective: str, model: Any) -> dict[str, torch.Tensor]:
         """The trained weights."""
@@ -145,7 +149,7 @@ class Worker:
     """One program in a process of its own, with one thread."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (as long as the process)
         self._process = subprocess.Popen(
             command,
@@ -158,7 +162,8 @@ class Worker:
 
     def seconds(self, task: str) -> dict[str, float]:
         """Does a task. Ends the benchmark if it fails."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # if it has ended, there is no answer, either
             self._process.stdin.write(f"{task}\n")
             self._process.stdin.flush()
@@ -203,7 +208,9 @@ def update_difference(folder: Path, task: str) -> float | None:
         return None
     theirs, ours = (torch.load(file, weights_only=True) for file in files)
     start = load_model(folder / "model").state_dict()
-    squares = [(float((ours[n] - theirs[n]).square().sum()), float((theirs[n] - w).square().sum())) for n, w in start.items()]
+    squares = [
+        (float((ours[n] - theirs[n]).square().sum()), float((theirs[n] - w).square().sum())) for n, w in start.items()
+    ]
     return float((sum(d for d, _ in squares) / sum(u for _, u in squares)) ** 0.5)
 
 
@@ -224,7 +231,14 @@ def line_of(entry: Mapping[str, Any]) -> list[str]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """One row per task."""
-    header = ["", "OpenUnlearning, CPU s", "mpunlearn, CPU s", "ratio (lowest–highest)", "ratio, wall clock", "updates differ by"]
+    header = [
+        "",
+        "OpenUnlearning, CPU s",
+        "mpunlearn, CPU s",
+        "ratio (lowest–highest)",
+        "ratio, wall clock",
+        "updates differ by",
+    ]
     return markdown(header, [line_of(entry) for entry in found])
 
 
