@@ -161,7 +161,10 @@ def timed(
 
 
 def read(tofu: Path | None, questions: int | None) -> Rows:
-    """The question sets, in TOFU's format; all questions if no number is given. The last rows of a file are the holdout set, as the first ones may be known."""
+    """The question sets, in TOFU's format; all questions if no number is given.
+
+    The last rows of a file are the holdout set, as the first ones may be known.
+    """
     if tofu is None:
         rows: Rows = generate_rows(0, RECIPE)
     else:

@@ -2,7 +2,8 @@
 
     python benchmarks/parity_theirs.py JOB.json
 
-With tasks on standard input instead, for `parity_time.py`, if the job says so. Only its metrics and data sets are imported, so its trainers' requirements (deepspeed, hydra, lm-eval) are not needed.
+If the job says so, it does the tasks that come in on standard input instead, for `parity_time.py`. Only metrics, data sets
+and single trainers are imported, so the other requirements (deepspeed, hydra, lm-eval) are not needed.
 """
 
 import importlib

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from mpunlearn.client.objectives import Losses
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.trainer import Trainer
 from mpunlearn.evaluation import tofu
+from mpunlearn.evaluation.metrics import rouge_l
 from mpunlearn.evaluation.probe import generate, probe
+from mpunlearn.evaluation.prompts import answer_text
 from mpunlearn.evaluation.sets import read_sets
 from mpunlearn.lm.examples import encode, encode_alternates
 from mpunlearn.lm.model import load, load_model, nll, pad_id
@@ -66,17 +69,17 @@ class Ours:
         self._folder = folder
         self._model, self._tokenizer = load(folder / "model")
         self._sets = read_sets(str(folder), "", None, Data())
-        self._asked = self._sets["forget"], self._sets["retain"]
 
     def task(self, name: str) -> Callable[[], Any]:
         """What is timed; everything else is done when this is called."""
         if name in EVALUATION:
-            return {
+            tasks: dict[str, Callable[[], Any]] = {
                 "likelihoods": partial(self._evaluate, texts=False, membership=False),
                 "rouge": self._rouge,
                 "membership": self._membership,
                 "suite": partial(self._evaluate, max_new_tokens=MAX_NEW_TOKENS),
-            }[name]
+            }
+            return tasks[name]
         return partial(self._train, name, load_model(self._folder / "model"))
 
     def _evaluate(self, **options: Any) -> dict[str, Any]:
@@ -86,30 +89,24 @@ class Ours:
         sets = [questions for name, questions in self._sets.items() if name != "holdout"]
         prompts = [prompt for questions in sets for prompt in questions.encoded(self._tokenizer).prompts]
         texts = generate(self._model, self._tokenizer, prompts, MAX_NEW_TOKENS, mask_pad=True)
-        tofu._recall([answer for questions in sets for answer in questions.answers], texts)
+        answers = [answer for questions in sets for answer in questions.answers]
+        for answer, text in zip(answers, texts, strict=True):
+            rouge_l(answer, text)
 
     def _membership(self) -> None:
         model, tokenizer, per_example = self._model, self._tokenizer, {}
         for name in ("forget", "holdout"):
-            examples = self._sets[name].encoded(tokenizer).answers if name == "holdout" else self._forget()
+            alone = [[] for _ in self._sets[name].wrong]  # only the answers are tokenized
+            examples = replace(self._sets[name], wrong=alone).encoded(tokenizer).answers
             answers = probe(model, tokenizer, examples, mask_pad=True)
-            written = [tofu.answer_text(example, tokenizer) for example in examples]
+            written = [answer_text(example, tokenizer) for example in examples]
             per_example[name] = tofu.membership_scores(model, tokenizer, examples, answers, written, None)
         for attack in per_example["forget"]:
             tofu.membership_auc(per_example, attack)
 
-    def _forget(self) -> Any:
-        from dataclasses import replace
-
-        return (
-            replace(self._sets["forget"], wrong=[[] for _ in self._sets["forget"].wrong])
-            .encoded(self._tokenizer)
-            .answers
-        )
-
     def _train(self, objective: str, model: Any) -> dict[str, torch.Tensor]:
         """The trained weights."""
-        training = Training(objective=objective, **TRAINING)
+        training = Training(**{"objective": objective, **TRAINING})
         losses, size, tokenizer = Losses(training.resolved()), training.batch_size, self._tokenizer
         forget, retain = (records(self._folder, name) for name in ("forget", "retain"))
         encoded = encode(forget, tokenizer, 512)
@@ -150,6 +147,7 @@ class Worker:
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self._name = " ".join(command[:2])
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (as long as the process)
         self._process = subprocess.Popen(
             command,
@@ -170,7 +168,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            sys.exit(f"{self._log.read()[-3000:]}\n{' '.join(self._process.args[:2])}: failed on {task}")  # type: ignore[index]
+            sys.exit(f"{self._log.read()[-3000:]}\n{self._name}: failed on {task}")
         result: dict[str, float] = json.loads(line)
         return result
 

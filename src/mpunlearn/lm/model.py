@@ -206,7 +206,7 @@ def _only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
 def _at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Hidden states of shape (B, L, H) at positions of shape (B, T)."""
     rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1) * hidden.shape[1] + positions
-    return hidden.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, positions.shape)
+    return hidden.flatten(0, 1).index_select(0, rows.flatten()).reshape(*positions.shape, hidden.shape[-1])
 
 
 @torch.no_grad()
