@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def timed(job: dict[str, Any], folder: Path) -> None:
         theirs.tofu()
         theirs.membership(reference=False)
 
-    tasks = {
+    tasks: dict[str, Callable[[], Any]] = {
         "likelihoods": partial(theirs.tofu, texts=False),
         "rouge": lambda: [theirs.rouge(name) for name in PREFIXES],
         "membership": partial(theirs.membership, reference=False),

@@ -55,7 +55,7 @@ def trainer(theirs: Any, objective: str, checkpoint: Any) -> Any:
     module, class_name = name.split(".")
     kind = getattr(importlib.import_module(f"trainer.unlearn.{module}"), class_name)
 
-    class Adapted(kind):  # type: ignore[misc]
+    class Adapted(kind):  # type: ignore[misc, valid-type]
         """The trainer under a current version of transformers, with the given order of examples."""
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:

@@ -96,7 +96,7 @@ class Ours:
     def _membership(self) -> None:
         model, tokenizer, per_example = self._model, self._tokenizer, {}
         for name in ("forget", "holdout"):
-            alone = [[] for _ in self._sets[name].wrong]  # only the answers are tokenized
+            alone: list[list[str]] = [[] for _ in self._sets[name].wrong]  # only the answers are tokenized
             examples = replace(self._sets[name], wrong=alone).encoded(tokenizer).answers
             answers = probe(model, tokenizer, examples, mask_pad=True)
             written = [answer_text(example, tokenizer) for example in examples]

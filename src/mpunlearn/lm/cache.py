@@ -33,8 +33,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if self._room is None or self._room[0].shape[-2] < new:
             shapes = [(*states.shape[:-2], new + SPARE, states.shape[-1]) for states in (key_states, value_states)]
             keys, values = (key_states.new_empty(shape) for shape in shapes)
-            if old:
-                keys[..., :old, :], values[..., :old, :] = self.keys, self.values
+            if self._room is not None:
+                keys[..., :old, :], values[..., :old, :] = (room[..., :old, :] for room in self._room)
             self._room = keys, values
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[..., old:new, :] = states
