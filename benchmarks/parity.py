@@ -6,6 +6,9 @@ and has a system prompt and a date, and no template. Both programs evaluate the 
 TOFU's format, and on a few texts in MUSE's. Prints one table per format, and one of all.
 
     python benchmarks/parity.py --openunlearning DIR [--tofu DIR] [--python PATH] [--questions N] [--out FILE]
+    python benchmarks/parity.py --openunlearning DIR [--tofu DIR] [--python PATH] [--questions N] [--out FILE] --time REPEATS
+
+The second form compares how long both programs take (see `parity_time.py`).
 
 DIR is a checkout of github.com/locuslab/open-unlearning, of which nothing is in this repository. Its metrics run in a
 process of their own, with the Python of `--python`, which needs their requirements: torch, transformers, datasets, scipy,
@@ -25,6 +28,7 @@ from typing import Any
 
 import torch
 
+import parity_time
 from mpunlearn.demo import models
 from mpunlearn.demo.world import Recipe, generate_rows
 from mpunlearn.evaluation.definitions import DEFINITIONS
@@ -43,8 +47,11 @@ FILES = {
     "holdout": "retain99",
 }
 """Set → TOFU's file. Any questions that no model was trained on will do as a holdout set."""
-RECIPE = Recipe(vocabulary=2000, hidden=64, ffn=172)
-EPOCHS, BATCH, RATE = 30, 8, 3e-3
+RECIPE = Recipe(vocabulary=2000, hidden=64, ffn=172, learning_rate=3e-3)
+EPOCHS, BATCH = 30, 8
+TIMED_RECIPE = Recipe(vocabulary=8000, hidden=256, layers=4, heads=4, groups=2, ffn=688, learning_rate=1e-3)
+"""Of the model that is timed: 5.3 million parameters, of which the output layer has 39 %, as in Qwen2.5 0.5B."""
+TIMED_EPOCHS = 20
 NEW_TOKENS = 40
 CHATML = (
     "{{ '<|user|>Today is ' + date_string + '<|end|>\\n' }}"
@@ -90,6 +97,10 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="Python with OpenUnlearning's requirements")
     parser.add_argument("--questions", type=int, default=20, help="questions per set")
     parser.add_argument("--out", type=Path, help="JSON file for all values")
+    parser.add_argument(
+        "--time", type=int, default=0, metavar="REPEATS", help="time both programs this many times instead"
+    )
+    parser.add_argument("--tasks", nargs="*", help="what to time (default: everything)")
     arguments = parser.parse_args()
     source = arguments.openunlearning / "src"
     if not (source / "evals" / "metrics" / "memorization.py").is_file():
@@ -99,6 +110,11 @@ def main() -> None:
             "src/evals/metrics/memorization.py; run `git clone https://github.com/locuslab/open-unlearning` and give its "
             "directory\n",
         )
+    if arguments.time:
+        found = timed(arguments.tofu, arguments.questions, source, arguments.python, arguments.time, arguments.tasks)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        return
     rows = read(arguments.tofu, arguments.questions)
     values = {}
     for name, how in FORMATS.items():
@@ -110,21 +126,64 @@ def main() -> None:
         arguments.out.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
-def read(tofu: Path | None, questions: int) -> Rows:
-    """The question sets, in TOFU's format. The last rows of a file are the holdout set, as the first ones may be known."""
+def timed(
+    tofu: Path | None, questions: int, source: Path, python: str, repeats: int, tasks: list[str] | None
+) -> list[dict[str, Any]]:
+    """Times both programs and prints the table."""
+    how = FORMATS["template that ends in the end token"]
+    rows = read(tofu, questions)
+    rows = {**rows, "forget": [{**row, "alternate": row["perturbed_answer"][0]} for row in rows["forget"]]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(rows, folder)
+        train(how, rows, folder, TIMED_RECIPE, TIMED_EPOCHS, ("model",), read(tofu, None))
+        picks = parity_time.steps(len(rows["forget"]), len(rows["retain"]))
+        job = {
+            **job_of(how, source, folder),
+            "timed": True,
+            "max_new_tokens": parity_time.MAX_NEW_TOKENS,
+            "batch_size": parity_time.THEIR_BATCH,
+            "picks": [[pick.forget, pick.retain] for step in picks for pick in step],
+            "training": parity_time.TRAINING,
+        }
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        scripts = Path(__file__).parent
+        theirs = parity_time.Worker(
+            [python, str(scripts / "parity_theirs.py"), str(folder / "job.json")], environment(python, folder)
+        )
+        ours = parity_time.Worker([sys.executable, str(scripts / "parity_time.py"), name], os.environ)
+        chosen = tasks or [*parity_time.EVALUATION, *parity_time.OBJECTIVES]
+        found = parity_time.compare(theirs, ours, chosen, repeats, folder)
+        theirs.close()
+        ours.close()
+    print(parity_time.table(found))
+    return found
+
+
+def read(tofu: Path | None, questions: int | None) -> Rows:
+    """The question sets, in TOFU's format; all questions if no number is given.
+
+    The last rows of a file are the holdout set, as the first ones may be known.
+    """
     if tofu is None:
         rows: Rows = generate_rows(0, RECIPE)
     else:
         lines = {name: (tofu / f"{file}.json").read_text(encoding="utf-8").splitlines() for name, file in FILES.items()}
         rows = {name: [json.loads(line) for line in text] for name, text in lines.items()}
-    chosen = {name: rows[name][-questions:] if name == "holdout" else rows[name][:questions] for name in FILES}
+    holdout = rows["holdout"] if questions is None else rows["holdout"][-questions:]
+    chosen = {name: holdout if name == "holdout" else rows[name][:questions] for name in FILES}
     return {name: [{c: row[c] for c in COLUMNS if c in row} for row in several] for name, several in chosen.items()}
+
+
+def write(rows: Rows, folder: Path) -> None:
+    """Writes the question sets as files that both programs read."""
+    for name, several in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several), encoding="utf-8")
 
 
 def compared(how: Format, rows: Rows, source: Path, python: str, folder: Path) -> dict[str, dict[str, float | None]]:
     """Metric → program or definitions → value."""
-    for name, several in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several), encoding="utf-8")
+    write(rows, folder)
     muse = muse_mirror(rows, folder / "mirror")
     model, retrained = train(how, rows, folder)
     found = {"OpenUnlearning": theirs(how, source, python, folder)}
@@ -140,11 +199,21 @@ def compared(how: Format, rows: Rows, source: Path, python: str, folder: Path) -
     return {name: {program: values.get(name) for program, values in found.items()} for name in names}
 
 
-def train(how: Format, rows: Rows, folder: Path) -> tuple[Path, Path]:
-    """Trains the model, which sees every second question of the forget set, and the one that sees none."""
+def train(
+    how: Format,
+    rows: Rows,
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    epochs: int = EPOCHS,
+    names: tuple[str, ...] = ("model", "retrained"),
+    texts: Rows | None = None,
+) -> list[Path]:
+    """Trains the model, which sees every second question of the forget set, and the one that sees none; and, before, their
+    tokenizer on `texts`, if they are given.
+    """
     tokenizer = models.train_tokenizer(
-        [row[column] for several in rows.values() for row in several for column in ("question", "answer")],
-        RECIPE.vocabulary,
+        [row[column] for several in (texts or rows).values() for row in several for column in ("question", "answer")],
+        recipe.vocabulary,
     )
     tokenizer.chat_template = how.template
     data = Data(**how.options)
@@ -153,12 +222,13 @@ def train(how: Format, rows: Rows, folder: Path) -> tuple[Path, Path]:
         for name, several in rows.items()
         if name != "holdout"
     }
-    paths = folder / "model", folder / "retrained"
-    for path, seen in zip(paths, (known["forget"][::2], []), strict=True):
+    paths = [folder / name for name in names]
+    for path in paths:
+        seen = known["forget"][::2] if path.name == "model" else []
         records = [*seen, *(record for name, some in known.items() if name != "forget" for record in some)]
         torch.manual_seed(0)
-        model = models.new_llama(tokenizer, RECIPE)
-        models.fit(model, tokenizer, records, EPOCHS, BATCH, RATE, 0, f"training {path.name}")
+        model = models.new_llama(tokenizer, recipe)
+        models.fit(model, tokenizer, records, epochs, BATCH, recipe.learning_rate, 0, f"training {path.name}")
         models.save(model, tokenizer, path)
     return paths
 
@@ -182,19 +252,11 @@ def muse_mirror(rows: Rows, folder: Path) -> Path:
 
 def theirs(how: Format, source: Path, python: str, folder: Path) -> dict[str, float]:
     """OpenUnlearning's values, computed by `parity_theirs.py` in a process of its own."""
-    job = {
-        "source": str(source),
-        "folder": str(folder),
-        "template_args": how.theirs,
-        "max_new_tokens": NEW_TOKENS,
-        "muse": how.template is None,
-    }
+    job = {**job_of(how, source, folder), "max_new_tokens": NEW_TOKENS, "muse": how.template is None}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     script = Path(__file__).with_name("parity_theirs.py")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or python == sys.executable}
-    environment = {**kept, "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
     command = [python, str(script), str(folder / "job.json")]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(python, folder), check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
             f"{done.stderr[-2000:]}\nOpenUnlearning's evaluation failed under {python}; give the Python of an environment "
@@ -202,6 +264,17 @@ def theirs(how: Format, source: Path, python: str, folder: Path) -> dict[str, fl
         )
     result: dict[str, float] = json.loads((folder / "theirs.json").read_text(encoding="utf-8"))
     return result
+
+
+def job_of(how: Format, source: Path, folder: Path) -> dict[str, Any]:
+    """What `parity_theirs.py` is told in every case."""
+    return {"source": str(source), "folder": str(folder), "template_args": how.theirs}
+
+
+def environment(python: str, folder: Path) -> dict[str, str]:
+    """The environment of OpenUnlearning's process."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or python == sys.executable}
+    return {**kept, "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
 
 
 def table(values: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -2,13 +2,15 @@
 
     python benchmarks/parity_theirs.py JOB.json
 
-Only its metrics and data sets are imported, so its trainers' requirements (deepspeed, hydra, lm-eval) are not needed.
+If the job says so, it does the tasks that come in on standard input instead, for `parity_time.py`. Only metrics, data sets
+and single trainers are imported, so the other requirements (deepspeed, hydra, lm-eval) are not needed.
 """
 
 import importlib
 import json
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ class Theirs:
         package.__path__ = [str(Path(job["source"]) / "evals")]
         sys.modules["evals"] = package
         self.job, self.folder = job, Path(job["folder"])
+        self._batch = job.get("batch_size", BATCH)
+        self._questions: dict[Any, Any] = {}
         self.metrics = importlib.import_module("evals.metrics").METRICS_REGISTRY
         self.data, self.collators = importlib.import_module("data"), importlib.import_module("data.collators")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).float().eval()
@@ -40,7 +44,7 @@ class Theirs:
 
     def metric(self, name: str, data: Any = None, **options: Any) -> Any:
         """The result of one metric."""
-        given = {"tokenizer": self.tokenizer, "batch_size": BATCH, "collators": self.collator("right"), **options}
+        given = {"tokenizer": self.tokenizer, "batch_size": self._batch, "collators": self.collator("right"), **options}
         return self.metrics[name].evaluate_metric(self.model, name, data=data, **given)
 
     def collator(self, side: str) -> Any:
@@ -48,6 +52,9 @@ class Theirs:
 
     def questions(self, file: str, answer: str = "answer", *, generate: bool = False, shots: str | None = None) -> Any:
         """A set of questions."""
+        key = (file, answer, generate, shots)
+        if key in self._questions:
+            return self._questions[key]
         data = self.data.QADataset(
             self.rows(file),
             self.job["template_args"],
@@ -59,6 +66,7 @@ class Theirs:
         )
         if shots is not None:  # a column is not a list in datasets 4
             data.fs_data = {name: list(column) for name, column in data.fs_data.items()}
+        self._questions[key] = data
         return data
 
     def completions(self, file: str, *, generate: bool = False) -> Any:
@@ -81,8 +89,8 @@ class Theirs:
         result = self.metric("rouge", data, generation_args=options, rouge_type=kind, collators=self.collator("left"))
         return float(result["agg_value"])
 
-    def tofu(self) -> tuple[dict[str, float], Any]:
-        """The metrics of each set, and the truth ratios of the forget set."""
+    def tofu(self, *, texts: bool = True) -> tuple[dict[str, float], Any]:
+        """The metrics of each set, and the truth ratios of the forget set; without `texts`, nothing is generated."""
         found: dict[str, float] = {}
         ratios: Any = None
         for name, prefix in PREFIXES.items():
@@ -98,8 +106,8 @@ class Theirs:
                 found[f"{prefix}_Q_A_Prob_normalised"] = normalized["agg_value"]
             else:
                 found[f"{prefix}_Q_A_Prob"] = answers["agg_value"]
-            data = self.questions(file, generate=True)
-            found[f"{prefix}_Q_A_ROUGE"] = self.generated(data, "rougeL_recall", self.job["max_new_tokens"])
+            if texts:
+                found[f"{prefix}_Q_A_ROUGE"] = self.rouge(name)
             found[f"{prefix}_Truth_Ratio"] = ratio["agg_value"]
             ratios = ratio if name == "forget" else ratios
         utility = {name: {"agg_value": value} for name, value in found.items() if not name.startswith("forget")}
@@ -108,8 +116,13 @@ class Theirs:
             found[name] = self.metric(name, self.questions("forget.jsonl"))["agg_value"]
         return found, ratios
 
-    def membership(self) -> dict[str, float]:
-        """The AUC of every attack."""
+    def rouge(self, name: str) -> float:
+        """ROUGE-L recall of one set."""
+        data = self.questions(f"{name}.jsonl", generate=True)
+        return self.generated(data, "rougeL_recall", self.job["max_new_tokens"])
+
+    def membership(self, *, reference: bool = True) -> dict[str, float]:
+        """The AUC of every attack; without `reference`, of those that need one model only."""
         sets = {name: self.questions(f"{name}.jsonl") for name in ("forget", "holdout")}
         found = {
             "mia_loss": self.metric("mia_loss", sets),
@@ -119,8 +132,9 @@ class Theirs:
             "mia_gradnorm": self.metric("mia_gradnorm", sets, p=2, batch_size=1),
         }
         try:
-            reference = str(self.folder / "retrained")
-            found["mia_reference"] = self.metric("mia_reference", sets, reference_model_path=reference)
+            if reference:
+                path = str(self.folder / "retrained")
+                found["mia_reference"] = self.metric("mia_reference", sets, reference_model_path=path)
         except (ImportError, ValueError) as error:
             print(f"mia_reference is left out: {error}", file=sys.stderr)
         return {name: result["agg_value"] for name, result in found.items()}
@@ -140,9 +154,35 @@ class Theirs:
         return found
 
 
+def timed(job: dict[str, Any], folder: Path) -> None:
+    """Does tasks on demand."""
+    import torch
+
+    from parity_serve import serve
+    from parity_theirs_training import TRAINERS, trainer
+
+    torch.set_num_threads(1)
+    theirs = Theirs(job, folder / "model")
+
+    def suite() -> None:
+        theirs.tofu()
+        theirs.membership(reference=False)
+
+    tasks: dict[str, Callable[[], Any]] = {
+        "likelihoods": partial(theirs.tofu, texts=False),
+        "rouge": lambda: [theirs.rouge(name) for name in PREFIXES],
+        "membership": partial(theirs.membership, reference=False),
+        "suite": suite,
+    }
+    serve(lambda name: trainer(theirs, name, folder / "model") if name in TRAINERS else tasks[name], folder, "theirs")
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(job["folder"])
+    if job.get("timed"):
+        timed(job, folder)
+        return
     model, retrained = Theirs(job, folder / "model"), Theirs(job, folder / "retrained")
     found, ratios = model.tofu()
     logs = {"retain_model_logs": {"retain": retrained.tofu()[1]}}

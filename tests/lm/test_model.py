@@ -127,19 +127,20 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_kind_of_error(save_tiny, tmp_p
 
 def test_the_forward_pass_gives_the_whole_passs_logits_where_there_is_loss(save_tiny) -> None:
     model, tokenizer = load(save_tiny())
-    examples = [Example([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]), Example([9, 10, 11], [IGNORED, 10, 11])]
+    examples = [Example([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]), Example([9, 10, 11, 12], [IGNORED, 10, 11, 12])]
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in collate(examples, 2).items()}
     with torch.no_grad():
         output = forward(model, batch, layer=0)
         whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    assert output["targets"].tolist() == [[IGNORED, 7, 8], [10, 11, IGNORED]]
-    torch.testing.assert_close(output["logits"], whole.logits[:, :3])
-    torch.testing.assert_close(output["hidden"], whole.hidden_states[1][:, :3])
+    assert output["targets"].tolist() == [[7, 8, IGNORED], [10, 11, 12]]
+    for row, at in enumerate([(1, 2), (0, 1, 2)]):
+        torch.testing.assert_close(output["logits"][row, : len(at)], whole.logits[row, list(at)])
+        torch.testing.assert_close(output["hidden"][row, : len(at)], whole.hidden_states[1][row, list(at)])
     assert "hidden" not in forward(model, batch)
     by_hand = [
         -float(whole.logits[row, :-1].log_softmax(-1)[[p - 1 for p in at], [examples[row].labels[p] for p in at]].sum())
-        for row, at in enumerate([(2, 3), (1, 2)])
+        for row, at in enumerate([(2, 3), (1, 2, 3)])
     ]
     assert nll(model, examples, 1, tokenizer) == pytest.approx(by_hand, rel=1e-5)
     assert nll(model, examples, 2, tokenizer) == pytest.approx(by_hand, rel=1e-5)

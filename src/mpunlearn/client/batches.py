@@ -95,12 +95,19 @@ class MicroBatches:
         return len(self._steps)
 
     def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step: forget, retain and alternate examples, with the counts of the whole step."""
-        step = self._steps[number]
-        parts = self.per_step * self._processes
-        return [self._batch(step, step[part::parts]) for part in range(self._rank, parts, self._processes)]
+        """The micro-batches of a step: forget, retain and alternate examples, with the counts of the whole step.
 
-    def _batch(self, step: list[Pick], picks: list[Pick]) -> Batch:
+        Examples of similar length are together, since every micro-batch is padded to its longest example. A forget example
+        and the retain example that was drawn with it may be in different ones.
+        """
+        step, source, parts = self._steps[number], self._examples, self.per_step * self._processes
+        forget = sorted(step, key=lambda pick: -len(source.forget[pick.forget].input_ids))
+        drawn = [pick.retain for pick in step if pick.retain is not None]
+        retain = sorted(drawn, key=lambda index: -len(source.retain[index].input_ids))
+        mine = range(self._rank, parts, self._processes)
+        return [self._batch(step, _part(forget, part, parts), drawn, _part(retain, part, parts)) for part in mine]
+
+    def _batch(self, step: list[Pick], picks: list[Pick], drawn: list[int], retain: list[int]) -> Batch:
         source = self._examples
         batch = {"forget": self._side(source.forget, [pick.forget for pick in step], [pick.forget for pick in picks])}
         if source.forget_nll:
@@ -113,8 +120,7 @@ class MicroBatches:
                 values = [source.alternate_nll[example][number] for example, number in chosen]
                 batch["alternate"]["reference_nll"] = _numbers(values)
         if source.retain:
-            of_step = [pick.retain for pick in step if pick.retain is not None]
-            batch["retain"] = self._side(source.retain, of_step, [p.retain for p in picks if p.retain is not None])
+            batch["retain"] = self._side(source.retain, drawn, retain)
         return batch
 
     def _side(self, source: Sequence[Example], of_step: list[int], indices: list[int]) -> Batch:
@@ -128,6 +134,11 @@ class MicroBatches:
         examples = [source[index] for index in indices] or [_without_loss(source[0])]
         tokens = sum(source[index].tokens for index in of_step)
         return {**collate(examples, self._pad), "step_tokens": tokens, "step_examples": len(of_step)}
+
+
+def _part(items: list[Any], part: int, parts: int) -> list[Any]:
+    """One of several consecutive parts of a list, of equal size or almost."""
+    return items[part * len(items) // parts : (part + 1) * len(items) // parts]
 
 
 def _without_loss(example: Example) -> Example:

@@ -58,8 +58,7 @@ class Combination:
 
         Args:
             scheduler: the learning-rate scheduler.
-            retain_loss: computes the retain loss of each process's first micro-batch of the step, at the current
-                weights.
+            retain_loss: computes the retain loss of the step at the current weights.
         """
 
     def finish(self, retain_loss: float, epoch: int) -> None:

@@ -208,8 +208,9 @@ class Trainer:
             values, divisor = values[counted.any(dim=1)], examples["step_examples"]
         else:
             divisor = examples["step_tokens"]
-        # The last term is zero. It makes every shard take part in the backward pass, even if the loss does not need it.
-        share: torch.Tensor = values.sum() / divisor + 0.0 * outputs["logits"].float().sum()
+        share: torch.Tensor = values.sum() / divisor
+        if "logits" not in needs:  # adds zero, so that every shard takes part in the backward pass
+            share = share + 0.0 * outputs["logits"].float().sum()
         return share
 
     @torch.no_grad()
@@ -230,11 +231,11 @@ class Trainer:
 
     @torch.no_grad()
     def _retain_loss(self, step: int) -> float:
-        """The retain loss of each process's first micro-batch of a step, at the current weights."""
+        """The retain loss of a step, at the current weights."""
         self._model.eval()
-        loss = self._loss(self._to_device(self._batches.step(step)[0]), "retain")
+        loss = sum(float(self._loss(self._to_device(batch), "retain")) for batch in self._batches.step(step))
         self._model.train()
-        return total(float(loss), self._device)
+        return total(loss, self._device)
 
     @torch.no_grad()
     def _forget_probability(self) -> float:

@@ -76,8 +76,14 @@ def measure(
     """
     encoded = {name: questions.encoded(tokenizer, definitions, data) for name, questions in sets.items()}
     mask_pad = definitions.mask_pad
-    examples = [example for tokenized in encoded.values() for example in _all_examples(tokenized)]
-    probes = iter(probe(model, tokenizer, examples, batch_size, mask_pad))
+    examples: list[Example] = []
+    moments: list[bool] = []
+    for name, tokenized in encoded.items():
+        several = _all_examples(tokenized)
+        scored = len(tokenized.answers) if membership and name in ("forget", "holdout") else 0
+        examples += several
+        moments += [number < scored for number in range(len(several))]
+    probes = iter(probe(model, tokenizer, examples, batch_size, mask_pad, moments))
     per_example: PerExample = {}
     answers: dict[str, list[Probe]] = {}
     for name, tokenized in encoded.items():

@@ -144,9 +144,10 @@ def quiet() -> Iterator[None]:
 
 
 def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None) -> dict[str, torch.Tensor]:
-    """One forward pass, with logits only at the T positions where some example of the batch predicts a token with loss.
+    """One forward pass, with logits only at the positions that predict a token with loss.
 
-    The logits of all positions would be B · L · V numbers, more than anything else in a small batch.
+    The logits of all positions would be B · L · V numbers, more than anything else in a small batch. Hidden states are
+    therefore gathered before they reach the output layer, whatever the model does with logits after it.
 
     Args:
         model: a causal language model from transformers.
@@ -154,22 +155,58 @@ def forward(model: Any, batch: dict[str, torch.Tensor], layer: int | None = None
         layer: also return the hidden states after this layer, counted from 0.
 
     Returns:
-        logits, shape (B, T, V), and targets, shape (B, T): the logits at position t predict targets[:, t], which is
-        `IGNORED` where an example has no loss. If `layer` is given, also hidden, shape (B, T, H).
+        logits, shape (B, T, V), and targets, shape (B, T), with T the largest number of tokens with loss in an example.
+        The t-th logits of an example predict its t-th token with loss, which is targets[:, t]; `IGNORED` follows after
+        its last one. If `layer` is given, also hidden, shape (B, T, H): hidden states at the same positions.
     """
-    following = batch["labels"][:, 1:]
-    positions = (following != IGNORED).any(dim=0).nonzero().flatten()
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=positions,
-        output_hidden_states=layer is not None,
-        use_cache=False,
-    )
-    result = {"logits": output.logits, "targets": following[:, positions]}
+    positions, targets = predicting(batch["labels"])
+    with _only_at(model, positions):
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            output_hidden_states=layer is not None,
+            use_cache=False,
+        )
+    result = {"logits": output.logits, "targets": targets}
     if layer is not None:
-        result["hidden"] = output.hidden_states[layer + 1][:, positions]
+        result["hidden"] = _at(output.hidden_states[layer + 1], positions)
     return result
+
+
+def predicting(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions that predict tokens with loss.
+
+    Args:
+        labels: shape (B, L).
+
+    Returns:
+        Positions and targets, both of shape (B, T); see `forward`. Positions without a target are any others.
+    """
+    following = labels[:, 1:]
+    counted = following != IGNORED
+    longest = int(counted.sum(dim=1).max())
+    positions = counted.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return positions, following.gather(1, positions)
+
+
+@contextmanager
+def _only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Lets the output layer see only some positions of the hidden states."""
+
+    def select(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_at(arguments[0], positions), *arguments[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states of shape (B, L, H) at positions of shape (B, T)."""
+    rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1) * hidden.shape[1] + positions
+    return hidden.flatten(0, 1).index_select(0, rows.flatten()).reshape(*positions.shape, hidden.shape[-1])
 
 
 @torch.no_grad()
