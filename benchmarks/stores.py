@@ -42,9 +42,9 @@ def obstore_access() -> tuple[Callable[[], Any], Callable[[int, int], Any]]:
     from obstore.store import S3Store
 
     store = S3Store("mpu", client_options={"allow_http": True})
-    return (lambda: obstore.open_writer(store, "obstore", buffer_size=PART, max_concurrency=2)), lambda start, stop: (
-        obstore.get_range(store, "obstore", start=start, end=stop)
-    )
+    return (
+        lambda: obstore.open_writer(store, "obstore", buffer_size=PART, max_concurrency=2)
+    ), lambda start, stop: obstore.get_range(store, "obstore", start=start, end=stop)
 
 
 def step(library: str, size: int) -> None:

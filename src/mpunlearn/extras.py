@@ -16,6 +16,8 @@ EXTRAS = {
     "figures": ("matplotlib",),
     "lm-eval": ("lm_eval",),
     "lora": ("peft",),
+    "ray": ("ray",),
+    "s3": ("obstore",),
     "network": ("flwr", "fsspec", "h11", "httpx", "psutil", "uvicorn"),
 }
 """Extra → the modules that this package imports from it. pyproject.toml has the same table with versions."""

@@ -11,13 +11,16 @@ from mpunlearn.checkpoint.reader import (
     dtype_name,
     tensor_digest,
 )
-from mpunlearn.checkpoint.writer import TensorWriter
+from mpunlearn.checkpoint.writer import MAX_SHARD_BYTES, Shard, ShardWriter, TensorWriter, plan_shards, write_index
 
 __all__ = [
     "COMPANIONS",
     "DTYPES",
     "FLOAT_DTYPES",
+    "MAX_SHARD_BYTES",
     "Checkpoint",
+    "Shard",
+    "ShardWriter",
     "TensorDirectory",
     "TensorInfo",
     "TensorWriter",
@@ -25,6 +28,8 @@ __all__ = [
     "checkpoint_files",
     "copy_companions",
     "dtype_name",
+    "plan_shards",
     "tensor_digest",
     "without_paths",
+    "write_index",
 ]
