@@ -35,6 +35,8 @@ PART_BYTES = 1 << 25
 """Size of a part of a file that is written to a store."""
 CONCURRENT_PARTS = 2
 """Number of parts of a file that are on their way at a time."""
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
+"""What the names of the environment variables begin with that the library reads."""
 PIECE_BYTES = 1 << 23
 """Number of bytes that are read at once where a whole file is read."""
 
@@ -170,7 +172,8 @@ class StorePath:
     @property
     def _store(self) -> Any:
         scheme, _, rest = self.url.partition("://")
-        return _store(f"{scheme}://{rest.partition('/')[0]}")
+        settings = frozenset(item for item in os.environ.items() if item[0].startswith(_SETTINGS))
+        return _store(f"{scheme}://{rest.partition('/')[0]}", settings)
 
     @property
     def _key(self) -> str:
@@ -298,12 +301,12 @@ def write_manifest(folder: StorePath, digests: Mapping[str, str]) -> None:
 
 
 @lru_cache(maxsize=16)
-def _store(bucket: str) -> Any:
-    """The store of a bucket. An endpoint without TLS is used only if the environment names one."""
+def _store(bucket: str, settings: frozenset[tuple[str, str]]) -> Any:
+    """The store of a bucket, with the settings of the environment. Only an endpoint that is named there may lack TLS."""
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    plain = dict(settings).get("AWS_ENDPOINT_URL", "").startswith("http://")
     try:
         return from_url(bucket, client_options={"allow_http": plain})
     except BaseError as error:

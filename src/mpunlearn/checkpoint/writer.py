@@ -26,7 +26,7 @@ import torch
 from mpunlearn.checkpoint.ordered import FileHasher, InOrder
 from mpunlearn.checkpoint.reader import DTYPES, TensorInfo, listed, tensor_bytes
 from mpunlearn.files import write_all
-from mpunlearn.storage import Place, StorePath, write_json
+from mpunlearn.storage import PIECE_BYTES, Place, StorePath, write_json
 
 FLUSH_BYTES = 1 << 27
 """After this many bytes, a writer starts syncing to disk in the background, while its caller keeps computing."""
@@ -226,7 +226,8 @@ class _StoredFile:
         self._order.add(start, part)
 
     def _emit(self, part: memoryview) -> None:
-        self._upload.write(part)
+        for start in range(0, len(part), PIECE_BYTES):
+            self._upload.write(bytes(part[start : start + PIECE_BYTES]))  # the library sends it later, without a copy
         self._sha256.update(part)
 
     def close(self, error: BaseException | None) -> str:

@@ -7,6 +7,7 @@ they come to be only then. The draws of the noise are shared by all copies, whic
 """
 
 import dataclasses
+import math
 import secrets as system_entropy
 import warnings
 from collections.abc import Sequence
@@ -168,14 +169,15 @@ class Copies:
         return {name: wanted[name] for name in self._roles if wanted[name]}
 
     def _rounded(self, rows: RowSlice, stored: torch.Tensor, copies: list[int], equal: list[int]) -> Rounded | None:
-        if not self._publisher.sigma(rows):
+        entropy = self._publisher.residual_entropy(rows, stored) if self._publisher.sigma(rows) else math.inf
+        if not math.isfinite(entropy):
             return None
         counts = [0] * len(self.folders)
         for copy, count in zip(copies, equal, strict=True):
             counts[copy] = count
         if 0 not in copies:  # the entropy is the same for all copies, and counted with the first
             return Rounded(counts, 0, 0.0)
-        return Rounded(counts, stored.numel(), stored.numel() * self._publisher.residual_entropy(rows, stored))
+        return Rounded(counts, stored.numel(), stored.numel() * entropy)
 
     def task(self, number: int) -> "CopyTask":
         """All that a worker on another machine needs to write a shard; of keys, those of the streams of the shard.
