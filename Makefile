@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test fuzz check benchmarks claim clean
+.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test ray-test fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -49,6 +49,13 @@ wheel-test: $(READY)
 		"mpunlearn[all] @ file://$$(ls $(CURDIR)/dist/test/*.whl)"
 	cd dist/test/empty && ../venv/bin/mpunlearn demo --quick && ../venv/bin/mpunlearn network-demo --quiet
 	test -n "$(KEEP)" || rm -rf dist/test
+
+# The passes on a Ray cluster on this machine, in an environment of its own.
+ray-test:
+	test -x dist/ray/bin/python || python3 -m venv dist/ray
+	dist/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	dist/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	dist/ray/bin/pytest tests/server/test_ray.py
 
 # Ten minutes for each target; SECONDS=60 for less.
 fuzz: $(READY)
