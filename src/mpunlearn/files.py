@@ -175,13 +175,15 @@ def as_path(value: Any, option: str) -> Path:
     """Converts the value of an option to a path.
 
     Raises:
-        PlanError: the value is not a path (but a model object, for example).
+        PlanError: the value is not a path (but a model object or a URL, for example).
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise PlanError(
             f"{option}: expected a path, found an object of type {type(value).__name__}; save the model "
             "with save_pretrained and pass that directory"
         )
+    if "://" in str(value):
+        raise PlanError(f"{option} {value}: expected a path on this machine, found a URL; download it first")
     return Path(value)
 
 

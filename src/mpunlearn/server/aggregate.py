@@ -173,17 +173,17 @@ class Aggregation:
         names = {name: self._roles[name] for name in self.shards[number].tensors}
         digests = {name: self._record.digests[name] for name in names}
         return AggregationTask(
-            self._source.place,
+            self._source.place.resolve(),
             dataclasses.replace(self._record, digests=digests, rounding={}),
             StreamKeys.of(self._secret, self._publisher.streams(names)),
             self._offset.part(names),
-            [update.tensors.place for update in self._updates],
+            [update.tensors.place.resolve() for update in self._updates],
             self._eta,
             {name: dtype for name, (dtype, _) in self._specs.items()},
             self._max_shard_bytes,
             str(self._publisher.device),
             self._trained & set(names),
-            folder,
+            folder.resolve(),
             number,
         )
 

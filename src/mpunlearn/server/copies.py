@@ -189,12 +189,12 @@ class Copies:
         digests = {name: self._record.digests[name] for name in wanted}
         streams = self._publisher.streams({name: self._roles[name] for name in wanted})
         return CopyTask(
-            self._source.place,
+            self._source.place.resolve(),
             self._run,
             dataclasses.replace(self._record, digests=digests, rounding={}),
             StreamKeys.of(self._secret, streams),
             self._offset.part(wanted),
-            self.folder,
+            self.folder.resolve(),
             self._max_shard_bytes,
             str(self._publisher.device),
             number,

@@ -77,10 +77,15 @@ def write_part(publication: Publication, shard: str) -> tuple[RoundRecord, list[
         record, _ = _open(publication, server, pending)
     copies = publication.copies(server, record, pending)
     numbers = list(range(part - 1, len(copies.shards), parts))
-    for number in numbers:
-        if _result(copies, number) is None:
-            done = copies.write(number)
-            write_bytes(_file(copies.folder, number), json_bytes(dataclasses.asdict(done)))
+    try:
+        for number in numbers:
+            if _result(copies, number) is None:
+                done = copies.write(number)
+                write_bytes(_file(copies.folder, number), json_bytes(dataclasses.asdict(done)))
+    except OSError as error:
+        raise FileError(
+            f"{pending}: cannot be written: {error.strerror or error}; fix this and repeat the command"
+        ) from error
     return record, [number + 1 for number in numbers], len(copies.shards)
 
 
