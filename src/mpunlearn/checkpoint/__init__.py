@@ -1,12 +1,11 @@
 """Hugging Face checkpoint directories: lazy reading, sharded writing, and the files next to the tensors."""
 
 from mpunlearn.checkpoint.companions import COMPANIONS, checkpoint_files, copy_companions, without_paths
+from mpunlearn.checkpoint.header import DTYPES, TensorInfo
 from mpunlearn.checkpoint.reader import (
-    DTYPES,
     FLOAT_DTYPES,
     Checkpoint,
     TensorDirectory,
-    TensorInfo,
     checkpoint_digest,
     dtype_name,
     tensor_digest,

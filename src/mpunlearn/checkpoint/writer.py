@@ -23,8 +23,9 @@ from typing import Any, Self
 
 import torch
 
+from mpunlearn.checkpoint.header import DTYPES, TensorInfo
 from mpunlearn.checkpoint.ordered import FileHasher, InOrder
-from mpunlearn.checkpoint.reader import DTYPES, TensorInfo, listed, tensor_bytes
+from mpunlearn.checkpoint.reader import listed, tensor_bytes
 from mpunlearn.files import write_all
 from mpunlearn.storage import PIECE_BYTES, Place, StorePath, write_json
 
