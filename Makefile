@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test lm-eval-test fuzz check benchmarks claim clean
+.PHONY: demo network-demo test test-fast browser docs docs-test wheel-test lm-eval-test ray-test fuzz check benchmarks claim clean
 
 # A finished demonstration gives way to the next one; anything else of that name is left alone.
 demo: $(READY)
@@ -58,6 +58,13 @@ lm-eval-test:
 		-e ".[client,data,lm-eval]" pytest hypothesis
 	dist/lm-eval/bin/python -m pytest -m lm_eval tests/evaluation/test_general.py
 	test -n "$(KEEP)" || rm -rf dist/lm-eval
+
+# The passes on a Ray cluster on this machine, in an environment of its own.
+ray-test:
+	test -x dist/ray/bin/python || python3 -m venv dist/ray
+	dist/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	dist/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	dist/ray/bin/pytest tests/server/test_ray.py
 
 # Ten minutes for each target; SECONDS=60 for less.
 fuzz: $(READY)

@@ -8,12 +8,14 @@ in a directory of their own. All other commands, such as those with placeholders
 import json
 import re
 import shlex
+import subprocess
 import xml.etree.ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 
 from mpunlearn.checkpoint import checkpoint_digest
 from mpunlearn.cli import PREFIXES, VERBS, main
@@ -115,6 +117,21 @@ def test_every_command_in_the_documentation_is_parsed() -> None:
         for option in ("--config", "--plan", "--print-config"):
             arguments.remove(option) if option in arguments else None
         assert parse(f"mpunlearn {name}", VERBS[name].function(name), arguments) is not None, line
+
+
+def test_the_scripts_for_other_schedulers_are_well_formed() -> None:
+    """The shell accepts the Slurm scripts; and what the Kubernetes Job runs is a command of the package."""
+    found = blocks(ROOT / "docs/guides/engines.md")
+    for block in found:
+        if block.kind == "sh":
+            subprocess.run(["sh", "-n"], input=block.text, text=True, check=True)
+    (job,) = (yaml.safe_load(block.text) for block in found if block.kind == "yaml")
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+    shell, _, line = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert line.endswith(f"/{job['spec']['completions']}")
+    words = shlex.split(line.replace("$((JOB_COMPLETION_INDEX + 1))", "1"))
+    assert (shell, words[:2]) == ("sh", ["mpunlearn", "preprocess"])
+    assert parse("mpunlearn preprocess", VERBS["preprocess"].function("preprocess"), words[2:]) is not None
 
 
 def test_every_link_to_a_page_or_file_of_the_documentation_leads_somewhere() -> None:

@@ -187,7 +187,7 @@ def in_process(path: Path, forget: Path, retain: Path, out: Path, fault: str | N
     if fault == "open":
         from mpunlearn.server import copies
 
-        copies.write_copies = die_at_the(copies.write_copies)
+        copies.Copies.write = die_at_the(copies.Copies.write)
     elif fault == "close":
         ServerState.close = die_at_the(ServerState.close)
     elif fault == "rename":

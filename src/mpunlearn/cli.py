@@ -26,6 +26,7 @@ from mpunlearn import __version__
 from mpunlearn.errors import DisclosureWarning, MPUError, NothingUnlearnedWarning, ReportedError
 from mpunlearn.options import ParseError, parse
 from mpunlearn.progress import logger, say
+from mpunlearn.storage import StorePath
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _print(result: Any, as_json: bool) -> None:
     if as_json:
         value = result.to_json() if hasattr(result, "to_json") else {"result": str(result)}
         print(json.dumps(value, indent=2, ensure_ascii=False))
-    elif isinstance(result, str | Path):
+    elif isinstance(result, str | Path | StorePath):
         print(result)
     elif hasattr(result, "summary"):
         for line in result.summary().splitlines():

@@ -17,6 +17,8 @@ EXTRAS = {
     "lm-eval": ("lm_eval",),
     "lora": ("peft",),
     "network": ("flwr", "fsspec", "h11", "httpx", "psutil", "uvicorn"),
+    "ray": ("ray",),
+    "s3": ("obstore", "s3fs"),
 }
 """Extra → the modules that this package imports from it. pyproject.toml has the same table with versions."""
 

@@ -54,6 +54,25 @@ def new_directory(path: str | Path, mode: int = 0o777) -> Iterator[Path]:
             os.close(lock)
 
 
+def appear(pending: Path, path: Path) -> None:
+    """Renames a complete directory to its final name, and syncs both.
+
+    Raises:
+        FileError: `path` exists, or the directory cannot be renamed.
+    """
+    if path.exists():
+        raise FileError(f"{path}: already exists; choose another directory, or remove this one")
+    try:
+        for folder, _, files in os.walk(pending):
+            for file in files:
+                _sync(Path(folder) / file)
+            _sync(Path(folder))
+        pending.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}; fix this and run again") from error
+
+
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Waits until no other process is in such a block for the same lock file, which is created if it does not exist."""
@@ -96,21 +115,32 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"the file has more than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which could not be written back
+            raise FileError(f"{path}: cannot be read as JSON: the file has more than {MAX_JSON_BYTES} bytes")
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """Reads a JSON object from the content of a file; `what` names it in error messages."""
+    try:
+        value = json.loads(data.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which could not be written back
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: cannot be read as JSON: {error}") from error
+        raise FileError(f"{what}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise FileError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise FileError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any], mode: int = 0o666) -> None:
     """Writes a JSON file atomically: after a crash it has either the old or the new content."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode)
+    write_bytes(path, json_bytes(value), mode)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
@@ -145,13 +175,15 @@ def as_path(value: Any, option: str) -> Path:
     """Converts the value of an option to a path.
 
     Raises:
-        PlanError: the value is not a path (but a model object, for example).
+        PlanError: the value is not a path (but a model object or a URL, for example).
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise PlanError(
             f"{option}: expected a path, found an object of type {type(value).__name__}; save the model "
             "with save_pretrained and pass that directory"
         )
+    if "://" in str(value):
+        raise PlanError(f"{option} {value}: expected a path on this machine, found a URL; download it first")
     return Path(value)
 
 

@@ -120,11 +120,13 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
     """The type of an option, and the arguments of `cyclopts.Parameter` that convert and display it."""
     hint, members = option.hint, members_of(option.hint)
     if Path in members:
-        return (Path | None if option.default is None else Path), {"metavar": "PATH", "negative": ()}
+        how = {"metavar": "PATH", "negative": (), "converter": lambda _, tokens: _path(tokens[0].value)}
+        return (Path | None if option.default is None else Path), how
     if get_origin(hint) is Sequence:
         if get_args(hint) == (str,):
             return list[str], {"metavar": "TEXT", "negative": ()}
-        return list[Path], {"metavar": "PATH ...", "negative": (), "consume_multiple": not option.positional}
+        how = {"metavar": "PATH ...", "negative": (), "consume_multiple": not option.positional}
+        return list[Path], {**how, "converter": lambda _, tokens: [_path(token.value) for token in tokens]}
     if option.pairs:
         return list[str] | None, {"metavar": "KEY=VALUE", "negative": ()}
     if any(get_origin(member) is tuple for member in members):
@@ -136,6 +138,11 @@ def _for_cyclopts(option: Option) -> tuple[Any, dict[str, Any]]:
         return hint, {"metavar": f"NUMBER|{'|'.join(get_args(members[1]))}", "negative": ()}
     metavars = {int: "INTEGER", float: "NUMBER", str: option.name.replace("_", "-").upper()}
     return hint, {"metavar": metavars.get(members[0]), "negative": ()}
+
+
+def _path(text: str) -> Path | str:
+    """A path; a URL stays as it is, since `Path` would merge its slashes."""
+    return text if "://" in text else Path(text)
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
@@ -218,9 +225,9 @@ def _from_yaml(option: Option, value: Any, path: Path) -> Any:
     """Converts a value from a configuration file to the type of the option."""
     members = members_of(option.hint)
     if Path in members and isinstance(value, str):
-        return Path(value)
+        return _path(value)
     if get_origin(option.hint) is Sequence and isinstance(value, list):
-        return [str(item) if get_args(option.hint) == (str,) else Path(str(item)) for item in value]
+        return [str(item) if get_args(option.hint) == (str,) else _path(str(item)) for item in value]
     if any(get_origin(member) is tuple for member in members) and isinstance(value, str):
         value = value.split(",")
     try:

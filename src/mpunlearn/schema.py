@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mpunlearn.errors import FileError, PlanError, SchemaError
-from mpunlearn.files import read_json, write_json
+from mpunlearn.files import write_json
+from mpunlearn.storage import Place, read_json
 
 MAX_INTEGER = 1 << 53
 """Largest integer that every JSON implementation preserves, including those that read numbers as doubles."""
@@ -81,7 +82,7 @@ def parse(kind: type[M], value: Any) -> M:
     return kind(**given)
 
 
-def read(kind: type[M], path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> M:
+def read(kind: type[M], path: Place, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> M:
     """Reads a dataclass from a JSON file.
 
     Args:

@@ -5,13 +5,12 @@ everything that is not a tensor, because a training folder may also contain opti
 published. Paths on the owner's disk are removed from configurations.
 """
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from mpunlearn.checkpoint.reader import Checkpoint
-from mpunlearn.files import read_json, write_json
+from mpunlearn.storage import Place, pieces, read_json, size_of, write_bytes, write_json
 
 COMPANIONS = (
     "generation_config.json",
@@ -29,21 +28,26 @@ COMPANIONS = (
 """Names of the files that are copied from a checkpoint to one that is derived from it."""
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Place, target: Place) -> None:
     """Copies the `COMPANIONS` of one checkpoint directory to another.
 
     Raises:
         FileError: tokenizer_config.json is not a JSON object.
         OSError: a file cannot be copied.
     """
+    found = {file.name for file in source.iterdir()}
     for name in COMPANIONS:
-        if name == "tokenizer_config.json" and (source / name).is_file():
+        if name == "tokenizer_config.json" and name in found:
             write_json(target / name, without_paths(read_json(source / name)))
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        elif name in found:
+            write_bytes(target / name, b"".join(pieces(source / name, 0, size_of(source / name))))
 
 
-def checkpoint_files(path: str | Path) -> list[Path]:
+@overload
+def checkpoint_files(path: str | Path) -> list[Path]: ...
+@overload
+def checkpoint_files(path: Place) -> list[Place]: ...
+def checkpoint_files(path: str | Place) -> Sequence[Place]:
     """The files needed to load a checkpoint directory: config, shards and their index, and the `COMPANIONS`.
 
     Raises:
@@ -52,7 +56,8 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     checkpoint = Checkpoint(path)
     shards = {info.file for info in checkpoint.tensors.values()}
     names = {"config.json", "model.safetensors.index.json", *COMPANIONS, *shards}
-    return [file for name in sorted(names) if (file := checkpoint.path / name).is_file()]
+    there = {file.name for file in checkpoint.place.iterdir()}
+    return [checkpoint.place / name for name in sorted(names & there)]
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:

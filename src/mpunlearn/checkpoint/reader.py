@@ -7,35 +7,24 @@ Tensors are read with plain file reads rather than through a memory map, so that
 holds and not the pages that happened to be touched. The safetensors library validates every header. No other format is
 ever opened, since a pickle file can run code.
 
+A directory can also be in an object store. Its tensors are then read by ranges, without a local copy (see `storage`).
+
 Not covered: quantized number formats, and shards in a different directory than their index.
 """
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from mpunlearn.checkpoint.header import TensorInfo, read_header
+from mpunlearn.checkpoint.ordered import FileHasher
 from mpunlearn.errors import CheckpointError, FileError
-from mpunlearn.files import read_json
+from mpunlearn.storage import Place, StorePath, read_json, size_of
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The supported dtypes, by their safetensors codes. Others (fp8, packed formats) are rejected."""
 FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -43,25 +32,9 @@ FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 """The storage dtypes that options accept."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-"""Files of checkpoints in other formats, for the error message."""
-_MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+"""Endings of the names of files of checkpoints in other formats, for the error message."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor is stored on disk."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-    """Name of its file in the directory."""
-    offset: int
-    """Start of its data, in bytes from the start of the file."""
-    nbytes: int
-    """Size of its data, in bytes."""
 
 
 class TensorDirectory:
@@ -70,34 +43,55 @@ class TensorDirectory:
     Args:
         path: a directory with `STEM.safetensors`, or with `STEM.safetensors.index.json` and the shards that it lists.
         stem: "model" for checkpoints, "update" for updates.
+        hashed: whether to compute the SHA-256 of the files while they are read, for `digests`.
 
     Raises:
         CheckpointError: the directory, its index or a shard is missing, damaged or not safetensors.
     """
 
-    def __init__(self, path: str | Path, stem: str = "model") -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: expected a checkpoint directory, found {_found_instead(self.path)}")
-        single, index = self.path / f"{stem}.safetensors", self.path / f"{stem}.safetensors.index.json"
+    def __init__(self, path: str | Place, stem: str = "model", hashed: bool = False) -> None:
+        self.place = path if isinstance(path, StorePath) else Path(path)
+        """The directory, on the disk or in a store."""
+        self._hashers: dict[str, FileHasher] = {}
+        if not self.place.is_dir():
+            raise CheckpointError(f"{self.place}: expected a checkpoint directory, found {_found_instead(self.place)}")
+        single, index = self.place / f"{stem}.safetensors", self.place / f"{stem}.safetensors.index.json"
         self.tensors: dict[str, TensorInfo]
         """Every tensor, by name."""
         if index.is_file() and single.is_file():
             raise CheckpointError(
-                f"{self.path}: contains both {single.name} and {index.name}; remove the one that does not belong there"
+                f"{self.place}: contains both {single.name} and {index.name}; remove the one that does not belong there"
             )
         if index.is_file():
             self.tensors = self._read_index(index)
         elif single.is_file():
-            self.tensors = _read_header(single)
+            self.tensors = read_header(single)
         else:
-            raise CheckpointError(f"{self.path}: {self._without_safetensors(stem)}")
+            raise CheckpointError(f"{self.place}: {self._without_safetensors(stem)}")
         if not self.tensors:
-            raise CheckpointError(f"{self.path}: contains no tensors")
+            raise CheckpointError(f"{self.place}: contains no tensors")
+        if hashed:
+            for file in sorted({info.file for info in self.tensors.values()}):
+                self._hashers[file] = FileHasher(self.place / file, size_of(self.place / file))
+
+    @property
+    def path(self) -> Path:
+        """The directory, for those who need one on the disk.
+
+        Raises:
+            CheckpointError: it is in a store.
+        """
+        if isinstance(self.place, StorePath):
+            raise CheckpointError(f"{self.place}: expected a directory on this machine; download it first")
+        return self.place
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 (hex) of each file of tensors, if the directory was opened with `hashed`; reads what was not read yet."""
+        return {file: hasher.hexdigest() for file, hasher in self._hashers.items()}
 
     def _without_safetensors(self, stem: str) -> str:
         """Says what is wrong with a directory without safetensors files, for an error message."""
-        pickles = sorted({file.name for pattern in _PICKLES for file in self.path.glob(pattern)})
+        pickles = sorted(file.name for file in self.place.iterdir() if file.name.endswith(_PICKLES))
         if pickles:
             return (
                 f"contains {', '.join(pickles)}, but only safetensors files are opened, since a pickle can run code; if "
@@ -105,7 +99,7 @@ class TensorDirectory:
             )
         return f"expected {stem}.safetensors or {stem}.safetensors.index.json in this directory, found neither"
 
-    def _read_index(self, index: Path) -> dict[str, TensorInfo]:
+    def _read_index(self, index: Place) -> dict[str, TensorInfo]:
         """The tensors of the shards that an index lists."""
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -116,7 +110,7 @@ class TensorDirectory:
                 raise CheckpointError(
                     f"{index}: names the file {file!r:.80}, expected a .safetensors file in the same directory"
                 )
-            tensors.update(_read_header(self.path / file))
+            tensors.update(read_header(self.place / file))
         misplaced = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
         unlisted = [name for name in tensors if name not in weight_map]
         if misplaced or unlisted:
@@ -154,7 +148,7 @@ class TensorDirectory:
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{self.path}: has no tensor {name}")
+            raise CheckpointError(f"{self.place}: has no tensor {name}")
         return info
 
     def _read(
@@ -162,36 +156,50 @@ class TensorDirectory:
     ) -> torch.Tensor:
         """Reads `count` bytes of a tensor, starting at its byte `start`, into `out` or a new tensor."""
         out = torch.empty(count // info.dtype.itemsize, dtype=info.dtype) if out is None else out
-        view, done = tensor_bytes(out), 0
+        view, first = tensor_bytes(out), info.offset + start
+        if isinstance(self.place, StorePath):
+            part = (self.place / info.file).read_range(first, first + count)
+            if len(part) != count:
+                raise CheckpointError(f"{self.place / info.file}: ends within {name}; upload the file again")
+            view[:] = part
+        else:
+            self._read_into(view, self.place / info.file, first, name)
+        if info.file in self._hashers:
+            self._hashers[info.file].add(first, view)
+        return out
+
+    def _read_into(self, view: memoryview, path: Path, start: int, name: str) -> None:
+        """Fills `view` with the bytes of a file on the disk that begin at `start`."""
+        done = 0
         try:
-            with open(self.path / info.file, "rb", buffering=0) as file:
-                file.seek(info.offset + start)
-                while done < count:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                while done < len(view):
                     received = file.readinto(view[done:])
                     if not received:
-                        raise CheckpointError(f"{self.path / info.file}: ends within {name}; copy the file again")
+                        raise CheckpointError(f"{path}: ends within {name}; copy the file again")
                     done += received
         except OSError as error:
-            raise CheckpointError(f"{self.path / info.file}: cannot be read: {error.strerror}") from error
-        return out
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class Checkpoint(TensorDirectory):
     """A Hugging Face checkpoint directory: its tensors, read lazily, and its config.
 
     Args:
-        path: the directory. It is always a local path, never a model name on the Hugging Face Hub.
+        path: the directory, on this machine or in a store. It is never a model name on the Hugging Face Hub.
+        hashed: as for `TensorDirectory`.
 
     Raises:
         CheckpointError: as for `TensorDirectory`, or config.json is missing or not a JSON object.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+    def __init__(self, path: str | Place, hashed: bool = False) -> None:
+        path = path if isinstance(path, StorePath) else Path(path)
         config = path / "config.json"
         if path.is_dir() and not config.is_file():
             raise CheckpointError(f"{path}: expected a Hugging Face checkpoint directory, found no config.json in it")
-        super().__init__(path)
+        super().__init__(path, hashed=hashed)
         self.config: dict[str, Any] = _read_json(config)
         """The content of config.json."""
 
@@ -233,46 +241,17 @@ def listed(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """All tensors of one safetensors file, after the safetensors library has validated its header."""
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, although the index lists this shard; copy the checkpoint again")
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
-    header.pop("__metadata__", None)
-    unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
-    if unknown:
-        raise CheckpointError(
-            f"{path}: contains tensors of dtype {', '.join(unknown)}, expected one of {', '.join(DTYPES)}; quantized "
-            "checkpoints are not supported, use the original in bfloat16, float16 or float32"
-        )
-    return {
-        name: TensorInfo(
-            DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            path.name,
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
     try:
         return read_json(path)
     except FileError as error:
         raise CheckpointError(str(error)) from error
 
 
-def _found_instead(path: Path) -> str:
+def _found_instead(path: Place) -> str:
     """What is at a path where a checkpoint directory should be, for an error message."""
+    if isinstance(path, StorePath):
+        return "no files there"
     if path.exists():
         return "a file"
     if _HUB_NAME.fullmatch(str(path)):

@@ -1,44 +1,258 @@
 """Writing safetensors shards, with tensors in any order, whole or in parts.
 
 All names, dtypes and shapes are given in advance. Shards and headers are laid out first, so every tensor has a fixed
-position on disk before any value is known, and a checkpoint far larger than memory can be written while its tensors are
-computed. Disk space is reserved up front where the system supports it, so a full disk is noticed at the start and not
-after an hour.
+position in its file before any value is known, and a checkpoint far larger than memory can be written while its tensors are
+computed; also one shard at a time, by different machines. On a disk, space is reserved up front where the system supports
+it, so a full disk is noticed at the start and not after an hour. In a store, a shard is uploaded in parts while it is
+computed. The SHA-256 of each file is computed on the way (see `ordered`).
 
 Not covered: making a directory appear atomically. Use `files.new_directory` for that, and write into it.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from mpunlearn.checkpoint.reader import DTYPES, TensorInfo, listed, tensor_bytes
-from mpunlearn.files import write_all, write_json
+from mpunlearn.checkpoint.header import DTYPES, TensorInfo
+from mpunlearn.checkpoint.ordered import FileHasher, InOrder
+from mpunlearn.checkpoint.reader import listed, tensor_bytes
+from mpunlearn.files import write_all
+from mpunlearn.storage import PIECE_BYTES, Place, StorePath, write_json
 
 FLUSH_BYTES = 1 << 27
 """After this many bytes, a writer starts syncing to disk in the background, while its caller keeps computing."""
+MAX_SHARD_BYTES = 5_000_000_000
+"""Default size of a shard."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class TensorWriter:
-    """Writes tensors into safetensors shards. Use as a context manager.
+@dataclass(frozen=True)
+class Shard:
+    """The layout of one file of tensors."""
 
-    Leaving the block without an exception checks that every tensor was written, and syncs the files.
+    file: str
+    """Its name."""
+    header: bytes
+    """What the file begins with."""
+    tensors: dict[str, TensorInfo]
+    """Where each of its tensors goes."""
+    size: int
+    """Size of the file in bytes."""
+
+
+def plan_shards(specs: Mapping[str, Spec], stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """The layout of a checkpoint: tensors are assigned to shards in order of name.
 
     Args:
-        folder: an existing directory.
-        specs: dtype and shape of every tensor that will be written.
+        specs: dtype and shape of every tensor.
         stem: "model" or "update". A single shard is called STEM.safetensors; several are numbered and get an index.
         max_shard_bytes: a new shard starts when the next tensor would exceed this size.
+    """
+    shards: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name in sorted(specs):
+        size = _byte_count(*specs[name])
+        if filled and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = specs[name]
+        filled += size
+    many = len(shards)
+    return [
+        _laid_out(f"{stem}.safetensors" if many == 1 else f"{stem}-{i:05d}-of-{many:05d}.safetensors", shard)
+        for i, shard in enumerate(shards, start=1)
+    ]
+
+
+def _laid_out(file: str, specs: Mapping[str, Spec]) -> Shard:
+    """The layout of one file. Wider dtypes come first, for alignment."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    ordered = sorted(specs.items(), key=lambda item: -item[1][0].itemsize)
+    for name, (dtype, shape) in ordered:
+        end = start + _byte_count(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    tensors = {
+        name: TensorInfo(dtype, shape, file, first + header[name]["data_offsets"][0], _byte_count(dtype, shape))
+        for name, (dtype, shape) in ordered
+    }
+    return Shard(file, len(text).to_bytes(8, "little") + text, tensors, first + start)
+
+
+def write_index(folder: Place, shards: Iterable[Shard], stem: str = "model") -> None:
+    """Writes the index of a checkpoint, if it has several shards."""
+    infos = {name: info for shard in shards for name, info in shard.tensors.items()}
+    if len({info.file for info in infos.values()}) > 1:
+        write_json(
+            folder / f"{stem}.safetensors.index.json",
+            {
+                "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+                "weight_map": {name: infos[name].file for name in sorted(infos)},
+            },
+        )
+
+
+class ShardWriter:
+    """Writes one shard. Use as a context manager.
+
+    Leaving the block without an exception checks that every tensor was written, and syncs the file. With an exception, a
+    file on a disk stays as it is, and one in a store does not come to be.
+
+    Args:
+        folder: an existing directory, or one in a store.
+        shard: the layout.
+        name: name of the file while it is written (default: that of the layout).
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: a tensor differs from its spec, or was never written.
+    """
+
+    def __init__(self, folder: Place, shard: Shard, name: str = "") -> None:
+        self.shard = shard
+        self.sha256 = ""
+        """SHA-256 (hex) of the file, after the block."""
+        self._missing = set(shard.tensors)
+        self._place = folder / (name or shard.file)
+        self._file = (_StoredFile if isinstance(self._place, StorePath) else _LocalFile)(self._place, shard.size)
+        self._file.put(0, memoryview(shard.header))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a whole tensor. Its dtype and shape must match its spec."""
+        info = self.shard.tensors[name]
+        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+            raise ValueError(f"{name}: expected {info.dtype} {info.shape}, found {tensor.dtype} {tuple(tensor.shape)}")
+        self._file.put(info.offset, tensor_bytes(tensor))
+        self._missing.discard(name)
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Writes part of a tensor: rows of its first axis, starting at `start`.
+
+        A single call marks the tensor as written, so the caller must make sure that all rows are.
+        """
+        info = self.shard.tensors[name]
+        if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
+            raise ValueError(
+                f"{name}: expected rows of {info.dtype} {info.shape}, found {rows.dtype} {tuple(rows.shape)} at {start}"
+            )
+        self._file.put(info.offset + start * (info.nbytes // max(1, info.shape[0])), tensor_bytes(rows))
+        self._missing.discard(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._missing:
+            error = ValueError(f"never written: {listed(sorted(self._missing))}")
+            self._file.close(error)
+            raise error
+        self.sha256 = self._file.close(error)
+
+
+class _LocalFile:
+    """A file on a disk, whose parts are written in any order."""
+
+    def __init__(self, path: Place, size: int) -> None:
+        assert isinstance(path, Path)
+        self._hasher = FileHasher(path, size)
+        self._unsynced = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):  # fails now if the disk is full
+                os.posix_fallocate(self._descriptor, 0, size)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def put(self, start: int, part: memoryview) -> None:
+        """Writes a part. Starts a background sync if enough bytes are unsynced and no sync is running."""
+        write_all(self._descriptor, part, start)
+        self._hasher.add(start, part)
+        self._unsynced += len(part)
+        if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._check_flush()
+            self._unsynced = 0
+            self._flushing = self._flusher.submit(os.fsync, self._descriptor)
+
+    def _check_flush(self) -> None:
+        """Waits for the latest sync and raises its error, since the system reports it only once."""
+        if self._flushing is not None:
+            self._flushing.result()
+
+    def close(self, error: BaseException | None) -> str:
+        """Syncs the file and returns its digest; after an error, only closes it."""
+        try:
+            if error is not None:
+                return ""
+            self._check_flush()
+            os.fsync(self._descriptor)
+            return self._hasher.hexdigest()
+        finally:
+            self._flusher.shutdown()
+            os.close(self._descriptor)
+
+
+class _StoredFile:
+    """A file in a store, which is written in parts, in order."""
+
+    def __init__(self, path: Place, size: int) -> None:
+        assert isinstance(path, StorePath)
+        self._path, self._size, self._sha256 = path, size, hashlib.sha256()
+        self._order = InOrder(self._emit, lambda start, part: _held(bytes(part)))
+        self._writing = ExitStack()
+        self._upload = self._writing.enter_context(path.writing())
+
+    def put(self, start: int, part: memoryview) -> None:
+        """Sends a part, or holds it until what comes before it is there."""
+        self._order.add(start, part)
+
+    def _emit(self, part: memoryview) -> None:
+        for start in range(0, len(part), PIECE_BYTES):
+            self._upload.write(bytes(part[start : start + PIECE_BYTES]))  # the library sends it later, without a copy
+        self._sha256.update(part)
+
+    def close(self, error: BaseException | None) -> str:
+        """Completes the file and returns its digest; after an error, there is no file."""
+        if error is None and self._order.next != self._size:
+            error = ValueError(f"{self._path}: {self._order.next} of {self._size} bytes were written")
+            self._writing.__exit__(type(error), error, None)
+            raise error
+        self._writing.__exit__(type(error) if error else None, error, None)
+        return self._sha256.hexdigest()
+
+
+def _held(part: bytes) -> Callable[[], Iterable[memoryview]]:
+    return lambda: (memoryview(part),)
+
+
+class TensorWriter:
+    """Writes tensors into the shards of a checkpoint. Use as a context manager; it works like `ShardWriter`.
+
+    Args:
+        folder: an existing directory, or one in a store.
+        specs: dtype and shape of every tensor that will be written.
+        stem: as for `plan_shards`.
+        max_shard_bytes: as for `plan_shards`.
 
     Raises:
         OSError: the files cannot be written.
@@ -47,96 +261,35 @@ class TensorWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         specs: Mapping[str, Spec],
         stem: str = "model",
-        max_shard_bytes: int = 5_000_000_000,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        self._missing = set(specs)
-        self._where: dict[str, tuple[int, TensorInfo]] = {}
-        self._files: list[int] = []
-        self._unsynced = 0
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
-        shards = _plan_shards(specs, max_shard_bytes)
-        files = [
-            f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-            for i in range(1, len(shards) + 1)
-        ]
-        try:
-            for file, shard in zip(files, shards, strict=True):
-                self._open_shard(folder, file, shard)
-            if len(shards) > 1:
-                total = sum(info.nbytes for _, info in self._where.values())
-                weight_map = {name: self._where[name][1].file for name in sorted(self._where)}
-                write_json(
-                    folder / f"{stem}.safetensors.index.json",
-                    {"metadata": {"total_size": total}, "weight_map": weight_map},
-                )
-        except BaseException:
-            self._close()
-            raise
-
-    def _open_shard(self, folder: Path, file: str, shard: dict[str, Spec]) -> None:
-        """Creates a shard with its header, and records where each of its tensors goes."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, (dtype, shape) in shard.items():
-            end = start + _byte_count(dtype, shape)
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            start = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._files.append(descriptor)
-        if hasattr(os, "posix_fallocate"):  # fails now if the disk is full
-            os.posix_fallocate(descriptor, 0, 8 + len(text) + start)
-        write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        for name, (dtype, shape) in shard.items():
-            first, last = header[name]["data_offsets"]
-            info = TensorInfo(dtype, shape, file, 8 + len(text) + first, last - first)
-            self._where[name] = (descriptor, info)
+        self._stack = ExitStack()
+        self._writers: list[ShardWriter] = []
+        self._of: dict[str, ShardWriter] = {}
+        shards = plan_shards(specs, stem, max_shard_bytes)
+        with self._stack:
+            for shard in shards:
+                writer = self._stack.enter_context(ShardWriter(folder, shard))
+                self._writers.append(writer)
+                self._of.update(dict.fromkeys(shard.tensors, writer))
+            write_index(folder, shards, stem)
+            self._stack = self._stack.pop_all()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a whole tensor. Its dtype and shape must match its spec."""
-        descriptor, info = self._where[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{name}: expected {info.dtype} {info.shape}, found {tensor.dtype} {tuple(tensor.shape)}")
-        self._put(descriptor, tensor, info.offset)
-        self._missing.discard(name)
+        self._of[name].write(name, tensor)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Writes part of a tensor: rows of its first axis, starting at `start`.
+        """Writes part of a tensor, as `ShardWriter.write_rows`."""
+        self._of[name].write_rows(name, start, rows)
 
-        A single call marks the tensor as written, so the caller must make sure that all rows are.
-        """
-        descriptor, info = self._where[name]
-        if rows.dtype != info.dtype or tuple(rows.shape[1:]) != info.shape[1:] or start + len(rows) > info.shape[0]:
-            raise ValueError(
-                f"{name}: expected rows of {info.dtype} {info.shape}, found {rows.dtype} {tuple(rows.shape)} at {start}"
-            )
-        self._put(descriptor, rows, info.offset + start * (info.nbytes // max(1, info.shape[0])))
-        self._missing.discard(name)
-
-    def _put(self, descriptor: int, tensor: torch.Tensor, offset: int) -> None:
-        """Writes a tensor. Starts a background sync if enough bytes are unsynced and no sync is running."""
-        write_all(descriptor, tensor_bytes(tensor), offset)
-        self._unsynced += tensor.nbytes
-        if self._unsynced > FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-            self._check_flush()
-            self._unsynced = 0
-            self._flushing = self._flusher.submit(os.fsync, descriptor)
-
-    def _check_flush(self) -> None:
-        """Waits for the latest sync and raises its error, since the system reports it only once."""
-        if self._flushing is not None:
-            self._flushing.result()
-
-    def _close(self) -> None:
-        self._flusher.shutdown()
-        for descriptor in self._files:
-            os.close(descriptor)
-        self._files = []
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 (hex) of each file, after the block."""
+        return {writer.shard.file: writer.sha256 for writer in self._writers}
 
     def __enter__(self) -> Self:
         return self
@@ -144,29 +297,7 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self._missing:
-                    raise ValueError(f"never written: {listed(sorted(self._missing))}")
-                self._check_flush()
-                for descriptor in self._files:
-                    os.fsync(descriptor)
-        finally:
-            self._close()
-
-
-def _plan_shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
-    """The tensors of each shard, assigned in order of name. Within a shard, wider dtypes come first, for alignment."""
-    shards: list[dict[str, Spec]] = [{}]
-    filled = 0
-    for name in sorted(specs):
-        size = _byte_count(*specs[name])
-        if filled and filled + size > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = specs[name]
-        filled += size
-    return [dict(sorted(shard.items(), key=lambda item: -item[1][0].itemsize)) for shard in shards]
+        self._stack.__exit__(kind, error, trace)
 
 
 def _byte_count(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

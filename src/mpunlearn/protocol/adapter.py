@@ -25,8 +25,8 @@ import torch
 from mpunlearn.architecture import FAMILIES, Architecture
 from mpunlearn.checkpoint import TensorDirectory
 from mpunlearn.errors import SchemaError, UnsupportedModelError, UpdateError
-from mpunlearn.files import read_json
 from mpunlearn.schema import typed
+from mpunlearn.storage import Place, read_json
 
 CONFIG = "adapter_config.json"
 """The file that marks a directory as a PEFT adapter."""
@@ -51,14 +51,15 @@ class Adapter(TensorDirectory):
     Args:
         path: the adapter directory.
         copy: the config.json of the published copy that it was trained on.
+        hashed: as for `TensorDirectory`.
 
     Raises:
         UpdateError: the adapter is not equivalent to an update of the model's weights.
         FileError: the files are missing or damaged.
     """
 
-    def __init__(self, path: Path, copy: Mapping[str, Any]) -> None:
-        super().__init__(path, stem="adapter_model")
+    def __init__(self, path: Place, copy: Mapping[str, Any], hashed: bool = False) -> None:
+        super().__init__(path, stem="adapter_model", hashed=hashed)
         try:
             architecture = Architecture(FAMILIES[str(copy.get("model_type"))], copy)
         except (KeyError, UnsupportedModelError) as error:
@@ -112,7 +113,7 @@ class Adapter(TensorDirectory):
 
     def _check_config(self) -> None:
         """Rejects an adapter whose tensors alone do not say what it changes."""
-        config, where = self._config, self.path / CONFIG
+        config, where = self._config, self.place / CONFIG
         advice = (
             "merge it into the copy (`merge_and_unload()`, `save_pretrained(...)`) and give that checkpoint instead"
         )
@@ -133,11 +134,11 @@ class Adapter(TensorDirectory):
     def _scale(self, module: str, rank: int) -> float:
         """The factor by which PEFT multiplies the product of a module's two factors."""
         if rank < 1:
-            raise UpdateError(f"{self.path}: a LoRA factor of {module} has rank 0; expected at least 1")
+            raise UpdateError(f"{self.place}: a LoRA factor of {module} has rank 0; expected at least 1")
         try:
             special = [alpha for key, alpha in self._alphas.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)]
         except re.error as error:
-            raise UpdateError(f"{self.path / CONFIG}: alpha_pattern: {error}; expected regular expressions") from None
+            raise UpdateError(f"{self.place / CONFIG}: alpha_pattern: {error}; expected regular expressions") from None
         alpha = special[0] if special else self._alpha
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
@@ -146,7 +147,7 @@ class Adapter(TensorDirectory):
         embedding = architecture.family.embedding
         if architecture.tied and {embedding, f"{embedding}.lora_A"} & set(self.tensors):
             raise UpdateError(
-                f"{self.path}: changes {embedding}, which the LM head shares, but the adapter changes only one of the two; "
+                f"{self.place}: changes {embedding}, which the LM head shares, but the adapter changes only one of the two; "
                 "leave the embedding out of target_modules and modules_to_save"
             )
 

@@ -16,6 +16,7 @@ If both are there, they must agree.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ import torch
 
 from mpunlearn.checkpoint import Checkpoint, TensorDirectory, dtype_name, without_paths
 from mpunlearn.errors import CheckpointError, FileError, SchemaError, UpdateError
-from mpunlearn.files import read_json, write_json
+from mpunlearn.files import write_json
 from mpunlearn.protocol.adapter import CONFIG, Adapter, base_folder
 from mpunlearn.schema import parse, read
+from mpunlearn.storage import Place, StorePath, read_json
 
 FACTORS = (".lora_A", ".lora_B")
 """Suffixes of the names of LoRA factors in an update."""
@@ -100,25 +102,29 @@ class ReceivedUpdate:
         return isinstance(self.tensors, Checkpoint | Adapter)
 
     @classmethod
-    def open(cls, path: str | Path) -> "ReceivedUpdate":
+    def open(cls, path: str | Place, hashed: bool = False) -> "ReceivedUpdate":
         """Opens an update, a checkpoint that was trained from a published copy, or a PEFT adapter.
+
+        Args:
+            path: its directory.
+            hashed: whether to compute the SHA-256 of its files while they are read.
 
         Raises:
             UpdateError: the directory is none of them, has no card, or holds an adapter that is not equivalent to an
                 update.
         """
-        path = Path(path)
+        path = path if isinstance(path, StorePath) else Path(path)
         tensors: TensorDirectory
         try:
             if (path / "update.json").is_file():
                 card = read(UpdateManifest, path / "update.json").mpunlearn
-                tensors = TensorDirectory(path, stem="update")
+                tensors = TensorDirectory(path, stem="update", hashed=hashed)
             elif (path / CONFIG).is_file():
                 config = _copy_config(path)
                 card = Card.of(config)
-                tensors = Adapter(path, config)
+                tensors = Adapter(path, config, hashed)
             else:
-                tensors = Checkpoint(path)
+                tensors = Checkpoint(path, hashed=hashed)
                 card = Card.of(tensors.config)
         except (FileError, SchemaError) as error:
             raise UpdateError(f"{path}: neither an update nor a trained checkpoint or adapter: {error}") from error
@@ -130,14 +136,14 @@ class ReceivedUpdate:
         return cls(card, tensors)
 
 
-def _copy_config(path: Path) -> dict[str, Any]:
+def _copy_config(path: Place) -> dict[str, Any]:
     """The config.json of the published copy that a PEFT adapter was trained on.
 
     Raises:
         UpdateError: it is not known which copy that was, or two copies are named.
         FileError: a configuration is damaged.
     """
-    if any(path.glob("model*.safetensors")):
+    if any(re.fullmatch(r"model.*\.safetensors", file.name) for file in path.iterdir()):
         raise UpdateError(f"{path}: holds both an adapter and a whole model; remove the one that is not meant")
     base = base_folder(read_json(path / CONFIG))
     configs = [read_json(file) for folder in (path, base) if folder and (file := folder / "config.json").is_file()]

@@ -4,29 +4,35 @@
 reparameterization T_k inverted; w_k are the weights of the copy design, and η is the server step size.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import secrets as system_entropy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mpunlearn.architecture import Architecture
-from mpunlearn.checkpoint import Checkpoint, TensorWriter, copy_companions, tensor_digest
-from mpunlearn.errors import CheckpointError, StateError, UnsupportedModelError, UpdateError
-from mpunlearn.files import new_directory, write_json
+from mpunlearn.checkpoint import Checkpoint, ShardWriter, copy_companions, plan_shards, tensor_digest, write_index
+from mpunlearn.errors import CheckpointError, UnsupportedModelError, UpdateError
 from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, derived_config
-from mpunlearn.server.publisher import Publisher, checked_cast
+from mpunlearn.server.keys import StreamKeys
+from mpunlearn.server.offset import Offset, OffsetPart
+from mpunlearn.server.publisher import Publisher, check_unchanged, checked_cast
+from mpunlearn.server.secret import Secret, Streams
 from mpunlearn.server.state import RoundRecord
-from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, in_parallel, on_device, read, row_slices
-from mpunlearn.server.updates import Specs, check_norm, check_tensors
+from mpunlearn.server.stream import THREADS, RowSlice, chunks, compute_dtype, in_parallel, on_device, read, row_slices
+from mpunlearn.server.updates import check_norm, check_tensors
 from mpunlearn.server.workspace import Workspace
+from mpunlearn.storage import Place, write_json
 
 NORM_TOLERANCE = 1e-3
 """Relative tolerance between norms as computed by `examine` and by this module."""
 
 
-def match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[ReceivedUpdate]:
-    """Opens updates and sorts them by copy.
+def match(updates: Sequence[Place], run: str, record: RoundRecord, hashed: bool = False) -> list[ReceivedUpdate]:
+    """Opens updates and sorts them by copy; `hashed` is for `TensorDirectory`.
 
     Raises:
         UpdateError: there is not exactly one update for each copy of the round.
@@ -34,14 +40,14 @@ def match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[
     copies = record.perturbation.copies
     by_copy: dict[int, ReceivedUpdate] = {}
     for path in updates:
-        update = ReceivedUpdate.open(path)
+        update = ReceivedUpdate.open(path, hashed)
         card = update.card
         if card.run != run or card.round != record.round or card.copies != copies:
             expected = f"a copy of {copies}, round {record.round}, run {run[:8]}"
             raise UpdateError(f"{path}: belongs to {card}; expected {expected}")
         if card.copy in by_copy:
             raise UpdateError(
-                f"{path}: belongs to copy {card.copy}, and so does {by_copy[card.copy].tensors.path}; expected one "
+                f"{path}: belongs to copy {card.copy}, and so does {by_copy[card.copy].tensors.place}; expected one "
                 "update per copy"
             )
         by_copy[card.copy] = update
@@ -53,16 +59,33 @@ def match(updates: Sequence[str | Path], run: str, record: RoundRecord) -> list[
     return [by_copy[copy] for copy in sorted(by_copy)]
 
 
+@dataclass(frozen=True)
+class AggregatedShard:
+    """One shard that was written."""
+
+    sha256: str
+    """SHA-256 of its file."""
+    square: float
+    """Squared norm of θ in it."""
+    squares: list[float]
+    """Squared norm of each update in it."""
+    digests: dict[str, list[str]]
+    """SHA-256 of each slice of each of its tensors."""
+
+
 class Aggregation:
-    """The aggregation of one round.
+    """The aggregation of one round, one shard of the result at a time, as in `copies`.
 
     Args:
         source: θ, the model that the round was published from.
         record: the record of the round.
-        architecture: the model's architecture.
-        publisher: the publisher of the round.
+        secret: the run's secret, or the keys of the streams of the shards that will be written.
+        offset: the offset of all copies.
         updates: one update per copy, in order.
         eta: server step size η.
+        dtypes: storage dtype of each tensor of the result.
+        max_shard_bytes: maximum size of a shard.
+        device: device of the computation.
 
     Raises:
         UpdateError: an update does not match the model, or the updates change different tensors.
@@ -72,68 +95,102 @@ class Aggregation:
         self,
         source: Checkpoint,
         record: RoundRecord,
-        architecture: Architecture,
-        publisher: Publisher,
+        secret: Streams,
+        offset: Offset,
         updates: list[ReceivedUpdate],
         eta: float,
+        dtypes: Mapping[str, torch.dtype],
+        max_shard_bytes: int,
+        device: torch.device,
+        trained: set[str] | None = None,
     ) -> None:
-        self._source, self._record, self._publisher, self._updates = source, record, publisher, updates
-        self._weights = [eta * float(weight) for weight in publisher.design.weights]
+        architecture = Architecture.of(source)
+        self._source, self._record, self._secret, self._offset = source, record, secret, offset
+        self._updates, self._eta, self._max_shard_bytes = updates, eta, max_shard_bytes
+        self._publisher = Publisher(secret, record, architecture, device, offset)
+        self._weights = [eta * float(weight) for weight in self._publisher.design.weights]
         self._roles = architecture.tensor_roles(source)
-        self._trained = self._check_tensors(architecture)
+        self._specs = {name: (dtype, source.tensors[name].shape) for name, dtype in dtypes.items()}
+        self.shards = plan_shards(self._specs, max_shard_bytes=max_shard_bytes)
+        """The layout of the result."""
+        self._trained = self._check_tensors(architecture) if trained is None else trained
         """Original names of the tensors that the updates change."""
 
-    def write(self, out: Path, specs: Specs, finish: Callable[[Path], None]) -> dict[str, list[str]]:
-        """Writes θ + η Δ̄ into a new directory.
+    def write(self, folder: Place, number: int, threads: int = THREADS) -> AggregatedShard:
+        """Writes a shard of θ + η Δ̄.
 
-        Args:
-            out: the new directory.
-            specs: dtype and shape of every tensor of the result.
-            finish: called with the complete directory before it becomes visible.
+        Raises:
+            StateError: θ has changed since the round was published.
+            UpdateError: an update has NaN or infinite values.
+        """
+        shard, partial = self.shards[number], ""
+        if isinstance(folder, Path):
+            partial = f".{shard.file}.{system_entropy.token_hex(8)}"
+        with ShardWriter(folder, shard, partial) as writer:
+
+            def work(rows: RowSlice, workspace: Workspace) -> tuple[float, list[float], str]:
+                value, square, squares = self._slice(rows, workspace)
+                cast = workspace.empty(tuple(value.shape), self._specs[rows.name][0], value.device)
+                checked_cast(value, rows.name, cast)
+                writer.write_rows(rows.name, rows.start, cast)
+                return square, squares, tensor_digest(cast)
+
+            slices = row_slices(self._source, {name: self._roles[name] for name in sorted(shard.tensors)})
+            of = f", shard {number + 1} of {len(self.shards)}" if len(self.shards) > 1 else ""
+            what = f"round {self._record.round}: aggregating {len(self._updates)} updates{of}"
+            results = in_parallel(slices, work, what, len, threads)
+        if isinstance(folder, Path):
+            (folder / partial).rename(folder / shard.file)
+        digests: dict[str, list[str]] = {}
+        for rows, (*_, digest) in zip(slices, results, strict=True):
+            digests.setdefault(rows.name, []).append(digest)
+        squares = [sum(values[copy] for _, values, _ in results) for copy in range(len(self._updates))]
+        return AggregatedShard(writer.sha256, sum(square for square, *_ in results), squares, digests)
+
+    def finish(self, folder: Place, written: Sequence[AggregatedShard]) -> dict[str, list[str]]:
+        """Checks the updates and writes the files beside the shards, once all shards are there.
 
         Returns:
             SHA-256 of each slice of each tensor of the result.
 
         Raises:
-            StateError: θ has changed since the round was published.
-            UpdateError: an update has NaN or infinite values, or is larger than the model.
-            FileError: `out` cannot be written.
+            UpdateError: an update is larger than the model.
         """
-        with new_directory(out, mode=0o700) as folder:
-            copy_companions(self._source.path, folder)
-            write_json(folder / "config.json", derived_config(self._source.config, specs))
-            with TensorWriter(folder, specs) as writer:
+        for copy, update in enumerate(self._updates):
+            norm = sum(shard.squares[copy] for shard in written)
+            check_norm(update.tensors.place, norm, sum(shard.square for shard in written), NORM_TOLERANCE)
+        if isinstance(folder, Path):
+            for left in folder.glob(".*"):  # of a worker that was killed
+                left.unlink()
+        copy_companions(self._source.place, folder)
+        write_index(folder, self.shards)
+        write_json(folder / "config.json", derived_config(self._source.config, self._specs))
+        return {name: digests for shard in written for name, digests in shard.digests.items()}
 
-                def work(item: tuple[int, RowSlice], workspace: Workspace) -> tuple[float, list[float], str]:
-                    number, rows = item
-                    value, square, squares = self._slice(number, rows, workspace)
-                    dtype = specs[rows.name][0]
-                    cast = workspace.empty(tuple(value.shape), dtype, value.device)
-                    checked_cast(value, rows.name, cast)
-                    writer.write_rows(rows.name, rows.start, cast)
-                    return square, squares, tensor_digest(cast)
+    def task(self, folder: Place, number: int) -> "AggregationTask":
+        """All that a worker on another machine needs to write a shard; of keys, those of the streams of the shard."""
+        assert isinstance(self._secret, Secret)
+        names = {name: self._roles[name] for name in self.shards[number].tensors}
+        digests = {name: self._record.digests[name] for name in names}
+        return AggregationTask(
+            self._source.place.resolve(),
+            dataclasses.replace(self._record, digests=digests, rounding={}),
+            StreamKeys.of(self._secret, self._publisher.streams(names)),
+            self._offset.part(names),
+            [update.tensors.place.resolve() for update in self._updates],
+            self._eta,
+            {name: dtype for name, (dtype, _) in self._specs.items()},
+            self._max_shard_bytes,
+            str(self._publisher.device),
+            self._trained & set(names),
+            folder.resolve(),
+            number,
+        )
 
-                slices = _numbered(row_slices(self._source, self._roles))
-                what = f"round {self._record.round}: aggregating {len(self._updates)} updates"
-                results = in_parallel(slices, work, what, lambda item: len(item[1]))
-            of_model = sum(square for square, *_ in results)
-            for copy, update in enumerate(self._updates):
-                norm = sum(squares[copy] for _, squares, _ in results)
-                check_norm(update.tensors.path, norm, of_model, NORM_TOLERANCE)
-            finish(folder)
-        digests: dict[str, list[str]] = {}
-        for (_, rows), (*_, digest) in zip(slices, results, strict=True):
-            digests.setdefault(rows.name, []).append(digest)
-        return digests
-
-    def _slice(self, number: int, rows: RowSlice, workspace: Workspace) -> tuple[torch.Tensor, float, list[float]]:
+    def _slice(self, rows: RowSlice, workspace: Workspace) -> tuple[torch.Tensor, float, list[float]]:
         """Returns θ + η Δ̄ for a slice, in the compute dtype, and the slice's squared norms of θ and of each update."""
         stored = read(self._source, rows.name, rows, workspace)
-        if tensor_digest(stored) != self._record.digests[rows.name][number]:
-            raise StateError(
-                f"{self._source.path}: {rows.name} has changed since round {self._record.round} was published; restore "
-                "that checkpoint, or give its new location with --checkpoint"
-            )
+        check_unchanged(self._source, self._record, rows, stored)
         value = workspace.copy(stored, compute_dtype(stored.dtype), self._publisher.device)
         square, squares = _square(value), [0.0] * len(self._updates)
         if rows.name in self._trained:
@@ -183,7 +240,7 @@ class Aggregation:
 
     def _finite(self, square: float, name: str, copy: int) -> float:
         if not math.isfinite(square):
-            path = self._updates[copy].tensors.path
+            path = self._updates[copy].tensors.place
             raise UpdateError(f"{path}: {name} contains NaN or infinite values; train copy {copy + 1} again")
         return square
 
@@ -207,20 +264,44 @@ class Aggregation:
         for update, changed in zip(self._updates[1:], names[1:], strict=True):
             if difference := sorted(changed ^ names[0]):
                 raise UpdateError(
-                    f"{update.tensors.path} and {self._updates[0].tensors.path} update different tensors, first "
+                    f"{update.tensors.place} and {self._updates[0].tensors.place} update different tensors, first "
                     f"{difference[0]}; train all copies alike, or the noise does not cancel"
                 )
         return names[0]
 
 
-def _numbered(slices: list[RowSlice]) -> list[tuple[int, RowSlice]]:
-    """Pairs each slice with its index within its tensor."""
-    seen: dict[str, int] = {}
-    numbered = []
-    for rows in slices:
-        numbered.append((seen.get(rows.name, 0), rows))
-        seen[rows.name] = numbered[-1][0] + 1
-    return numbered
+@dataclass(frozen=True)
+class AggregationTask:
+    """One shard of the result, to be written by any process that can reach θ, the updates and the result's directory."""
+
+    source: Place
+    record: RoundRecord
+    keys: StreamKeys
+    offset: OffsetPart
+    updates: list[Place]
+    eta: float
+    dtypes: dict[str, torch.dtype]
+    max_shard_bytes: int
+    device: str
+    trained: set[str]
+    folder: Place
+    number: int
+
+    def __call__(self) -> AggregatedShard:
+        """Writes the shard, on one thread."""
+        aggregation = Aggregation(
+            Checkpoint(self.source),
+            self.record,
+            self.keys,
+            self.offset.open(),
+            [ReceivedUpdate.open(update) for update in self.updates],
+            self.eta,
+            self.dtypes,
+            self.max_shard_bytes,
+            torch.device(self.device),
+            self.trained,
+        )
+        return aggregation.write(self.folder, self.number, threads=1)
 
 
 def _square(value: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ is close in function is a working model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +37,8 @@ from mpunlearn.checkpoint import Checkpoint, TensorDirectory, TensorWriter, copy
 from mpunlearn.errors import StateError
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import derived_config
-from mpunlearn.server.secret import Secret
+from mpunlearn.server.keys import StreamKeys
+from mpunlearn.server.secret import Secret, Streams
 from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, in_parallel, read, row_slices
 from mpunlearn.server.workspace import Workspace
 
@@ -101,13 +102,20 @@ class Whitening:
 
     Args:
         inputs: for each tensor, the index of its input; several tensors can share one.
-        path: the directory that holds `vectors` and `values` of every input; not read if there are none.
+        source: the directory that holds `vectors` and `values` of every input, or these tensors by name; a directory is
+            not read if there are no inputs.
     """
 
-    def __init__(self, inputs: Mapping[str, int], path: Path | None) -> None:
+    def __init__(self, inputs: Mapping[str, int], source: Path | Mapping[str, torch.Tensor]) -> None:
         self._inputs = dict(inputs)
-        self._tensors = TensorDirectory(path) if path is not None and self._inputs else None
+        self._source = TensorDirectory(source) if isinstance(source, Path) and self._inputs else source
         self._matrices = lru_cache(CACHED)(self._read)
+
+    def only(self, names: Collection[str]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """The arguments of a `Whitening` for some tensors, without the directory."""
+        inputs = {name: self._inputs[name] for name in names if name in self._inputs}
+        parts = (f"{number}.{part}" for number in set(inputs.values()) for part in ("vectors", "values"))
+        return inputs, {part: self._tensor(part) for part in parts}
 
     def __contains__(self, name: str) -> bool:
         return name in self._inputs
@@ -117,9 +125,13 @@ class Whitening:
         vectors, values, scale = self._matrices(self._inputs[name], rows.dtype, rows.device)
         return (rows + (rows @ vectors * values) @ vectors.T).mul_(scale)
 
+    def _tensor(self, name: str) -> torch.Tensor:
+        source = self._source
+        assert not isinstance(source, Path)
+        return source.read(name) if isinstance(source, TensorDirectory) else source[name]
+
     def _read(self, number: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, float]:
-        assert self._tensors is not None
-        vectors, values = (self._tensors.read(f"{number}.{part}").to(device, dtype) for part in ("vectors", "values"))
+        vectors, values = (self._tensor(f"{number}.{part}").to(device, dtype) for part in ("vectors", "values"))
         gains = float((1 + values).square().sum()) + (len(vectors) - len(values))
         return vectors, values, math.sqrt(len(vectors) / gains)
 
@@ -134,12 +146,20 @@ class Offset:
     """
 
     def __init__(
-        self, record: OffsetRecord | None, secret: Secret | None = None, whitening: Whitening | None = None
+        self, record: OffsetRecord | None, secret: Streams | None = None, whitening: Whitening | None = None
     ) -> None:
         self.record = record or OffsetRecord()
-        self._secret, self._whitening = secret, whitening or Whitening({}, None)
+        self._secret, self._whitening = secret, whitening or Whitening({}, {})
         stand_in = self.record.stand_in
         self._stand_in = (Checkpoint(stand_in.path), Checkpoint(stand_in.origin)) if stand_in else None
+
+    def part(self, names: Collection[str]) -> "OffsetPart":
+        """What the offset of some tensors is computed from, without the lineage's key."""
+        common = self.record.common
+        if common is None or not isinstance(self._secret, Secret):
+            return OffsetPart(self.record, StreamKeys({}), {}, {})
+        streams = [common_stream(name) for name in names if common.sigma[name]]
+        return OffsetPart(self.record, StreamKeys.of(self._secret, streams), *self._whitening.only(names))
 
     def __bool__(self) -> bool:
         return self.record.common is not None or self._stand_in is not None
@@ -165,11 +185,31 @@ class Offset:
             return
         assert self._secret is not None
         noise = workspace.empty(tuple(value.shape), value.dtype, value.device)
-        stream = self._secret.stream("common noise", rows.name)
+        stream = self._secret.stream(*common_stream(rows.name))
         stream.normals(value.numel(), first * (value.numel() // count), out=noise.view(-1), workspace=workspace)
         if common.shape == "whitened" and rows.name in self._whitening:
             noise = self._whitening.apply(noise, rows.name)
         value.add_(noise, alpha=common.sigma[rows.name])
+
+
+@dataclass(frozen=True)
+class OffsetPart:
+    """The offset of some tensors, for a worker on another machine, which has no access to the lineage."""
+
+    record: OffsetRecord
+    keys: StreamKeys
+    inputs: dict[str, int]
+    """The arguments of a `Whitening`."""
+    matrices: dict[str, torch.Tensor]
+
+    def open(self) -> Offset:
+        """The offset of these tensors."""
+        return Offset(self.record, self.keys, Whitening(self.inputs, self.matrices))
+
+
+def common_stream(name: str) -> tuple[str, str]:
+    """The name of the stream of a tensor's common noise."""
+    return "common noise", name
 
 
 def open_stand_in(path: Path, origin: Checkpoint, roles: Mapping[str, TensorRole]) -> StandIn:

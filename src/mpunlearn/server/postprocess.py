@@ -10,9 +10,11 @@ A missing update is an error. The average is never taken over the others only, s
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from mpunlearn.errors import PlanError, StateError
 from mpunlearn.files import as_path
+from mpunlearn.server.preprocess import Engine, shard_bytes
 
 MAX_ETA = 10.0
 
@@ -37,20 +39,25 @@ def postprocess(
     dtype: str | None = None,
     device: str = "cpu",
     identity: str | Path | None = None,
+    engine: Engine = "threads",
+    max_shard_size: float = 5.0,
 ) -> Path:
     """Aggregates the updates of the open round into a new checkpoint.
 
     Args:
         updates: One directory per copy, in any order. Each is an update, a checkpoint trained from the copy with any
-            tool, or a LoRA adapter trained from it with PEFT.
+            tool, or a LoRA adapter trained from it with PEFT. They can be in an object store (s3://BUCKET/PREFIX, gs://… or
+            az://…).
         state: Directory of the server's secret state.
-        out: A new directory for the checkpoint.
+        out: A new directory for the checkpoint, or one in an object store. The result is as secret as the model.
         eta: Server step size η.
         checkpoint: The new location of the round's checkpoint, if it has moved since `preprocess`.
         dtype: Storage dtype of the result (default: that of each tensor in the run's first checkpoint). Between rounds,
             float32 preserves small changes that bfloat16 would round away.
         device: Device of the computation, cpu or cuda. Their results agree up to float32 rounding.
         identity: File of the Ed25519 key that signs the run's record, as for `preprocess`.
+        engine: Where the shards of the result are computed, as for `preprocess`.
+        max_shard_size: Maximum size of a file of tensors, in GB. With ray, a shard is what one task writes.
 
     Returns:
         `out`.
@@ -61,7 +68,16 @@ def postprocess(
         FileError: The checkpoint cannot be read, or `out` exists or cannot be written.
     """
     return aggregate(
-        updates, state=state, out=out, eta=eta, checkpoint=checkpoint, dtype=dtype, device=device, identity=identity
+        updates,
+        state=state,
+        out=out,
+        eta=eta,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        device=device,
+        identity=identity,
+        engine=engine,
+        max_shard_size=max_shard_size,
     )
 
 
@@ -75,6 +91,8 @@ def aggregate(
     dtype: str | None,
     device: str,
     identity: str | Path | None,
+    engine: Engine = "threads",
+    max_shard_size: float = 5.0,
     sent: Sequence[tuple[int, Path]] | None = None,
 ) -> Path:
     """`postprocess` for updates that are averages of several clients'; otherwise like that function.
@@ -84,36 +102,59 @@ def aggregate(
     """
     from mpunlearn.architecture import Architecture
     from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
+    from mpunlearn.protocol.record.artifacts import complete
     from mpunlearn.server.aggregate import Aggregation, match
+    from mpunlearn.server.engine import check_engine, run_shards
     from mpunlearn.server.lineage import Lineage, model_digest, open_offset
-    from mpunlearn.server.publisher import Publisher
     from mpunlearn.server.recording import Recording
     from mpunlearn.server.state import ServerState, locked
     from mpunlearn.server.stream import arithmetic_device
+    from mpunlearn.storage import Place, as_place, new_place
 
+    check_engine(engine)
     check_eta(eta)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise PlanError(f"--dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
-    arithmetic, state, out = arithmetic_device(device), as_path(state, "--state"), as_path(out, "--out")
+    arithmetic, state, place = arithmetic_device(device), as_path(state, "--state"), as_place(out, "--out")
+    places = [as_place(update, "updates") for update in updates]
     with locked(state):
         server = ServerState(state)
         if not server.rounds:
             raise StateError(f"{server.path}: no round was published with this state; run `preprocess` first")
         record = server.rounds[-1]
-        source = Checkpoint(as_path(checkpoint or record.checkpoint, "--checkpoint"))
-        architecture = Architecture.of(source)
-        roles = architecture.tensor_roles(source)
+        source = Checkpoint(as_place(checkpoint or record.checkpoint, "--checkpoint"))
+        roles = Architecture.of(source).tensor_roles(source)
         if set(roles) != set(record.dtypes):
-            raise StateError(f"{source.path}: not the model that round {record.round} was published from")
-        offset = open_offset(record.offset)
-        publisher = Publisher(server.secret, record, architecture, arithmetic, offset)
-        received = match(updates, server.run, record)
-        specs = {name: (FLOAT_DTYPES[dtype or record.dtypes[name]], source.tensors[name].shape) for name in roles}
+            raise StateError(f"{source.place}: not the model that round {record.round} was published from")
+        received = match(places, server.run, record, hashed=engine == "threads")
+        work = Aggregation(
+            source,
+            record,
+            server.secret,
+            open_offset(record.offset),
+            received,
+            eta,
+            {name: FLOAT_DTYPES[dtype or record.dtypes[name]] for name in roles},
+            shard_bytes(max_shard_size),
+            arithmetic,
+        )
         recording = Recording(state, server.run, as_path(identity, "--identity") if identity else None)
-        used = sent or [(update.card.copy, update.tensors.path) for update in received]
-        work = Aggregation(source, record, architecture, publisher, received, eta)
-        digests = work.write(out, specs, lambda folder: recording.aggregated(folder, record.round, used))
+        used: list[tuple[int, Place]] = [*(sent or ((one.card.copy, one.tensors.place) for one in received))]
+        with new_place(place, mode=0o700) as folder:
+            written = run_shards(
+                engine,
+                len(work.shards),
+                lambda number: work.write(folder, number),
+                lambda number: work.task(folder, number),
+                f"round {record.round}: aggregating {len(received)} updates",
+            )
+            digests = work.finish(folder, written)
+            files = {shard.file: one.sha256 for shard, one in zip(work.shards, written, strict=True)}
+            known: dict[Place, dict[str, str]] = {one.tensors.place: one.tensors.digests() for one in received}
+            known[folder] = files
+            recording.aggregated(folder, record.round, used, known)
+            complete(folder, files)
         if record.offset is not None and record.offset.lineage is not None:
             Lineage(Path(record.offset.lineage)).adopt(model_digest(digests))
         server.close()
-    return out
+    return cast(Path, place)

@@ -5,18 +5,20 @@ apply the signed permutations. The cast happens only once, because signed permut
 is deterministic, so the server need not store what it has published; it can recompute any part of it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mpunlearn.architecture import Architecture
-from mpunlearn.checkpoint import FLOAT_DTYPES
-from mpunlearn.errors import UnsupportedModelError
+from mpunlearn.architecture import Architecture, TensorRole
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, tensor_digest
+from mpunlearn.errors import StateError, UnsupportedModelError
+from mpunlearn.server.keys import Labels, Wanted
 from mpunlearn.server.noise import block_of, draw, floored, noisy, rounded_entropy, spacing
 from mpunlearn.server.offset import Offset
 from mpunlearn.server.reparameterization import Reparameterization
-from mpunlearn.server.secret import Secret
+from mpunlearn.server.secret import Streams
 from mpunlearn.server.state import RoundRecord
 from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, on_device
 from mpunlearn.server.workspace import Workspace
@@ -48,7 +50,7 @@ class Publisher:
 
     def __init__(
         self,
-        secret: Secret,
+        secret: Streams,
         record: RoundRecord,
         architecture: Architecture,
         device: torch.device | None = None,
@@ -56,6 +58,7 @@ class Publisher:
     ) -> None:
         self.device = device or torch.device("cpu")
         self._secret, self._record, self._offset = secret, record, offset or Offset(None)
+        self._architecture = architecture
         self.perturbation = record.perturbation
         self.design = self.perturbation.design(record.alphas)
         strength = self.perturbation.reparameterization
@@ -75,6 +78,21 @@ class Publisher:
             return 0.0
         return self._record.sigma[block_of(rows.name, rows.role)] if self.design.draws else 0.0
 
+    def streams(self, names: Mapping[str, TensorRole]) -> set[Labels]:
+        """The names of all streams that the published values of some tensors, in all copies, are computed from."""
+        wanted, strength = Wanted(), self.perturbation.reparameterization
+        for copy in range(self.design.copies):
+            maps = Reparameterization(self._architecture, strength, wanted, self._record.inputs, copy)
+            for name, role in names.items():
+                maps.maps(role)
+                maps.published_name(name, role)
+        return wanted.names.union(*(self._noise(RowSlice(name, role, 0, 0)) for name, role in names.items()))
+
+    def _noise(self, rows: RowSlice) -> list[Labels]:
+        """The names of the streams of a tensor's noise."""
+        draws = self.design.draws if self.sigma(rows) else 0
+        return [("noise", self._record.inputs, number, rows.name) for number in range(draws)]
+
     def publish(
         self, rows: RowSlice, stored: torch.Tensor, workspace: Workspace, copies: list[int] | None = None
     ) -> PublishedRows:
@@ -91,10 +109,7 @@ class Publisher:
         """
         copies = list(range(self.design.copies)) if copies is None else copies
         dtype, sigma, device = self.dtype(rows.name), self.sigma(rows), self.device
-        streams = [
-            self._secret.stream("noise", self._record.inputs, number, rows.name)
-            for number in range(self.design.draws if sigma else 0)
-        ]
+        streams = [self._secret.stream(*name) for name in self._noise(rows)]
         row_entries = stored.numel() // max(1, len(stored))
         maps = [self.maps[copy].maps(rows.role) for copy in copies]
         published = [workspace.empty(tuple(stored.shape), dtype, device) for _ in copies]
@@ -134,6 +149,19 @@ class Publisher:
         scale = float((self.design.coefficients[self._quietest] ** 2).sum() ** 0.5)
         ratio = scale * level / spacing(sample, stored.dtype)
         return float(rounded_entropy(ratio.double().numpy()).mean())
+
+
+def check_unchanged(source: Checkpoint, record: RoundRecord, rows: RowSlice, stored: torch.Tensor) -> None:
+    """Checks that a slice of θ is what it was when the round was opened.
+
+    Raises:
+        StateError: it is not.
+    """
+    if tensor_digest(stored) != record.digests[rows.name][rows.number]:
+        raise StateError(
+            f"{source.place}: {rows.name} has changed since round {record.round} was published; restore that checkpoint, or "
+            "give its new location with --checkpoint"
+        )
 
 
 def checked_cast(value: torch.Tensor, name: str, out: torch.Tensor) -> torch.Tensor:

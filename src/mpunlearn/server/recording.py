@@ -21,10 +21,11 @@ from mpunlearn.errors import RecordError, UpdateError
 from mpunlearn.files import read_json
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.record import artifacts, commitments
-from mpunlearn.protocol.record.artifacts import artifact_digest, artifact_files, file_digests
+from mpunlearn.protocol.record.artifacts import FileDigest, artifact_digest, artifact_files, file_digests
 from mpunlearn.protocol.record.canonical import canonical, stringified
 from mpunlearn.protocol.record.events import SignedEvent
 from mpunlearn.protocol.record.log import FILE, IDENTITY, Log, event_of, read_event
+from mpunlearn.storage import Place
 
 if TYPE_CHECKING:
     from mpunlearn.server.perturbation import Perturbation
@@ -47,10 +48,12 @@ class Recording:
 
     def published(
         self,
-        folders: Sequence[Path],
+        folders: Sequence[Place],
         number: int,
-        models: Mapping[str, Path],
+        models: Mapping[str, Place],
         perturbation: "Perturbation",
+        known: Sequence[Mapping[str, str]],
+        known_models: Mapping[str, Mapping[str, str]],
     ) -> None:
         """Records the copies of a round.
 
@@ -59,11 +62,13 @@ class Recording:
             number: the round, starting at 1.
             models: the model and, if there are any, the base and the stand-in, which are recorded in round 1 only.
             perturbation: what was done to the copies.
+            known: for each copy, SHA-256 of files that was computed when they were written, by name.
+            known_models: the same for each of the models, as they were read.
         """
         from mpunlearn.checkpoint import checkpoint_files
 
         recorded = {name: path for name, path in models.items() if number == 1 or name == "model"}
-        files = {name: file_digests(checkpoint_files(path)) for name, path in recorded.items()}
+        files = {name: file_digests(checkpoint_files(path), known_models.get(name)) for name, path in recorded.items()}
         common: dict[str, Any] = {
             "round": number,
             "copies": len(folders),
@@ -77,33 +82,41 @@ class Recording:
         for copy, folder in enumerate(folders, start=1):
             materials = {name: [asdict(file) for file in listed] for name, listed in files.items()}
             first = {"materials": materials} if copy == number == 1 else {}
-            self._log.attest("published", folder, {**common, **first, "copy": copy})
+            self._log.attest("published", folder, {**common, **first, "copy": copy}, known=known[copy - 1])
 
-    def aggregated(self, out: Path, number: int, updates: Sequence[tuple[int, Path]]) -> None:
+    def aggregated(
+        self,
+        out: Place,
+        number: int,
+        updates: Sequence[tuple[int, Place]],
+        known: Mapping[Place, Mapping[str, str]],
+    ) -> None:
         """Records the result of a round.
 
         Args:
             out: directory of the result.
             number: the round.
             updates: for each update that a client sent, the number of its copy and its directory.
+            known: for each directory, SHA-256 of files that was computed when they were read or written, by name.
 
         Raises:
             UpdateError: an update is not what its client signed.
         """
         events, used = [], []
         for copy, path in updates:
-            event = self._signed(path, number, copy)
+            files = file_digests(artifact_files(path), known.get(path))
+            event = self._signed(path, number, copy, files)
             client = {"client": event.event.signer} if event is not None else {}
-            files = event.event.files if event is not None else file_digests(artifact_files(path))
             used.append({"copy": copy, "digest": artifact_digest(files), **client})
             events += [event] if event is not None else []
-        self._log.attest("aggregated", out, {"round": number, "updates": used}, events)
+        self._log.attest("aggregated", out, {"round": number, "updates": used}, events, known.get(out))
 
-    def _signed(self, update: Path, number: int, copy: int) -> SignedEvent | None:
+    def _signed(self, update: Place, number: int, copy: int, files: Sequence[FileDigest]) -> SignedEvent | None:
         """The event that a client signed with its update, if it did. A copy that was trained in place has the server's."""
         try:
             path = update / artifacts.EVENT_FILE
-            event = event_of(update) if path.is_file() and read_event(path).event.kind == "updated" else None
+            listed = [(file.name, file.sha256) for file in files]
+            event = event_of(update, listed) if path.is_file() and read_event(path).event.kind == "updated" else None
         except RecordError as error:
             raise UpdateError(f"{update}: not what the client signed: {error}; ask for the update again") from error
         published = [

@@ -22,7 +22,7 @@ from mpunlearn.architecture import Architecture
 from mpunlearn.server.axis_map import IDENTITY, AxisMap, plane_rotations
 from mpunlearn.server.perturbation import Strength
 from mpunlearn.server.role_maps import HeadOrder, RoleMaps
-from mpunlearn.server.secret import Secret, Stream
+from mpunlearn.server.secret import Stream, Streams
 
 
 class Reparameterization(RoleMaps):
@@ -41,7 +41,7 @@ class Reparameterization(RoleMaps):
         self,
         architecture: Architecture,
         strength: Strength,
-        secret: Secret,
+        secret: Streams,
         inputs: str | int,
         copy: int,
         device: torch.device | None = None,

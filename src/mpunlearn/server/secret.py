@@ -19,6 +19,7 @@ import math
 import os
 import secrets as system_entropy
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,14 @@ from mpunlearn.server.workspace import Workspace
 KEY_BYTES = 32
 BLOCK = 1 << 14
 """Normals per Box-Muller block. If a range begins or ends inside a block, the whole block is generated."""
+
+
+class Streams(Protocol):
+    """Where streams come from: a `Secret`, or the keys of some of its streams (see `keys`)."""
+
+    def stream(self, *labels: str | int) -> "Stream":
+        """The stream with this name."""
+        ...
 
 
 class Secret:
@@ -78,8 +87,12 @@ class Secret:
 
     def stream(self, *labels: str | int) -> "Stream":
         """The stream with this name. Different labels give independent streams; 1 and "1" are different labels."""
+        return Stream(self.key(*labels))
+
+    def key(self, *labels: str | int) -> bytes:
+        """The key of a stream, from which neither the run's key nor that of another stream can be computed."""
         info = b"".join(_encode(label) for label in labels)
-        return Stream(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._key))
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._key)
 
     def __repr__(self) -> str:
         return "Secret(...)"

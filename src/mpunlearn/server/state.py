@@ -31,6 +31,7 @@ from mpunlearn.schema import read, write
 from mpunlearn.server.offset import OffsetRecord
 from mpunlearn.server.perturbation import Perturbation
 from mpunlearn.server.secret import Secret
+from mpunlearn.storage import Place
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,8 @@ class ServerState:
         """Number of the open round or, if none is open, of the one after the last."""
         return self.open_round.round if self.open_round else len(self.rounds) + 1
 
-    @contextmanager
-    def opened(self, record: RoundRecord, out: Path) -> Iterator[RoundRecord]:
-        """Opens a round while its copies are written to `out`; yields the record to publish from.
-
-        A round that is already open is published again from its stored record. If the block raises before `out` exists,
-        a newly opened round is discarded. This is safe, since different inputs get different noise anyway.
+    def begin(self, record: RoundRecord) -> RoundRecord:
+        """Opens a round, for good; returns the record to publish from, which is the stored one if the round is open already.
 
         Raises:
             StateError: a round is open with different inputs.
@@ -173,19 +170,31 @@ class ServerState:
                     f"{self.path}: round {pinned.round} is open with {' and '.join(changed)}; finish it with "
                     "`postprocess`, repeat `preprocess` with its inputs, or start over with a new --state"
                 )
-            yield pinned
-            return
-        was_new = self._new
-        if was_new:
+            return pinned
+        if self._new:
             with new_directory(self.path, mode=0o700) as folder:
                 self.secret.save(folder / "secret.key")
                 write(folder / "state.json", _Header(self.run))
             self._new = False
         self._store(record)
+        return record
+
+    @contextmanager
+    def opened(self, record: RoundRecord, out: Place) -> Iterator[RoundRecord]:
+        """Opens a round while its copies are written to `out`; yields the record to publish from.
+
+        If the block raises before `out` exists, a newly opened round is discarded. This is safe, since different inputs get
+        different noise anyway.
+
+        Raises:
+            StateError: a round is open with different inputs.
+        """
+        was_new, was_open = self._new, self.open_round is not None
+        pinned = self.begin(record)
         try:
-            yield record
+            yield pinned
         except BaseException:
-            if out.exists():
+            if was_open or out.exists():
                 raise
             self.rounds.pop()
             self._file(record).unlink()

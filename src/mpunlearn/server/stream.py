@@ -45,6 +45,8 @@ class RowSlice:
     role: TensorRole
     start: int
     stop: int
+    number: int = 0
+    """Index of the slice within its tensor."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -58,7 +60,8 @@ def row_slices(checkpoint: Checkpoint, roles: Mapping[str, TensorRole]) -> list[
         rows = info.shape[0]
         row_entries = max(1, info.nbytes // info.dtype.itemsize // rows)
         step = max(1, SLICE_ENTRIES // row_entries) if role.axes[0] == ("vocabulary",) else rows
-        slices += [RowSlice(name, role, start, min(start + step, rows)) for start in range(0, rows, step)]
+        starts = enumerate(range(0, rows, step))
+        slices += [RowSlice(name, role, start, min(start + step, rows), number) for number, start in starts]
     return slices
 
 
@@ -110,7 +113,11 @@ def chunks(rows: int, row_entries: int, multiple: int, device: torch.device | No
 
 
 def in_parallel(
-    items: Collection[T], work: Callable[[T, Workspace], R], what: str, weight: Callable[[T], int]
+    items: Collection[T],
+    work: Callable[[T, Workspace], R],
+    what: str,
+    weight: Callable[[T], int],
+    threads: int = THREADS,
 ) -> list[R]:
     """Calls `work` on every item from several threads. The first exception stops all of them.
 
@@ -119,6 +126,7 @@ def in_parallel(
         work: called with an item and the thread's workspace, in its own frame.
         what: label of the progress bar.
         weight: the share of an item in the progress.
+        threads: number of threads.
 
     Returns:
         The results in the order of the items.
@@ -134,7 +142,7 @@ def in_parallel(
     results: list[R] = []
     pending: deque[tuple[T, Future[R]]] = deque()
     # Slices run in parallel, so torch's own multithreading would only cause oversubscription.
-    pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def collect() -> None:
         item, future = pending.popleft()
@@ -145,7 +153,7 @@ def in_parallel(
         with Progress(sum(map(weight, items)), what) as task:
             for item in items:
                 pending.append((item, pool.submit(framed, item)))
-                if len(pending) > THREADS:
+                if len(pending) > threads:
                     collect()
             while pending:
                 collect()

@@ -17,6 +17,7 @@ from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint, TensorDirectory
 from mpunlearn.errors import PlanError, UpdateError
 from mpunlearn.protocol.exchange import FACTORS, Card, ReceivedUpdate
 from mpunlearn.protocol.plan import Training
+from mpunlearn.storage import Place
 
 NORM_LIMIT = 1.0
 """Maximum norm of an update, relative to the norm of the model. A larger update would replace the model."""
@@ -85,7 +86,7 @@ def examine(
     return path
 
 
-def check_norm(path: Path, square: float, of_model: float, tolerance: float = 0.0) -> None:
+def check_norm(path: Place, square: float, of_model: float, tolerance: float = 0.0) -> None:
     """Checks that the norm of an update does not exceed the limit.
 
     Args:
@@ -120,7 +121,7 @@ def check_tensors(update: ReceivedUpdate, specs: Specs, names: Collection[str] |
     Raises:
         UpdateError: a tensor of the update does not match any tensor of the copy.
     """
-    path, tensors = update.tensors.path, update.tensors.tensors
+    path, tensors = update.tensors.place, update.tensors.tensors
     counted = set(tensors if names is None else names)
     for factor in sorted(name for name in counted if name.endswith(FACTORS)):
         _check_factor(update, factor, specs)
@@ -242,7 +243,7 @@ def update_bytes(copy: Path, training: Training) -> int:
 
 def _check_factor(update: ReceivedUpdate, name: str, specs: Specs) -> None:
     """Checks the shape and dtype of a LoRA factor, and that the other factor exists."""
-    path, tensors = update.tensors.path, update.tensors.tensors
+    path, tensors = update.tensors.place, update.tensors.tensors
     weight, which = name[: -len(FACTORS[0])], FACTORS.index(name[-len(FACTORS[0]) :])
     expected = specs[weight][1] if weight in specs else ()
     if len(expected) != 2:

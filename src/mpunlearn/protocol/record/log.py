@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mpunlearn.errors import FileError, RecordError
-from mpunlearn.files import exclusive, read_json, write_bytes
+from mpunlearn.files import exclusive, write_bytes
 from mpunlearn.protocol.identity import Identity
 from mpunlearn.protocol.record.artifacts import EVENT_FILE, FileDigest, artifact_files, file_digests
 from mpunlearn.protocol.record.bundle import Bundle
 from mpunlearn.protocol.record.canonical import file_bytes
 from mpunlearn.protocol.record.events import MAX_BYTES, Event, Kind, SignedEvent, now
+from mpunlearn.storage import Place, read_json, size_of
+from mpunlearn.storage import write_bytes as write_file
 
 FILE = "record.json"
 IDENTITY = "identity.key"
@@ -98,11 +100,24 @@ class Log:
             return event
 
     def attest(
-        self, kind: Kind, folder: Path, content: dict[str, Any], after: Iterable[SignedEvent] = ()
+        self,
+        kind: Kind,
+        folder: Place,
+        content: dict[str, Any],
+        after: Iterable[SignedEvent] = (),
+        known: Mapping[str, str] | None = None,
     ) -> SignedEvent:
-        """Appends an event about the artifact in a folder, and puts the event there as well."""
-        event = self.append(kind, file_digests(artifact_files(folder)), content, after)
-        write_bytes(folder / EVENT_FILE, file_bytes(event.envelope), 0o644)
+        """Appends an event about the artifact in a folder, and puts the event there as well.
+
+        Args:
+            kind: what happened.
+            folder: the folder.
+            content: what else there is to say.
+            after: events of other parties that it builds on.
+            known: SHA-256 of files that was computed when they were written, by name; the others are read.
+        """
+        event = self.append(kind, file_digests(artifact_files(folder), known), content, after)
+        write_file(folder / EVENT_FILE, file_bytes(event.envelope), 0o644)
         return event
 
 
@@ -123,7 +138,7 @@ def append_result(kind: Kind, model: Path, result: Path) -> None:
         log.append(kind, file_digests([result]), bundle.reference)
 
 
-def event_of(folder: Path, known: Iterable[tuple[str, str]] | None = None) -> SignedEvent | None:
+def event_of(folder: Place, known: Iterable[tuple[str, str]] | None = None) -> SignedEvent | None:
     """The event in an artifact's folder, if there is one.
 
     Args:
@@ -151,14 +166,14 @@ def copied_event(folder: Path) -> SignedEvent | None:
     return read_event(folder / EVENT_FILE) if (folder / EVENT_FILE).is_file() else None
 
 
-def read_event(path: Path) -> SignedEvent:
+def read_event(path: Place) -> SignedEvent:
     """The event in a file.
 
     Raises:
         RecordError: it does not verify.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if size_of(path) > MAX_BYTES:
             raise RecordError(f"has more than {MAX_BYTES} bytes")
         return SignedEvent.open(read_json(path))
     except (FileError, RecordError) as error:
