@@ -169,11 +169,11 @@ def passes(world: World, work: Path) -> None:
         with tempfile.TemporaryDirectory(dir=work) as name:
             folder = Path(name)
             begin = time.monotonic()
-            paths = {"state": folder / "state", "out": folder / "copies"}
-            published = preprocess(world.original, **paths, perturbation=perturbation("hardened"), device=device)
+            state, how = folder / "state", perturbation("hardened")
+            published = preprocess(world.original, state=state, out=folder / "copies", perturbation=how, device=device)
             before = time.monotonic() - begin
             begin = time.monotonic()
-            postprocess(published.copies, state=folder / "state", out=folder / "new", device=device)
+            postprocess(published.copies, state=state, out=folder / "new", device=device)
             row = {"world": world.name, "device": device, "preprocess": before, "postprocess": time.monotonic() - begin}
         append(work / "passes.csv", row)
 
