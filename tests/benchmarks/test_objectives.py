@@ -13,7 +13,7 @@ from mpunlearn.demo import models
 from mpunlearn.demo.world import QUICK_RECIPE, Recipe
 from mpunlearn.lm.records import Record
 from objectives import BUDGET, FIRST, FREE, GAMMAS, RATES, append, best, cell, proposals, rows_of
-from objectives_tables import lasting, ranking
+from objectives_tables import lasting, ranking, report
 from unlearning_worlds import OutOfTime, Scale, demo_world, fit
 
 
@@ -106,3 +106,10 @@ def test_training_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pyt
 
     at_once = weights([float("inf")])
     assert torch.equal(weights([1.0, float("inf")]), at_once)
+
+
+def test_the_documentation_shows_the_rows_that_are_in_the_repository() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    folder = docs / "objectives"
+    shown = (docs / "objectives.md").read_text(encoding="utf-8")
+    assert report(rows_of(folder / "search.csv"), rows_of(folder / "results.csv")) in shown
