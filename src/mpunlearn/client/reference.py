@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from mpunlearn.checkpoint import checkpoint_files
+from mpunlearn.client.saving import has_checkpoint
 from mpunlearn.errors import CheckpointError, DataError, FileError, MPUError, SchemaError
 from mpunlearn.files import new_directory
 from mpunlearn.lm.processes import is_main
@@ -152,5 +153,5 @@ class TrainingFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if is_main() and (kind is None or not (self._path / "checkpoint.pt").exists()):
+        if is_main() and (kind is None or not has_checkpoint(self._path)):
             shutil.rmtree(self._path, ignore_errors=True)

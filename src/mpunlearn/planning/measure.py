@@ -24,7 +24,8 @@ from mpunlearn.client.batches import Examples, MicroBatches, Pick
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.trainer import Trainer
-from mpunlearn.client.weights import adapt, select, write_update
+from mpunlearn.client.update import write_update
+from mpunlearn.client.weights import adapt, select
 from mpunlearn.lm.examples import Example
 from mpunlearn.lm.model import load_model, nll
 from mpunlearn.planning.cut import Cut, cut
