@@ -96,9 +96,15 @@ def empty_model(path: Path) -> Any:
     Raises:
         CheckpointError: it is not a checkpoint directory, or transformers does not know its model.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
     config = _checked_config(path)
     with quiet(), _as_unloadable(path, "model"), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(allowed_config(config), dtype=torch.float32)
+    # How names on disk differ is looked up by the model's class, whose name FSDP2 changes: look it up before.
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [change for change in conversions if not isinstance(change, PrefixChange)]
     return model.eval()
 
 
