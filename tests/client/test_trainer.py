@@ -1,16 +1,12 @@
 """The training loop against a hand-written one, and what must not change its result."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tests.client.training import QUICK, distance, read_all, update_of
+from tests.client.training import QUICK, distance, update_of
 
 from mpunlearn.checkpoint import TensorDirectory
-from mpunlearn.cli import main
 from mpunlearn.client import client as client_module
 from mpunlearn.client.batches import MicroBatches, optimizer_steps
 from mpunlearn.client.combine import DualAscent
@@ -88,33 +84,6 @@ def test_micro_batches_do_not_change_the_update(save_tiny, tmp_path: Path, examp
     assert distance(whole, parts) < (1e-3 if objective in ("undial", "ce-u") else 1e-5)
     control = update_of(path, examples, tmp_path / "control", **{**options, "batch_size": 3})
     assert distance(whole, control) > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "options"),
-    [
-        ("npo", ["--optimizer", "tensor_adam"]),
-        ("grad-diff", ["--retain-loss", "kl"]),
-        ("ngdiff", []),
-        ("dpo", []),
-        ("npo", ["--lora-rank", "2"]),
-    ],
-)
-def test_two_processes_give_the_update_of_one(save_tiny, tmp_path: Path, examples, objective: str, options) -> None:
-    path = save_tiny()
-    command = ["-m", "mpunlearn.cli", "unlearn", path, "--objective", objective, *options]
-    command += ["--forget", examples[0], "--retain", examples[1], "--batch-size", "4", "--epochs", "2"]
-    command += ["--learning-rate", "1e-3", "--max-length", "64", "--micro-batch-size", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert main([str(part) for part in (*command[2:], "--out", tmp_path / "one")]) == 0
-    line = [str(part) for part in (*pair, *command, "--out", tmp_path / "two")]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert distance(read_all(tmp_path / "one"), read_all(tmp_path / "two")) < 1e-5
-    assert {item.name for item in tmp_path.iterdir()} >= {"one", "two"}
-    assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
 
 
 def test_every_copy_sees_the_same_dropout(save_tiny, tmp_path: Path, examples) -> None:

@@ -60,7 +60,8 @@ def shard(model: Any, resources: Resources) -> None:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embeddings.weight is not head.weight:
         fully_shard(embeddings, **options)
-    fully_shard(model, **options)
+    # By default, the root would keep its weights after a forward pass without gradients, and then miss some gradients.
+    fully_shard(model, reshard_after_forward=True, **options)
 
 
 def fill(model: Any, source: Checkpoint, resources: Resources, seed: int = 0, card: Card | None = None) -> None:

@@ -188,7 +188,7 @@ class _Client:
         work = self._work
         size = work.resources.micro_batch_size or work.training.batch_size
         batches = MicroBatches(steps, work.examples, size=size, pad=0)
-        quiet = replace(work.resources, save_every=0, report_to="none")
+        quiet = replace(work.resources, save_every=0, report_to="none", cpu_offload=False)
         once = replace(work.training, epochs=1, learning_rate=TIMED_RATE)
         with tempfile.TemporaryDirectory() as folder:
             Trainer(
