@@ -6,8 +6,10 @@ it had before, and the bytes that it receives. Then trains on 4 processes, kills
 second checkpoint, and goes on with 2. Prints the measured numbers beside those that `mpunlearn plan` computes, and the
 distance of every update to that of one process.
 
-`--table` only prints what larger models need, computed from their shapes; nothing is run. Each row is the least number of
-processes, a power of two, that fits into GPUs of 80 GB with a tenth to spare; if one GPU is enough, one process.
+`--table` only prints what larger models need, computed from their shapes; nothing is run. Training is NPO with AdamW in
+bfloat16 with gradient checkpointing, 32 examples in a step, four or fewer in a micro-batch, and texts of TOFU's length (see
+recipes.py). Each row has the least number of processes, a power of two, that fits into GPUs of 80 GB with a tenth to spare;
+with offloading also into 250 GB of the host for each of them.
 
     python benchmarks/sharded.py [--table]
 """
@@ -38,10 +40,10 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 TRAINING = Training("npo", epochs=1, batch_size=4, learning_rate=1e-4, max_length=64)
 EXAMPLES = 8
-GPU_BYTES = 72e9
-TOFU = {"examples": 1, "tokens": 80, "answer_tokens": 60, "precision": "bfloat16", "checkpointing": True}
+GPU_BYTES, HOST_BYTES = 72e9, 250e9
+TOFU: dict[str, Any] = {"tokens": 80, "answer_tokens": 60, "precision": "bfloat16", "checkpointing": True}
 BATCH = 32
-CASES = (
+CASES: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("llama-2-7b", {}, False),
     ("llama-2-7b", {"lora_rank": 16}, False),
     ("llama-3.1-70b", {}, False),
@@ -53,7 +55,9 @@ CASES = (
 )
 
 
-def computed(shapes: Shapes, training: Training, count: int, offload: bool, batch: int, **sizes: Any) -> SeveralProcesses:
+def computed(
+    shapes: Shapes, training: Training, count: int, offload: bool, batch: int, **sizes: Any
+) -> SeveralProcesses:
     """What `plan` computes for a number of processes."""
     return several_processes(
         shapes,
@@ -71,9 +75,9 @@ def table() -> str:
     rows = []
     for name, options, offload in CASES:
         shapes, training = Shapes.of_config(MODELS[name]), Training("npo", **options)
-        for count in (2**power for power in range(11)):
-            needs = computed(shapes, training, count, offload, BATCH, **TOFU)
-            if needs.gpu <= GPU_BYTES:
+        for count in (2**power for power in range(offload, 11)):
+            needs = computed(shapes, training, count, offload, BATCH, examples=min(4, -(-BATCH // count)), **TOFU)
+            if needs.gpu <= GPU_BYTES and needs.host <= HOST_BYTES:
                 break
         kind = f"LoRA {training.lora_rank}" if training.lora_rank else "all layers"
         rows.append(
@@ -121,20 +125,20 @@ def work(out: Path, save_every: int, kill: int) -> None:
     """One of the processes: unlearns, and writes what it measured next to the update."""
     import torch
     from torch import distributed
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict_saver
 
     from mpunlearn import Resources, unlearn
-    from mpunlearn.client import client
+    from mpunlearn.client import client as client_module
     from mpunlearn.client.trainer import Trainer
 
     torch.set_num_threads(1)
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     meter, received, saves = Meter(), [0], [0]
 
-    def counting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def counted(*args: Any, **options: Any) -> Any:
-            received[0] += options[name].nbytes * (count - 1) // count
-            return function(*args, **options)
+    def counting(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
+        def counted(output: Any, *args: Any, **options: Any) -> Any:
+            received[0] += int(output.nbytes * factor)
+            return function(output, *args, **options)
 
         return counted
 
@@ -150,13 +154,15 @@ def work(out: Path, save_every: int, kill: int) -> None:
         meter.received = received[0]  # type: ignore[attr-defined]
         return history
 
-    distributed.all_gather_into_tensor = counting(distributed.all_gather_into_tensor, "output_tensor")
-    distributed.reduce_scatter_tensor = counting(distributed.reduce_scatter_tensor, "input")
-    save, checkpoint.save = checkpoint.save, killed
+    for name, factor in (("all_gather_single", (count - 1) / count), ("reduce_scatter_single", count - 1)):
+        setattr(distributed, name, counting(getattr(distributed, name), factor))
+    save = state_dict_saver.save
+    state_dict_saver.save = killed
     original = Trainer.train
-    client.Client._model = meter.phase("load", client.Client._model)  # type: ignore[method-assign]
+    client_module.Client._model = meter.phase("load", client_module.Client._model)  # type: ignore[method-assign]
     Trainer.train = meter.phase("train", train)  # type: ignore[method-assign]
-    client.write_update = meter.phase("write", client.write_update)
+    writing = meter.phase("write", client_module.write_update)  # type: ignore[attr-defined]
+    client_module.write_update = writing  # type: ignore[attr-defined]
     folder = out.parent
     unlearn(
         folder / "model",
@@ -188,7 +194,9 @@ def start(out: Path, count: int, save_every: int = 0, kill: int = 0) -> list[dic
     command = [__file__, "--work", str(out), "--save-every", str(save_every), "--kill", str(kill)]
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([sys.executable, *runner, *command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *runner, *command], env=environment, capture_output=True, text=True, check=False
+    )
     if (done.returncode != 0) != bool(kill):
         raise SystemExit(done.stderr)
     files = sorted(out.parent.glob(f"{out.name}-*.json"))
@@ -237,7 +245,9 @@ def proof(folder: Path) -> str:
     left = [item.name for item in (folder / ".resumed.training").glob("step-*")]
     start(folder / "resumed", 2, save_every=1)
     apart = distance(folder / "u1", folder / "resumed")
-    resumed = f"One of 4 processes killed in checkpoint 2; left: {', '.join(left)}; continued by 2; distance {apart:.1e}."
+    resumed = (
+        f"One of 4 processes killed in checkpoint 2; left: {', '.join(left)}; continued by 2; distance {apart:.1e}."
+    )
     return f"{shapes.parameters / 1e6:.0f} M parameters.\n\n{markdown(head, rows)}\n\n{resumed}"
 
 

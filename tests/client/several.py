@@ -27,13 +27,13 @@ def run_together(lines: list[list], folder: Path, count: int = 2, kill: int = 0)
 
 def work() -> None:
     """One of the processes."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict_saver
 
     from mpunlearn.cli import main
     from mpunlearn.client import update
 
     update.MIN_FILE_BYTES = 20_000
-    kill, saves, save = int(sys.argv[2]), [], checkpoint.save
+    kill, saves, save = int(sys.argv[2]), [], state_dict_saver.save
 
     def killed(*args, **kwargs):
         saves.append(None)
@@ -41,7 +41,7 @@ def work() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(*args, **kwargs)
 
-    checkpoint.save = killed
+    state_dict_saver.save = killed
     codes = [main(line) for line in json.loads(Path(sys.argv[1]).read_text())]
     print("exit codes", codes)
     sys.exit(FAILED if any(codes) else 0)

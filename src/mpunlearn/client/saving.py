@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mpunlearn.errors import CheckpointError, PlanError
 from mpunlearn.lm.processes import all_or_none, is_main, new_directory_together, processes, rank
@@ -72,7 +73,7 @@ class Saved:
         }
         with new_directory_together(folder / f"step-{step:08d}", mode=0o700) as partial:
             with _quiet():
-                checkpoint.save({**_detached(self.parameters), **tensors}, checkpoint_id=partial)
+                state_dict_saver.save({**_detached(self.parameters), **tensors}, checkpoint_id=partial)
             torch.save(_random_state(), partial / f"random-{rank()}.pt")
             if is_main():
                 torch.save(state, partial / "training.pt")
@@ -99,7 +100,7 @@ class Saved:
             return None
         try:
             return self._restore(found[-1])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, checkpoint.CheckpointException) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, CheckpointException) as error:
             raise CheckpointError(
                 f"{folder}: the checkpoint of the interrupted training cannot be read: {error}; remove this directory to "
                 "start from the beginning"
@@ -112,7 +113,7 @@ class Saved:
             for key, dtype in state["tensors"].items()
         }
         with _quiet():
-            checkpoint.load({**_detached(self.parameters), **by_key}, checkpoint_id=place)
+            state_dict_loader.load({**_detached(self.parameters), **by_key}, checkpoint_id=place)
         values: dict[str, dict[str, Any]] = {}
         for key, value in {**state["numbers"], **by_key}.items():
             _, name, entry = key.split("/")

@@ -146,7 +146,8 @@ def inner_factor(name: str, shape: torch.Size, seed: int, card: Card | None) -> 
     copy = f"{card.run} {card.round} {card.copy}" if card is not None else ""
     digest = hashlib.sha256(f"{seed} {copy} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
+    values: torch.Tensor = (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
+    return values
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,12 @@ def plan(
     file = as_path(out, "--out")
     if file.exists():
         raise FileError(f"{file}: already exists; choose another --out, or remove this file")
-    counts = {"--rounds": (rounds, 1), "--clients": (clients, 1), "--processes": (processes, 1), "--seconds": (seconds, 0)}
+    counts = {
+        "--rounds": (rounds, 1),
+        "--clients": (clients, 1),
+        "--processes": (processes, 1),
+        "--seconds": (seconds, 0),
+    }
     for option, (value, least) in counts.items():
         if value < least:
             raise PlanError(f"{option}: expected at least {least}, found {value:g}")

@@ -48,8 +48,8 @@ def several_processes(
         sum(shapes.shapes[name]) for name in (shapes.trained(training) if training.lora_rank else ())
     )
     shard = -(-(FLOAT32 * (shapes.parameters + adapters) + one.reference + one.gradients + one.optimizer) // processes)
-    gathered = FLOAT32 * (root + embedding) + LAYERS_GATHERED * item * layer
-    gathered += (0 if precision == "float32" else item * root) + (item + FLOAT32) * trained_layer
+    gathered = LAYERS_GATHERED * item * layer + (item + FLOAT32) * trained_layer
+    gathered = max(gathered, FLOAT32 * embedding) + (FLOAT32 + (0 if precision == "float32" else item)) * root
     written = FLOAT32 * max(
         (math.prod(shapes.shapes[name]) for name in shapes.trained(training) if not training.lora_rank), default=0
     )
