@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpunlearn.errors import CheckpointError, PlanError
-from mpunlearn.lm.processes import all_or_none, is_main, new_directory_together, processes, rank
+from mpunlearn.lm.processes import is_main, new_directory_together, processes, rank
 
 OLDER = "checkpoint.pt"
 """The file that older versions wrote. It is not read."""
@@ -91,8 +91,6 @@ class Saved:
         Raises:
             CheckpointError: a checkpoint is damaged.
         """
-        with all_or_none():  # until the main process has prepared the folder
-            pass
         found = _complete(folder)
         if not found:
             if is_main() and (folder / OLDER).is_file():
