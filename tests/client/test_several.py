@@ -1,8 +1,8 @@
 """Training on several processes: the update of one process, in one directory, and resumed after one of them was killed."""
 
-import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,88 +50,75 @@ def models(save_tiny) -> dict[str, Path]:
     return {case: {"everything": tied, "experts": mixed}.get(case, plain) for case in CASES}
 
 
+def interrupted(arguments: list, at: int) -> None:
+    """Begins a training in this process, and interrupts it before a step."""
+
+    def step(batches: MicroBatches, number: int):
+        if number == at:
+            raise KeyboardInterrupt
+        return original(batches, number)
+
+    original = MicroBatches.step
+    with mock.patch.object(MicroBatches, "step", step):
+        assert alone(arguments) != 0
+
+
 def test_two_processes_give_the_update_of_one(models, tmp_path: Path, examples) -> None:
+    """Also if one process has begun, and also merged into the model. What fails in one process fails in both."""
     lines = [line(models[case], examples, tmp_path / f"{case}-2", *options) for case, options in CASES.items()]
     merged = [["forget", *line(models["dpo"], examples, tmp_path / f"merged-{count}")[1:]] for count in (1, 2)]
-    done = run_together([*lines, merged[1]], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert alone(merged[0]) == 0
-    one, two = (Checkpoint(tmp_path / f"merged-{count}") for count in (1, 2))
-    torch.testing.assert_close(*({name: part.read(name) for name in part.tensors} for part in (one, two)))
+    saving = [*CASES["tensor_adam"], "--save-every", 1]
+    continued = line(models["tensor_adam"], examples, tmp_path / "continued", *saving)
+    interrupted(continued, at=2)
+    assert checkpoints(tmp_path / ".continued.training") == ["step-00000002"]
+    options = ["--objective", "grad-ascent", "--learning-rate", 1e9, "--update-dtype", "float16"]
+    too_fast = line(models["dpo"], examples, tmp_path / "fast", *options)
+    done = run_together([*lines, merged[1], continued, too_fast], tmp_path)
+    codes = [0] * (len(CASES) + 2) + [2]
+    assert done.stdout.count(f"exit codes {codes}") == 2, done.stdout + done.stderr
+    assert done.stderr.count("resuming after step 2 of 4") == 1
+    assert done.stderr.count("contains NaN or exceeds the range") == 2
+    assert not (tmp_path / "fast").exists()
+    assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
     for case, options in CASES.items():
         assert alone(line(models[case], examples, tmp_path / f"{case}-1", *options)) == 0
         one, two = (read_all(tmp_path / f"{case}-{count}") for count in (1, 2))
         assert distance(one, two) < TOLERANCE.get(case, 1e-5), case
-    assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
-    # Both have written, no tensor twice.
-    directory = TensorDirectory(tmp_path / "everything-2", stem="update")
+    assert distance(read_all(tmp_path / "tensor_adam-1"), read_all(tmp_path / "continued")) < 1e-5
+    assert alone(merged[0]) == 0
+    first, second = (Checkpoint(tmp_path / f"merged-{count}") for count in (1, 2))
+    torch.testing.assert_close(*({name: part.read(name) for name in part.tensors} for part in (first, second)))
+    check_files(tmp_path / "everything-2")
+
+
+def check_files(update: Path) -> None:
+    """Several files, each named and listed as in any safetensors directory, and every tensor once."""
+    directory = TensorDirectory(update, stem="update")
     files = sorted({info.file for info in directory.tensors.values()})
-    assert files == sorted(file.name for file in directory.path.glob("*.safetensors"))
+    assert files == sorted(file.name for file in update.glob("*.safetensors"))
     assert files == [f"update-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     assert len(files) > 1
-    index = json.loads((directory.path / "update.safetensors.index.json").read_text())
-    sizes = [info.nbytes for info in directory.tensors.values()]
-    assert index["metadata"]["total_size"] == sum(sizes)
-    assert sum(file.stat().st_size for file in directory.path.glob("*.safetensors")) < sum(sizes) + 10_000
+    index = json.loads((update / "update.safetensors.index.json").read_text())
+    total = sum(info.nbytes for info in directory.tensors.values())
+    assert index["metadata"]["total_size"] == total
+    assert sum(file.stat().st_size for file in update.glob("*.safetensors")) < total + 10_000
 
 
-def test_what_fails_in_one_process_fails_in_all_and_leaves_nothing(save_tiny, tmp_path: Path, examples) -> None:
-    too_fast = line(
-        save_tiny(),
-        examples,
-        tmp_path / "u",
-        "--objective",
-        "grad-ascent",
-        "--learning-rate",
-        1e9,
-        "--update-dtype",
-        "float16",
-    )
-    done = run_together([too_fast], tmp_path)
-    assert done.returncode != 0
-    assert done.stdout.count("exit codes [2]") == 2, done.stdout + done.stderr
-    assert done.stderr.count("contains NaN or exceeds the range") >= 2
-    assert not list(tmp_path.glob("*u*.partial"))
-    assert not (tmp_path / "u").exists()
+def checkpoints(folder: Path) -> list[str]:
+    return [item.name for item in folder.glob("step-*")]
 
 
-def test_a_killed_process_does_not_cost_the_training(save_tiny, tmp_path: Path, examples, capsys, monkeypatch) -> None:
-    """Begun by three processes, of which one is killed in the middle of the third checkpoint; then by two; then by one."""
+def test_a_killed_process_does_not_cost_the_training(save_tiny, tmp_path: Path, examples, capsys) -> None:
+    """Three processes begin, one of them is killed in the middle of the third checkpoint, and one process goes on."""
     options = ["--objective", "pdu", "--dual-warmup", "1", "--save-every", "1", "--optimizer", "adamw_torch"]
     path, folder = save_tiny(), tmp_path / ".u.training"
     whole, cut = (line(path, examples, tmp_path / name, *options) for name in ("whole", "u"))
     assert run_together([cut], tmp_path, count=3, kill=3).returncode not in (0, FAILED)
-    assert [item.name for item in folder.glob("step-*")] == ["step-00000002"]
+    assert checkpoints(folder) == ["step-00000002"]
+    assert (folder / ".step-00000003.partial").is_dir()
     assert not (tmp_path / "u").exists()
-    assert run_together([cut], tmp_path, count=2, kill=2).returncode not in (0, FAILED)
-    assert [item.name for item in folder.glob("step-*")] == ["step-00000003"]
-    steps = []
-    original = MicroBatches.step
-    monkeypatch.setattr(MicroBatches, "step", lambda batches, number: steps.append(number) or original(batches, number))
     assert alone(cut) == 0
-    assert steps[0] == 3
-    assert "resuming after step 3 of 4" in capsys.readouterr().err
+    assert "resuming after step 2 of 4" in capsys.readouterr().err
     assert alone(whole) == 0
     assert distance(read_all(tmp_path / "whole"), read_all(tmp_path / "u")) < 1e-5
-    losses = itertools.chain(tmp_path.glob(".*"), tmp_path.glob("*.partial"))
-    assert not list(losses)
-
-
-def test_several_processes_go_on_from_the_checkpoint_of_one(save_tiny, tmp_path: Path, examples, monkeypatch) -> None:
-    options = ["--objective", "npo", "--save-every", "1", "--lora-rank", "3", "--optimizer", "tensor_adam"]
-    path, original = save_tiny(), MicroBatches.step
-    whole, cut = (line(path, examples, tmp_path / name, *options) for name in ("whole", "u"))
-
-    def step(batches: MicroBatches, number: int):
-        if number == 2:
-            raise KeyboardInterrupt
-        return original(batches, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MicroBatches, "step", step)
-        assert alone(cut) != 0
-    assert [item.name for item in (tmp_path / ".u.training").glob("step-*")] == ["step-00000002"]
-    done = run_together([cut], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert alone(whole) == 0
-    assert distance(read_all(tmp_path / "whole"), read_all(tmp_path / "u")) < 1e-5
+    assert not list(tmp_path.glob(".*"))

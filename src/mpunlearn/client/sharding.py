@@ -87,13 +87,13 @@ def fill(model: Any, source: Checkpoint, resources: Resources, seed: int = 0, ca
     base.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            shard = Shard.of(parameter)
-            if ".lora_" in name:
-                shard.local.zero_()
-                if INNER in name:
-                    shard.local.copy_(inner_factor(name, parameter.shape, seed, card)[shard.start : shard.stop])
+            mine = Shard.of(parameter)
+            if INNER in name:
+                mine.local.copy_(inner_factor(name, parameter.shape, seed, card)[mine.start : mine.stop])
+            elif ".lora_" in name:
+                mine.local.zero_()
             else:
-                _read(source, base, name.removeprefix(PREFIX).replace(".base_layer.", "."), shard)
+                _read(source, base, name.removeprefix(PREFIX).replace(".base_layer.", "."), mine)
     # transformers initializes what is not marked: the buffers.
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True

@@ -280,7 +280,8 @@ class Trainer:
             return
         self._done, self._combination.alpha = progress["done"], progress["alpha"]
         self.history = History(**progress["history"])
-        logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
+        if is_main():
+            logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
 
 
 def check_resources(training: Training, resources: Resources) -> None:

@@ -9,6 +9,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ import torch.distributed
 from mpunlearn.errors import FileError, MPUError
 from mpunlearn.files import new_directory
 
+TIMEOUT = timedelta(hours=2)
+"""How long processes wait for each other; one may read its shard much faster than another."""
 T = TypeVar("T")
 
 
@@ -43,9 +46,9 @@ def connect() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Tensors that are offloaded to the CPU are reduced by gloo.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     else:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     atexit.register(_disconnect)
 
 

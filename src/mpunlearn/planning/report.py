@@ -25,7 +25,7 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class SeveralProcesses:
-    """What training one copy on several processes needs, in bytes for each process, besides the program itself."""
+    """What training one copy on several processes needs, in bytes for each process."""
 
     processes: int
     shard: int
