@@ -133,7 +133,7 @@ def work(out: Path, save_every: int, kill: int) -> None:
 
     torch.set_num_threads(1)
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    meter, received, saves = Meter(), [0], [0]
+    meter, received, in_steps, saves = Meter(), [0], [0], [0]
 
     def counting(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
         def counted(output: Any, *args: Any, **options: Any) -> Any:
@@ -148,19 +148,19 @@ def work(out: Path, save_every: int, kill: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(*args, **options)
 
-    def train(trainer: Trainer) -> Any:
-        received[0] = 0
-        history = original(trainer)
-        meter.received = received[0]  # type: ignore[attr-defined]
-        return history
+    def step(trainer: Trainer) -> None:
+        before = received[0]
+        original(trainer)
+        in_steps[0] += received[0] - before
 
     for name, factor in (("all_gather_single", (count - 1) / count), ("reduce_scatter_single", count - 1)):
         setattr(distributed, name, counting(getattr(distributed, name), factor))
     save = state_dict_saver.save
     state_dict_saver.save = killed
-    original = Trainer.train
+    original = Trainer._step
     client_module.Client._model = meter.phase("load", client_module.Client._model)  # type: ignore[method-assign]
-    Trainer.train = meter.phase("train", train)  # type: ignore[method-assign]
+    Trainer.train = meter.phase("train", Trainer.train)  # type: ignore[method-assign]
+    Trainer._step = step  # type: ignore[method-assign]
     writing = meter.phase("write", client_module.write_update)  # type: ignore[attr-defined]
     client_module.write_update = writing  # type: ignore[attr-defined]
     folder = out.parent
@@ -172,7 +172,7 @@ def work(out: Path, save_every: int, kill: int) -> None:
         training=TRAINING,
         resources=Resources(micro_batch_size=1, save_every=save_every),
     )
-    result = {**meter.peaks, "received": meter.received}  # type: ignore[attr-defined]
+    result = {**meter.peaks, "received": in_steps[0]}
     (folder / f"{out.name}-{rank}.json").write_text(json.dumps(result))
 
 
@@ -193,7 +193,8 @@ def start(out: Path, count: int, save_every: int = 0, kill: int = 0) -> list[dic
     """Runs `work` in several processes; what each of them measured, or nothing if one was killed."""
     command = [__file__, "--work", str(out), "--save-every", str(save_every), "--kill", str(kill)]
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    # What is freed goes back to the system at once, and is not counted.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(
         [sys.executable, *runner, *command], env=environment, capture_output=True, text=True, check=False
     )

@@ -56,12 +56,11 @@ def several_processes(
     host = written + BLOCK_BYTES
     compute = gathered + one.activations
     passes = 1 + bool(training.resolved().alpha)
-    # Weights are gathered for the forward pass, and again for the backward pass, but for an embedding that is not trained.
+    # Weights are gathered for the forward pass, and again for the backward pass.
     layers = item * sum(math.prod(shapes.shapes[name]) for name, role in shapes.roles.items() if role.layer is not None)
-    forward = layers + FLOAT32 * (root + embedding)
-    backward = forward if training.train == "all" else layers + FLOAT32 * root
-    received = (passes + alternates) * (forward + backward) + passes * one.gradients
-    received += passes * forward if one.reference else 0
+    weights = layers + FLOAT32 * (root + embedding)
+    received = 2 * (passes + alternates) * weights + passes * one.gradients
+    received += passes * weights if one.reference else 0
     return SeveralProcesses(
         processes=processes,
         shard=shard,
