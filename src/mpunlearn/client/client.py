@@ -30,13 +30,15 @@ from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
 from mpunlearn.client.resources import Callback, Resources
+from mpunlearn.client.sharding import fill, shard
 from mpunlearn.client.trainer import History, Trainer, check_resources
-from mpunlearn.client.weights import adapt, check_layer, select, shard, write_update
+from mpunlearn.client.update import write_update
+from mpunlearn.client.weights import adapt, check_layer, select
 from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
-from mpunlearn.lm.model import load_model, load_tokenizer, model_device, nll, pad_id
-from mpunlearn.lm.processes import is_main, processes, rank
+from mpunlearn.lm.model import empty_model, load_model, load_tokenizer, model_device, nll, pad_id
+from mpunlearn.lm.processes import gathered, is_main, processes, rank
 from mpunlearn.lm.records import Record, read_records, record_text, records_digest, with_alternates
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.exchange import Card
@@ -155,15 +157,8 @@ class Client:
         encoded = self._encode(source.path)
         cache = None if self._memory is None or card is None else ReferenceCache(self._memory, card)
         reference_nll = self._cached_nll(cache, card, encoded)
-        model = load_model(source.path, self._device)
-        selected = select(model, self.training.train, self.training.token_local)
         steps = self._steps(encoded, card)
-        if is_main():
-            self._warn(model, selected, steps, encoded)
-        if lora_rank := self.training.lora_rank:
-            alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * lora_rank
-            model = adapt(model, lora_rank, alpha, selected, self.training.seed, card)
-        shard(model)
+        model = self._model(source, card, steps, encoded)
         reference = self._reference_model(source.path, card, cache, model)
         if reference_nll is None:
             reference_nll = self._reference_nll(model, encoded)
@@ -177,6 +172,20 @@ class Client:
         if is_main():
             self._report(history, card, cache)
         return out
+
+    def _model(self, source: Checkpoint, card: Card | None, steps: list[list[Pick]], encoded: "_Encoded") -> Any:
+        """The model to train, with adapters if LoRA is asked for, and sharded if there are several processes."""
+        model = load_model(source.path, self._device) if processes() == 1 else empty_model(source.path)
+        selected = select(model, self.training.train, self.training.token_local)
+        if is_main():
+            self._warn(model, selected, steps, encoded)
+        if lora_rank := self.training.lora_rank:
+            alpha = self.training.lora_alpha if self.training.lora_alpha is not None else 2.0 * lora_rank
+            model = adapt(model, lora_rank, alpha, selected, self.training.seed, card)
+        if processes() > 1:
+            shard(model, self._resources)
+            fill(model, source, self._resources, self.training.seed, card)
+        return model
 
     def _drawn_file(self, out: Path, card: Card | None, option: str, name: str) -> Path:
         """The file for what the model writes for an option, `--retain auto` or `--alternates generate`.
@@ -293,9 +302,9 @@ class Client:
             return ReferenceNLL()
         size = self._resources.micro_batch_size or self.training.batch_size
         answers = [answer for alternates in encoded.alternates for answer in alternates]
-        values = iter(nll(model, answers, size, encoded.tokenizer))
+        values = iter(gathered(answers, lambda part: nll(model, part, size, encoded.tokenizer)))
         return ReferenceNLL(
-            nll(model, encoded.forget, size, encoded.tokenizer),
+            gathered(encoded.forget, lambda part: nll(model, part, size, encoded.tokenizer)),
             [[next(values) for _ in alternates] for alternates in encoded.alternates],
         )
 
@@ -311,8 +320,12 @@ class Client:
                 f"{self.training.objective} compares the model with the copy of round 1, which is not in the --memory "
                 "directory; restore it, or start a new run"
             )
-        reference = load_model(path if first_round or cache is None else cache.checkpoint, self._device)
-        shard(reference)
+        place = path if first_round or cache is None else cache.checkpoint
+        if processes() == 1:
+            return load_model(place, self._device)
+        reference = empty_model(place).requires_grad_(False)
+        shard(reference, self._resources)
+        fill(reference, Checkpoint(place), self._resources)
         return reference
 
     def _fingerprint(self, card: Card | None, encoded: "_Encoded") -> str:

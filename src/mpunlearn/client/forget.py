@@ -9,7 +9,9 @@ middle of the training costs nothing; while the training lasts, both need memory
 """
 
 import os
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -136,23 +138,36 @@ def forget(
 
 
 def _write(source: "Checkpoint", target: Path, client: "Client") -> Path:
-    """Unlearns and writes the unlearned model to a new directory."""
+    """Unlearns and writes the unlearned model to a new directory.
+
+    The update is in a folder beside it, which all processes know. If training is interrupted, its checkpoint stays there.
+    """
     from mpunlearn.checkpoint import TensorDirectory, TensorWriter, copy_companions
     from mpunlearn.files import new_directory, write_json
-    from mpunlearn.lm.processes import is_main
+    from mpunlearn.lm.processes import all_or_none, connect, is_main
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        update = client.unlearn(source.path, Path(folder) / "update")
+    folder = target.with_name(f".{target.name}.unlearning")
+    connect()
+    with all_or_none():
         if is_main():
-            changes = TensorDirectory(update, stem="update")
-            specs = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-            with new_directory(target) as partial:
-                copy_companions(source.path, partial)
-                write_json(partial / "config.json", source.config)
-                with TensorWriter(partial, specs) as writer:
-                    for name in specs:
-                        writer.write(name, _changed(source.read(name), changes, name))
+            shutil.rmtree(folder / "update", ignore_errors=True)
+    try:
+        update = client.unlearn(source.path, folder / "update")
+        with all_or_none():
+            if is_main():
+                changes = TensorDirectory(update, stem="update")
+                specs = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+                with new_directory(target) as partial:
+                    copy_companions(source.path, partial)
+                    write_json(partial / "config.json", source.config)
+                    with TensorWriter(partial, specs) as writer:
+                        for name in specs:
+                            writer.write(name, _changed(source.read(name), changes, name))
+    finally:
+        if is_main():
+            shutil.rmtree(folder / "update", ignore_errors=True)
+            with suppress(OSError):  # it is not empty if training can be resumed
+                folder.rmdir()
     return target
 
 

@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any
 
 from mpunlearn.checkpoint import checkpoint_files
+from mpunlearn.client.saving import has_checkpoint
 from mpunlearn.errors import CheckpointError, DataError, FileError, MPUError, SchemaError
 from mpunlearn.files import new_directory
-from mpunlearn.lm.processes import is_main
+from mpunlearn.lm.processes import all_or_none, is_main
 from mpunlearn.protocol.exchange import Card
 from mpunlearn.schema import read, write
 
@@ -140,19 +141,22 @@ class TrainingFolder:
         self._fingerprint, self._path = _Fingerprint(fingerprint), path
 
     def __enter__(self) -> Path:
-        file = self._path / "fingerprint.json"
-        if is_main():
-            try:
-                if not file.is_file() or read(_Fingerprint, file) != self._fingerprint:
-                    shutil.rmtree(self._path, ignore_errors=True)
-                    self._path.mkdir(parents=True, mode=0o700)
-                    write(file, self._fingerprint)
-            except (OSError, MPUError) as error:
-                raise CheckpointError(f"{self._path}: cannot be written: {error}") from error
+        with all_or_none():
+            if is_main():
+                self._prepare(self._path / "fingerprint.json")
         return self._path
+
+    def _prepare(self, file: Path) -> None:
+        try:
+            if not file.is_file() or read(_Fingerprint, file) != self._fingerprint:
+                shutil.rmtree(self._path, ignore_errors=True)
+                self._path.mkdir(parents=True, mode=0o700)
+                write(file, self._fingerprint)
+        except (OSError, MPUError) as error:
+            raise CheckpointError(f"{self._path}: cannot be written: {error}") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if is_main() and (kind is None or not (self._path / "checkpoint.pt").exists()):
+        if is_main() and (kind is None or not has_checkpoint(self._path)):
             shutil.rmtree(self._path, ignore_errors=True)

@@ -28,6 +28,9 @@ class Resources:
     """Precision of the forward and backward passes. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory but takes more time."""
+    cpu_offload: bool = False
+    """With several processes, keep weights, gradients and optimizer state in the memory of the host while a GPU does not
+    need them. Saves memory of the GPUs, but takes more time."""
     save_every: int = 0
     """Optimizer steps between checkpoints, from which an interrupted training can resume; 0 saves none."""
     report_to: str = "none"

@@ -4,11 +4,8 @@ One plain loop serves all objectives. For every micro-batch it computes the forg
 pass for each, and calls the hooks of a `Combination` (see `combine`) in between. Then it clips the gradients and takes
 the optimizer step. It does not build on `transformers.Trainer`, which makes its own decisions about batches, loss
 averaging and model wrapping. Optimizers and schedulers come from transformers, experiment trackers from accelerate.
-
-Not covered: saving checkpoints while training on several processes.
 """
 
-import io
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +19,14 @@ from mpunlearn.client.combine import COMBINATIONS
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.optimizer import make_optimizer
 from mpunlearn.client.resources import Callback, Resources
+from mpunlearn.client.saving import Saved
 from mpunlearn.client.sharpness import Sharpness
 from mpunlearn.errors import PlanError
 from mpunlearn.extras import needs
-from mpunlearn.files import write_bytes
 from mpunlearn.lm.examples import IGNORED
 from mpunlearn.lm.losses import token_nll
 from mpunlearn.lm.model import forward
-from mpunlearn.lm.processes import is_main, processes, total
+from mpunlearn.lm.processes import compute_device, is_main, processes, total
 from mpunlearn.progress import Progress
 from mpunlearn.protocol.plan import Training
 
@@ -91,11 +88,13 @@ class Trainer:
         check_resources(training, resources)
         self._model, self._losses, self._training, self._resources = model, losses, training, resources
         self._objective, self._batches, self._reference = losses.objective, batches, reference
-        self._first_epoch, self._checkpoint, self._name = first_epoch, folder / "checkpoint.pt", name
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._device = self._parameters[0].device
+        self._first_epoch, self._folder, self._name = first_epoch, folder, name
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._parameters = list(trained.values())
+        self._device = compute_device(self._parameters[0])
         self._optimizer, self._scheduler = make_optimizer(self._parameters, training, len(batches))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=resources.precision == "float16")
+        self._saved = Saved(trained, self._optimizer, {"scheduler": self._scheduler, "scaler": self._scaler})
         self._combination = COMBINATIONS[self._objective.combine](self._objective, self._parameters)
         self._sharpness = Sharpness(self._parameters, training.sam_radius)
         self._control: torch.Tensor | None = None
@@ -103,7 +102,7 @@ class Trainer:
         self._done = 0
         self.history = History()
         if reference is not None and reference is not model:
-            reference.to(self._device).eval().requires_grad_(False)
+            reference.eval().requires_grad_(False)
         if resources.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -281,38 +280,18 @@ class Trainer:
 
     def _save(self) -> None:
         """Replaces the checkpoint atomically."""
-        state = {
-            "done": self._done,
-            "alpha": self._combination.alpha,
-            "history": vars(self.history),
-            "parameters": [parameter.detach() for parameter in self._parameters],
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_bytes(self._checkpoint, buffer.getbuffer())
+        progress = {"done": self._done, "alpha": self._combination.alpha, "history": vars(self.history)}
+        self._saved.save(self._folder, self._done, progress)
 
     def _restore(self) -> None:
         """Resumes from the checkpoint, if there is one."""
-        if not self._checkpoint.is_file():
+        progress = self._saved.restore(self._folder)
+        if progress is None:
             return
-        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        self._done, self._combination.alpha = state["done"], state["alpha"]
-        self.history = History(**state["history"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
+        self._done, self._combination.alpha = progress["done"], progress["alpha"]
+        self.history = History(**progress["history"])
+        if is_main():
+            logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
 
 
 def check_resources(training: Training, resources: Resources) -> None:
@@ -322,9 +301,10 @@ def check_resources(training: Training, resources: Resources) -> None:
         PlanError: options contradict each other, or the experiment tracker is unknown or not installed.
         MissingPackageError: LoRA is asked for and its extra is not installed.
     """
-    if resources.save_every and processes() > 1:
+    if resources.cpu_offload and processes() == 1:
         raise PlanError(
-            "--save-every: checkpoints are not supported when training on several processes; leave the option out"
+            "--cpu-offload: needs several processes; start with `torchrun --nproc-per-node N -m mpunlearn.cli`, or leave "
+            "it out"
         )
     if training.resolved().combine == "normalized" and resources.precision == "float16":
         raise PlanError(

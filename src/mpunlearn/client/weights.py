@@ -1,4 +1,4 @@
-"""The trained weights: selecting them, adding LoRA adapters, sharding over processes, and writing the update.
+"""The trained weights: selecting them, adding LoRA adapters, and what they are called in the update.
 
 By default, the weights of the transformer layers are trained, except the token-local ones: the row space of their
 update would list the tokens of the forget set (see `disclosure`). With LoRA, only the outer factor B is
@@ -6,31 +6,31 @@ trained. The gradient of the inner factor A is (Bᵀ δ) xᵀ, so a trained A wo
 random values that depend on the copy: a different small subspace for every copy and round, so that all of them together
 can change the weights in more directions than one could.
 
-With several processes (`torchrun`, `accelerate launch`), FSDP2's `fully_shard` shards every parameter over them, one
-transformer layer at a time. The same code serves a small model on two CPU processes and a large one on eight GPUs. It
-calls `fully_shard` itself because accelerate does not shard without a GPU.
+All of this also works on a model without values, so that a model can be sharded before it is loaded (see `sharding`).
 """
 
-import atexit
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from mpunlearn.architecture import FAMILIES, Architecture
-from mpunlearn.checkpoint import Checkpoint, TensorWriter
-from mpunlearn.errors import CheckpointError, PlanError
-from mpunlearn.files import new_directory
-from mpunlearn.lm.processes import full_tensor, is_main, processes
-from mpunlearn.protocol.exchange import FACTORS, Card, UpdateManifest
+from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.errors import PlanError
+from mpunlearn.protocol.exchange import FACTORS, Card
 
 LAYER = r"\.(layers|h|blocks)\.\d+\."
 """Matches the names of parameters inside transformer layers."""
+PREFIX = "base_model.model."
+"""What the names of an adapted model's parameters begin with."""
+INNER = ".lora_A."
+"""Part of the names of the inner factors of adapters."""
 
 
 def select(model: Any, train: str, token_local: bool = False) -> set[str]:
@@ -127,68 +127,81 @@ def adapt(model: Any, rank: int, alpha: float, selected: Collection[str], seed: 
     with warnings.catch_warnings():  # peft uses deprecated names of transformers
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, config)
-    copy = f"{card.run} {card.round} {card.copy}" if card is not None else ""
     for name, parameter in adapted.named_parameters():
-        if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed} {copy} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            values = torch.rand(parameter.shape, generator=generator) * 2 - 1
-            parameter.data.copy_(values / parameter.shape[1] ** 0.5)
+        if INNER in name:
+            parameter.data.copy_(inner_factor(name, parameter.shape, seed, card))
             parameter.requires_grad_(False)
     return adapted
 
 
-def shard(model: Any) -> None:
-    """Shards a model's parameters over all processes, in place; does nothing with one process."""
-    if processes() == 1:
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def inner_factor(name: str, shape: torch.Size, seed: int, card: Card | None) -> torch.Tensor:
+    """The values of an adapter's inner factor A; see `adapt`.
 
-    gpu = torch.cuda.is_available()
-    if not torch.distributed.is_initialized():
-        PartialState(cpu=not gpu)
-        atexit.register(torch.distributed.destroy_process_group)  # its threads must stop before the interpreter exits
-    mesh = init_device_mesh("cuda" if gpu else "cpu", (processes(),))
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    Args:
+        name: name of the parameter in the adapted model.
+        shape: its shape, (rank, inputs).
+        seed: as for `adapt`.
+        card: as for `adapt`.
+    """
+    copy = f"{card.run} {card.round} {card.copy}" if card is not None else ""
+    digest = hashlib.sha256(f"{seed} {copy} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    values: torch.Tensor = (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
+    return values
 
 
-def trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trained tensors, with the names and shapes that they have in the checkpoint on disk, float32 on the CPU.
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that is part of the update."""
+
+    parameter: torch.Tensor
+    """The parameter, which may be sharded over processes."""
+    shapes: dict[str, tuple[int, ...]]
+    """Names and shapes of its tensors in the update. Transformers merges some, such as the experts of a layer."""
+    convert: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    """Converts the whole parameter to these tensors."""
+
+
+def trained(model: Any) -> list[Trained]:
+    """The parameters that are part of the update, without gathering anything.
 
     LoRA factors are called NAME.lora_A (rank x inputs, not trained but part of the update) and NAME.lora_B (outputs x
-    rank, multiplied by the scale), where NAME is the name of the weight. Only a few tensors at a time are gathered from
-    all processes. All processes must iterate.
+    rank, multiplied by the scale), where NAME is the name of the weight.
     """
-    return _trained(model, lambda parameter: full_tensor(parameter.detach()).cpu().float())
+    if not hasattr(model, "peft_config"):
+        return [
+            Trained(parameter, shapes_on_disk(model, name, parameter), partial(_named_on_disk, model, name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+    scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+    base, found = model.get_base_model(), []
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            module, factor = name.removeprefix(PREFIX).split(".lora_")
+            (weight,) = on_disk(base, {f"{module}.weight": torch.empty(0)})
+            stored, scale = (weight + FACTORS[0], 1.0) if factor.startswith("A") else (weight + FACTORS[1], scaling)
+            found.append(Trained(parameter, {stored: tuple(parameter.shape)}, partial(_scaled, stored, scale)))
+    return found
+
+
+def _named_on_disk(model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return on_disk(model, {name: value})
+
+
+def _scaled(name: str, scale: float, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: value * scale}
 
 
 def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that `trained` yields, without gathering anything."""
-    tensors = _trained(model, lambda parameter: torch.empty(parameter.shape, device="meta"))
-    return {name: tuple(value.shape) for name, value in tensors}
+    """Names and shapes of all tensors of the update."""
+    return {name: shape for part in trained(model) for name, shape in part.shapes.items()}
 
 
-def _trained(model: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    if hasattr(model, "peft_config"):
-        scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
-        for name, parameter in model.named_parameters():
-            if ".lora_" not in name:
-                continue
-            module, factor = name.removeprefix("base_model.model.").split(".lora_")
-            (weight,) = on_disk(model.get_base_model(), {f"{module}.weight": torch.empty(0)})
-            value = gather(parameter)
-            yield f"{weight}.lora_{factor[0]}", value * scaling if factor[0] == "B" else value
-        return
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups: dict[str, list[str]] = {}
-    for name in parameters:  # transformers fuses the experts of a layer, so they are converted together
-        groups.setdefault(name.split(".mlp.")[0] if ".experts." in name else name, []).append(name)
-    for group in groups.values():
-        yield from on_disk(model, {name: gather(parameters[name]) for name in group}).items()
+def shapes_on_disk(model: Any, name: str, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that hold a parameter in the checkpoint on disk."""
+    tensors = on_disk(model, {name: torch.empty(parameter.shape, device="meta")})
+    return {stored: tuple(tensor.shape) for stored, tensor in tensors.items()}
 
 
 def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -200,43 +213,3 @@ def on_disk(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.
 
     converted: dict[str, torch.Tensor] = revert_weight_conversion(model, parameters)
     return converted
-
-
-def write_update(source: Checkpoint, model: Any, card: Card | None, dtype: torch.dtype, out: Path) -> None:
-    """Writes the trained minus the published weights, or the LoRA factors. All processes must call this.
-
-    Args:
-        source: the published copy.
-        model: the trained model.
-        card: the copy's card, or None for an ordinary checkpoint.
-        dtype: storage dtype of the update.
-        out: a new directory.
-
-    Raises:
-        FileError: `out` cannot be written.
-        CheckpointError: the update contains NaN or exceeds the range of the dtype.
-    """
-    if not is_main():
-        for _ in trained(model):
-            pass
-        return
-    shapes = trained_shapes(model)
-    for name in shapes:
-        weight = name.rsplit(".lora_", 1)[0] if name.endswith(FACTORS) else name
-        if weight not in source.tensors:
-            raise CheckpointError(
-                f"{source.path}: damaged: the trained tensor {weight} is missing; copy the directory again"
-            )
-    with new_directory(out) as folder:
-        with TensorWriter(folder, {name: (dtype, shape) for name, shape in shapes.items()}, stem="update") as writer:
-            for name, value in trained(model):
-                if not name.endswith(FACTORS):
-                    value = value - source.read(name).float()
-                cast = value.to(dtype)
-                if not bool(cast.isfinite().all()):
-                    raise CheckpointError(
-                        f"{out}: the update of {name} contains NaN or exceeds the range of {dtype}; use a smaller "
-                        "--learning-rate, or --update-dtype float32"
-                    )
-                writer.write(name, cast)
-        UpdateManifest(card).save(folder)

@@ -8,8 +8,7 @@ an error, not a model name on the Hub. Any exception that transformers raises fo
 
 This module imports transformers at the top, which takes seconds, so import it only where the work begins.
 
-Not covered: sharding over several processes (see `client.weights`). With several processes, a model stays on the CPU
-until it is sharded.
+Not covered: sharding over several processes (see `client.sharding`), which begins with a model without values.
 """
 
 import logging
@@ -28,7 +27,7 @@ from mpunlearn.errors import PlanError, UnloadableError
 from mpunlearn.lm.allowed import allowed_config, link_tokenizer
 from mpunlearn.lm.examples import IGNORED, Example, collate
 from mpunlearn.lm.losses import answer_nll
-from mpunlearn.lm.processes import processes
+from mpunlearn.lm.processes import compute_device
 
 logger = logging.getLogger(__name__)
 _BUILT_IN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
@@ -75,12 +74,7 @@ def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch
         CheckpointError: it is not a checkpoint directory, or transformers cannot load it.
         PlanError: the device is not available.
     """
-    target = model_device(device)
-    config = Checkpoint(path).config
-    if (code := _remote_code(config)) is not None:
-        raise UnloadableError(
-            f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
-        )
+    target, config = model_device(device), _checked_config(path)
     begun = time.monotonic()
     with quiet(), _as_unloadable(path, "model"):
         model = (kind or transformers.AutoModelForCausalLM).from_pretrained(
@@ -90,10 +84,42 @@ def load_model(path: Path, device: str | None = None, dtype: torch.dtype = torch
             trust_remote_code=False,
             local_files_only=True,
         )
-    model = model if processes() > 1 else model.to(target)
+    model = model.to(target)
     millions, seconds = sum(parameter.numel() for parameter in model.parameters()) / 1e6, time.monotonic() - begun
     logger.debug("%s: %.1f M parameters on %s in %s, loaded in %.1f s", path, millions, model.device, dtype, seconds)
     return model
+
+
+def empty_model(path: Path) -> Any:
+    """The model of a checkpoint directory in float32, without values: its tensors are on the meta device.
+
+    Raises:
+        CheckpointError: it is not a checkpoint directory, or transformers does not know its model.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    config = _checked_config(path)
+    with quiet(), _as_unloadable(path, "model"), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(allowed_config(config), dtype=torch.float32)
+    # How names on disk differ is looked up by the model's class, whose name FSDP2 changes: look it up before.
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [change for change in conversions if not isinstance(change, PrefixChange)]
+    return model.eval()
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is not a checkpoint directory, or its config asks for external code.
+    """
+    config = Checkpoint(path).config
+    if (code := _remote_code(config)) is not None:
+        raise UnloadableError(
+            f"{path}: config.json requests external code ({code}); remove that entry to use transformers' own code"
+        )
+    return config
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -214,7 +240,7 @@ def nll(model: Any, examples: list[Example], batch_size: int, tokenizer: Any) ->
     """NLL(y|x) of each example under the model, in nats: the sum over its tokens with loss, without dropout."""
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = compute_device(next(model.parameters()))
     values: list[float] = []
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id(tokenizer))

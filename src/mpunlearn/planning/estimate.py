@@ -1,12 +1,14 @@
 """Puts sizes and rates together to what a run needs."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from mpunlearn.checkpoint import COMPANIONS, Checkpoint
 from mpunlearn.planning.measure import Rates, Work
 from mpunlearn.planning.recommended import CLASSES, Recommendation, size_class
-from mpunlearn.planning.report import Minutes, RunEstimate, TrainingMemory
+from mpunlearn.planning.report import Minutes, RunEstimate, SeveralProcesses, TrainingMemory
+from mpunlearn.planning.sharded import several_processes
 from mpunlearn.planning.sizes import Shapes, network_disk, run_disk
 from mpunlearn.protocol.messages import MAX_INLINE_BYTES
 from mpunlearn.server.perturbation import Perturbation
@@ -25,6 +27,7 @@ def estimate(
     *,
     rounds: int,
     clients: int,
+    processes: int,
     advice: Recommendation | None,
     file: Path,
 ) -> RunEstimate:
@@ -38,6 +41,7 @@ def estimate(
         rates: how long its parts take; None if nothing was measured.
         rounds: number of rounds.
         clients: number of clients.
+        processes: number of processes that train together.
         advice: the recommendation that was followed; None without one.
         file: where the options are written.
     """
@@ -45,7 +49,7 @@ def estimate(
     companions = sum(path.stat().st_size for name in COMPANIONS if (path := source.path / name).is_file())
     copy = shapes.copy_bytes(perturbation.publish_dtype) + companions
     update, references = shapes.update_bytes(training), work.losses.reference_model
-    memory = _training_memory(shapes, work, rounds)
+    memory = _training_memory(shapes, work, rounds, 1)
     program = rates.program_bytes if rates is not None and rates.program_bytes else PROGRAM_BYTES
     over = network_disk(
         shapes, training, copies=copies, rounds=rounds, copy=copy, clients=clients, references=references
@@ -77,6 +81,7 @@ def estimate(
         pass_memory=program + shapes.pass_bytes(copies, THREADS, perturbation.publish_dtype),
         training_memory=program + memory.total,
         training_parts=memory,
+        several=_several(shapes, work, rounds, processes, program) if processes > 1 else None,
         disk=run_disk(shapes, training, copies=copies, rounds=rounds, copy=copy, references=references),
         server_disk=over.server,
         client_disk=over.client,
@@ -89,12 +94,18 @@ def estimate(
     )
 
 
-def _training_memory(shapes: Shapes, work: Work, rounds: int) -> TrainingMemory:
+def _micro_batch(work: Work, processes: int) -> int:
+    """Examples of the largest micro-batch of a process."""
+    share = -(-max(map(len, work.steps)) // processes)
+    return min(work.resources.micro_batch_size or work.training.batch_size, share)
+
+
+def _training_memory(shapes: Shapes, work: Work, rounds: int, processes: int) -> TrainingMemory:
     """The memory of the largest micro-batch. Its forget and retain side are in memory one after the other.
 
     With LoRA, the model without its adapters is the reference in round 1, but from round 2 on the copy of round 1 is.
     """
-    size = min(work.resources.micro_batch_size or work.training.batch_size, max(map(len, work.steps)))
+    size = _micro_batch(work, processes)
     forget, alternates = work.examples.forget, [answer for each in work.examples.alternates for answer in each]
     examples = [*forget, *work.examples.retain, *alternates]
     return shapes.training_bytes(
@@ -106,6 +117,21 @@ def _training_memory(shapes: Shapes, work: Work, rounds: int) -> TrainingMemory:
         checkpointing=work.resources.gradient_checkpointing,
         reference_model=work.losses.reference_model and not (work.training.lora_rank and rounds == 1),
     )
+
+
+def _several(shapes: Shapes, work: Work, rounds: int, processes: int, program: int) -> SeveralProcesses:
+    """What training on several processes needs, with the program."""
+    needs = several_processes(
+        shapes,
+        work.training,
+        _training_memory(shapes, work, rounds, processes),
+        processes=processes,
+        micro_batches=-(-max(map(len, work.steps)) // (_micro_batch(work, processes) * processes)),
+        alternates=bool(work.examples.alternates),
+        precision=work.resources.precision,
+        cpu_offload=work.resources.cpu_offload,
+    )
+    return replace(needs, host=needs.host + program)
 
 
 def _minutes(rates: Rates, work: Work, copies: int, rounds: int) -> Minutes:

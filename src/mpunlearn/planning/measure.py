@@ -24,7 +24,8 @@ from mpunlearn.client.batches import Examples, MicroBatches, Pick
 from mpunlearn.client.objectives import Losses
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.trainer import Trainer
-from mpunlearn.client.weights import adapt, select, write_update
+from mpunlearn.client.update import write_update
+from mpunlearn.client.weights import adapt, select
 from mpunlearn.lm.examples import Example
 from mpunlearn.lm.model import load_model, nll
 from mpunlearn.planning.cut import Cut, cut
@@ -187,7 +188,7 @@ class _Client:
         work = self._work
         size = work.resources.micro_batch_size or work.training.batch_size
         batches = MicroBatches(steps, work.examples, size=size, pad=0)
-        quiet = replace(work.resources, save_every=0, report_to="none")
+        quiet = replace(work.resources, save_every=0, report_to="none", cpu_offload=False)
         once = replace(work.training, epochs=1, learning_rate=TIMED_RATE)
         with tempfile.TemporaryDirectory() as folder:
             Trainer(

@@ -32,6 +32,7 @@ def plan(
     out: str | Path = "run.yaml",
     rounds: int = 5,
     clients: int = 1,
+    processes: int = 1,
     recommended: bool = True,
     seconds: float = SECONDS,
     perturbation: Perturbation | None = None,
@@ -48,6 +49,8 @@ def plan(
         out: A new file for the options, for --config of `run` and of `server start`.
         rounds: Number of rounds R.
         clients: Number of clients, for a run over a network.
+        processes: Number of processes that the client would train on with torchrun, one for each GPU. With more than one,
+            the memory of each and the traffic between them are computed, too.
         recommended: Use the hyperparameters that are recommended for the size of the model, instead of those that are left
             at the program's defaults.
         seconds: About how long measuring on this machine may take. With 0, nothing is measured, and no time estimated.
@@ -75,7 +78,13 @@ def plan(
     file = as_path(out, "--out")
     if file.exists():
         raise FileError(f"{file}: already exists; choose another --out, or remove this file")
-    for option, value, least in (("--rounds", rounds, 1), ("--clients", clients, 1), ("--seconds", seconds, 0)):
+    counts = {
+        "--rounds": (rounds, 1),
+        "--clients": (clients, 1),
+        "--processes": (processes, 1),
+        "--seconds": (seconds, 0),
+    }
+    for option, (value, least) in counts.items():
         if value < least:
             raise PlanError(f"{option}: expected at least {least}, found {value:g}")
     source = Checkpoint(as_path(checkpoint, "checkpoint"))
@@ -84,13 +93,23 @@ def plan(
     advice = recommendation(training.objective, shapes.parameters) if recommended else None
     if advice is not None:
         training = applied(advice, training, rounds, shapes.architecture.layers)
-    client = Client(forget=forget, retain=retain, training=training, data=data, resources=resources)
+    here = replace(resources, cpu_offload=False) if processes > 1 else resources
+    client = Client(forget=forget, retain=retain, training=training, data=data, resources=here)
     steps, examples = client.planned(source.path)
     work = Work(training, client.losses, resources, steps, examples)
     file.parent.mkdir(parents=True, exist_ok=True)
     rates = measure(source, shapes, perturbation, work, seconds, file.parent) if seconds else None
     result = estimate(
-        source, shapes, perturbation, work, rates, rounds=rounds, clients=clients, advice=advice, file=file
+        source,
+        shapes,
+        perturbation,
+        work,
+        rates,
+        rounds=rounds,
+        clients=clients,
+        processes=processes,
+        advice=advice,
+        file=file,
     )
     write_bytes(file, run_yaml(rounds, perturbation, training, advice).encode(), mode=0o644)
     return result

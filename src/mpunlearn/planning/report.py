@@ -24,6 +24,28 @@ class TrainingMemory:
 
 
 @dataclass(frozen=True)
+class SeveralProcesses:
+    """What training one copy on several processes needs, in bytes for each process."""
+
+    processes: int
+    shard: int
+    """Its share of the weights, gradients and the optimizer's state."""
+    gpu: int
+    """Peak memory of its GPU."""
+    host: int
+    """Peak memory of its part of the host. Without GPUs, it needs both."""
+    step_traffic: int
+    """What it receives from the others in an optimizer step."""
+
+    def text(self) -> str:
+        """The numbers for a person to read."""
+        return (
+            f"training on {self.processes} processes, each: GPU {_bytes(self.gpu)}, host {_bytes(self.host)}; receives "
+            f"{_bytes(self.step_traffic)} in an optimizer step"
+        )
+
+
+@dataclass(frozen=True)
 class Minutes:
     """How long a run takes on machines like this one, in minutes, without the time that files travel."""
 
@@ -74,6 +96,8 @@ class RunEstimate:
     training_memory: int
     """Peak memory of the client's training, with the program."""
     training_parts: TrainingMemory
+    several: SeveralProcesses | None
+    """Training on several processes, if that was asked for."""
     disk: int
     """Peak of a run in one process."""
     server_disk: int
@@ -109,6 +133,7 @@ class RunEstimate:
             ("objective", f"{self.objective}, learning rate {self.learning_rate:g}"),
             ("", self.advice),
             ("memory", f"server's passes {_bytes(self.pass_memory)}; training {_bytes(self.training_memory)} ({of})"),
+            *([("", self.several.text())] if self.several else []),
             ("disk", f"in one process {_bytes(self.disk)}; {_bytes(self.free_disk)} free here"),
             ("", f"over a network: server {_bytes(self.server_disk)}, client {_bytes(self.client_disk)}"),
             ("traffic", traffic + store),

@@ -5,7 +5,7 @@ give; no weight is loaded. File sizes are exact up to headers and tokenizers. Me
 and the optimizer's state are counted, and activations are a count of the tensors that a transformer layer keeps for its
 backward pass.
 
-Not covered: several processes, among which FSDP shards weights, gradients and the optimizer's state.
+Several processes, among which weights, gradients and the optimizer's state are divided, are in `sharded`.
 """
 
 import json
