@@ -1,9 +1,9 @@
 """Measures the server's two passes at the shapes of real models: seconds, GB/s, peak memory, ratio to a lower bound.
 
 Builds a random checkpoint with the shapes of a real model, streaming, so that it need not fit in memory. Then runs the
-following, each in its own process so that peak memory is measured separately: Pre-Process (m copies, noise in every
-tensor, `paper` reparameterization), Post-Process on m synthetic updates, and, for models that fit in memory, a direct
-implementation of the paper's formulas with `torch.randn` that does not write its result. The lower bound ("floor") of
+following, each in its own process so that peak memory and bytes read are measured separately: Pre-Process (m copies, noise
+in every tensor, `paper` reparameterization), Post-Process on m synthetic updates, and, for models that fit in memory, a
+direct implementation of the paper's formulas with `torch.randn` that does not write its result. The lower bound ("floor") of
 Pre-Process is the time to read and write its bytes at the speed of the disk plus the time to generate its normals, both
 measured in the same run with the same number of threads. For Post-Process it is the time to copy the same bytes.
 
@@ -153,7 +153,14 @@ def step(what: str, arguments: list[str]) -> None:
     seconds = time.perf_counter() - begin
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu = usage.ru_utime + usage.ru_stime
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_gb": usage.ru_maxrss / 1e6, "idle_gb": idle / 1e6}))
+    counted = {"cpu": cpu, "peak_gb": usage.ru_maxrss / 1e6, "idle_gb": idle / 1e6, "read_gb": bytes_read() / 1e9}
+    print(json.dumps({"seconds": seconds, **counted}))
+
+
+def bytes_read() -> int:
+    """The number of bytes that this process has read from files, also from the page cache; Linux counts them."""
+    counts = Path("/proc/self/io")
+    return int(counts.read_text().split("rchar: ")[1].split()[0]) if counts.exists() else 0
 
 
 def copied(sources: list[Path], target: Path) -> float:

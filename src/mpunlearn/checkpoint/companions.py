@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from mpunlearn.checkpoint.reader import Checkpoint
-from mpunlearn.storage import Place, pieces, read_json, size_of, write_bytes, write_json
+from mpunlearn.storage import Place, read_json, read_part, size_of, write_bytes, write_json
 
 COMPANIONS = (
     "generation_config.json",
@@ -40,7 +40,7 @@ def copy_companions(source: Place, target: Place) -> None:
         if name == "tokenizer_config.json" and name in found:
             write_json(target / name, without_paths(read_json(source / name)))
         elif name in found:
-            write_bytes(target / name, b"".join(pieces(source / name, 0, size_of(source / name))))
+            write_bytes(target / name, read_part(source / name, 0, size_of(source / name)))
 
 
 @overload

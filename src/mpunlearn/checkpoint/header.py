@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mpunlearn.errors import CheckpointError
-from mpunlearn.storage import Place, StorePath, pieces, size_of
+from mpunlearn.storage import Place, StorePath, read_part, size_of
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -86,10 +86,10 @@ def _header_of(path: Place) -> bytes:
         with safe_open(path, framework="pt"):
             pass
     size = size_of(path)
-    (length,) = struct.unpack("<Q", b"".join(pieces(path, 0, min(8, size))).ljust(8, b"\0"))
+    (length,) = struct.unpack("<Q", read_part(path, 0, min(8, size)).ljust(8, b"\0"))
     if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
         raise ValueError("its header does not fit into the file")
-    text = b"".join(pieces(path, 8, 8 + length))
+    text = read_part(path, 8, 8 + length)
     if isinstance(path, StorePath):
         _check_header(text, size - 8 - length)
     return text
