@@ -15,7 +15,7 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter, copy_companions, tens
 from mpunlearn.errors import CheckpointError, StateError, UnsupportedModelError, UpdateError
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, derived_config
-from mpunlearn.server.publisher import Publisher, checked_cast
+from mpunlearn.server.publisher import Publisher, check_range
 from mpunlearn.server.state import RoundRecord
 from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, in_parallel, on_device, read, row_slices
 from mpunlearn.server.updates import Specs, check_norm, check_tensors
@@ -108,8 +108,8 @@ class Aggregation:
                     number, rows = item
                     value, square, squares = self._slice(number, rows, workspace)
                     dtype = specs[rows.name][0]
-                    cast = workspace.empty(tuple(value.shape), dtype, value.device)
-                    checked_cast(value, rows.name, cast)
+                    cast = value if value.dtype == dtype else workspace.copy(value, dtype)
+                    check_range(cast, value, rows.name)
                     writer.write_rows(rows.name, rows.start, cast)
                     return square, squares, tensor_digest(cast)
 
