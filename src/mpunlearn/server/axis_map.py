@@ -173,7 +173,7 @@ def _taken(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _flipped(x: torch.Tensor, sign: torch.Tensor, axis: int) -> torch.Tensor:
-    """x times ±1 along an axis: flips the sign bits, without arithmetic."""
+    """Multiplies by ±1 along an axis: flips the sign bits, without arithmetic."""
     bits = _bits(x)
     flip = torch.where(sign < 0, torch.iinfo(bits.dtype).min, 0).to(bits.dtype)
     return bits.bitwise_xor(flip.view([-1 if i == axis else 1 for i in range(x.dim())])).view(x.dtype)
