@@ -32,7 +32,7 @@ from mpunlearn.server.workspace import Workspace
 KEY_BYTES = 32
 BLOCK = 1 << 14
 """Normals per Box-Muller block. If a range begins or ends inside a block, the whole block is generated."""
-CPU_BLOCKS, DEVICE_BLOCKS = 4, 1 << 10
+CPU_BLOCKS, DEVICE_BLOCKS = 4, 1 << 8
 """Number of blocks that are computed at once on the CPU, so that they fit into the cache of one core, and on a GPU."""
 
 
