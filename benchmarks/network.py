@@ -30,6 +30,8 @@ from mpunlearn.checkpoint import Checkpoint, TensorWriter
 from mpunlearn.files import new_directory, write_json
 from mpunlearn.protocol.exchange import CARD
 from mpunlearn.protocol.flower.programs import free_port
+from mpunlearn.protocol.plan import Training
+from mpunlearn.server.updates import planned_tensors
 from mpunlearn.tables import markdown
 from shapes import MODELS, build, size, synthetic_update
 
@@ -38,12 +40,13 @@ ROUNDS = 2
 TRIALS = 5
 
 
-def factors(copy: Path, out: Path) -> Path:
-    """Writes an update of random LoRA factors for every matrix in the layers."""
+def factors(copy: Path, out: Path, training: Training) -> Path:
+    """Writes an update of random LoRA factors for every matrix that the plan adapts."""
     source = Checkpoint(copy)
+    planned = planned_tensors(copy, training)
     specs = {}
     for name, info in source.tensors.items():
-        if ".layers." in name and len(info.shape) == 2:
+        if planned is not None and name in planned:
             specs[f"{name}.lora_A"] = (torch.float32, (RANK, info.shape[1]))
             specs[f"{name}.lora_B"] = (torch.float32, (info.shape[0], RANK))
     with new_directory(out) as folder:
@@ -86,7 +89,7 @@ def party(name: str, report: Path, arguments: list[str]) -> None:
 
     def unlearn(client: Client, copy: Path, out: Path) -> Path:
         training.append(client.training.lora_rank)
-        return factors(copy, out) if client.training.lora_rank else synthetic_update(copy, out)
+        return factors(copy, out, client.training) if client.training.lora_rank else synthetic_update(copy, out)
 
     Client.unlearn = unlearn  # type: ignore[assignment,method-assign]
     Handling.examine = lambda *_: None  # type: ignore[method-assign]

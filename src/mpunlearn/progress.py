@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from tqdm.auto import tqdm
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 LINE_SECONDS = 10.0
 """Minimum number of seconds between two log lines of a task."""
@@ -39,6 +40,8 @@ class Progress:
     """
 
     def __init__(self, total: int, what: str, shown: bool = True) -> None:
+        from tqdm.auto import tqdm  # here, since it takes longer than everything else that a help text needs
+
         self._total, self._what, self._done, self._note = total, what, 0, ""
         self._begun = self._last = time.monotonic()
         bar = shown and _bars()
@@ -100,6 +103,8 @@ class Waiting:
             self._told, self._last = True, now
             say(explain())
             if _bars():
+                from tqdm.auto import tqdm
+
                 self._bar = tqdm(desc=self._what, unit="s", leave=False, bar_format="{desc}: {n:.0f} s", mininterval=0)
         elif self._bar is not None:
             self._bar.n = now - self._begun

@@ -1,6 +1,8 @@
 """Flower's programs as children: what is watched, restarted and said, and whose the files between them are."""
 
+import inspect
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 from tests.network.federation import tiny_world
 from tests.network.stage import TRAINING, Stage
 
+from mpunlearn.protocol.flower import launch
 from mpunlearn.protocol.flower.keys import client_keys
 from mpunlearn.protocol.flower.programs import free_port
 
@@ -96,6 +99,29 @@ def test_a_program_that_is_stopped_or_ends_at_once_is_replaced_and_named(tmp_pat
             time.sleep(0.05)
     ending.stop()
     assert f"ending has ended 3 times in a row, last with exit code 7; see {tmp_path / 'log'}" in caplog.text
+
+
+def test_a_node_asks_soon_after_a_message_and_seldom_when_there_is_nothing_to_do() -> None:
+    pauses: list[float] = []
+    node = launch.Pauses(pauses.append)
+    for _ in range(30):
+        node.sleep(3)
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (launch.SHORTEST_SECONDS, 3)
+    node.sleep(0.5)  # it waits for its app's answer to a message
+    node.sleep(3)
+    assert pauses[-2:] == [launch.SHORTEST_SECONDS] * 2
+
+
+def test_flower_pauses_where_the_launcher_expects_it(monkeypatch) -> None:
+    from flwr.supernode import start_client_internal
+
+    assert start_client_internal.time is time
+    monkeypatch.setattr(start_client_internal, "time", time)  # restored afterwards
+    launch.pull_soon()
+    source = inspect.getsource(start_client_internal)
+    assert {float(seconds) for seconds in re.findall(r"\btime\.sleep\((.*?)\)", source)} == {0.5, 3.0}
+    assert set(re.findall(r"\btime\.(\w+)", source)) == {"sleep"}
 
 
 def test_a_log_never_takes_more_than_twice_its_limit(tmp_path: Path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from mpunlearn.errors import StateError
 from mpunlearn.server.secret import BLOCK, Secret, Stream
+from mpunlearn.server.workspace import Workspace
 
 SECRET = Secret(bytes(range(32)))
 
@@ -73,11 +74,16 @@ def test_streams_are_seekable(block: int, count: int) -> None:
     assert stream.read(16 * block + count)[16 * block :] == stream.read(count, start=16 * block)
 
 
-def test_normals_in_pieces_are_the_normals_at_once() -> None:
-    stream = SECRET.stream("pieces")
-    whole = stream.normals(3 * BLOCK + 17)
-    assert torch.equal(whole[2 * BLOCK :], stream.normals(BLOCK + 17, start=2 * BLOCK))
-    assert torch.equal(whole[:1000], stream.normals(1000))
+@given(st.integers(0, 7 * BLOCK), st.integers(0, 6 * BLOCK), st.sampled_from([torch.float32, torch.float64]))
+@settings(deadline=None, max_examples=30)
+def test_normals_in_pieces_are_the_normals_at_once(start: int, count: int, dtype: torch.dtype) -> None:
+    stream, workspace = SECRET.stream("pieces"), Workspace()
+    whole = torch.cat([stream.normals(BLOCK, start=number * BLOCK) for number in range(14)]).to(dtype)
+    for _ in range(2):  # the second time in memory that has been used
+        part = stream.normals(count, start=start, out=torch.empty(count, dtype=dtype), workspace=workspace)
+        assert torch.equal(part, whole[start : start + count])
+    columns = stream.normals(count, start=start, out=torch.empty(count, 2, dtype=dtype)[:, 0])
+    assert torch.equal(columns, whole[start : start + count])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from mpunlearn.errors import PlanError
 from mpunlearn.server import stream
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
+from mpunlearn.server.secret import BLOCK
 from mpunlearn.server.workspace import Workspace
 
 
@@ -22,6 +23,15 @@ def test_chunks_cover_every_row_once(rows: int, row: int, multiple: int) -> None
     cut = stream.chunks(rows, row, multiple)
     assert [n for start, stop in cut for n in range(start, stop)] == list(range(rows))
     assert all(start % multiple == 0 for start, _ in cut)
+
+
+@given(st.integers(0, 5000), st.sampled_from([1, 64, 896, 1000, 4864, 11008]), st.integers(0, 5000))
+def test_chunks_start_at_blocks_of_the_keystream_where_rows_allow_it(rows: int, row: int, first: int) -> None:
+    cut = stream.chunks(rows, row, 1, first=first, block=BLOCK)
+    assert [n for start, stop in cut for n in range(start, stop)] == list(range(rows))
+    assert all(row * (stop - start) <= 2 * stream.CHUNK_ENTRIES for start, stop in cut)
+    if row in (1, 64, 896, 4864):  # 16,384 / gcd(16,384, row) rows are few enough
+        assert all((first + start) * row % BLOCK == 0 for start, _ in cut[1:])
 
 
 def test_slices_cover_every_tensor_once(save_tiny, monkeypatch) -> None:

@@ -19,7 +19,7 @@ from mpunlearn.errors import CheckpointError, UnsupportedModelError, UpdateError
 from mpunlearn.protocol.exchange import FACTORS, ReceivedUpdate, derived_config
 from mpunlearn.server.keys import StreamKeys
 from mpunlearn.server.offset import Offset, OffsetPart
-from mpunlearn.server.publisher import Publisher, check_unchanged, checked_cast
+from mpunlearn.server.publisher import Publisher, check_range, check_unchanged
 from mpunlearn.server.secret import Secret, Streams
 from mpunlearn.server.state import RoundRecord
 from mpunlearn.server.stream import THREADS, RowSlice, chunks, compute_dtype, in_parallel, on_device, read, row_slices
@@ -130,8 +130,9 @@ class Aggregation:
 
             def work(rows: RowSlice, workspace: Workspace) -> tuple[float, list[float], str]:
                 value, square, squares = self._slice(rows, workspace)
-                cast = workspace.empty(tuple(value.shape), self._specs[rows.name][0], value.device)
-                checked_cast(value, rows.name, cast)
+                dtype = self._specs[rows.name][0]
+                cast = value if value.dtype == dtype else workspace.copy(value, dtype)
+                check_range(cast, value, rows.name)
                 writer.write_rows(rows.name, rows.start, cast)
                 return square, squares, tensor_digest(cast)
 

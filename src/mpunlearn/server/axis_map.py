@@ -8,6 +8,7 @@ them on updates.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -65,26 +66,31 @@ class AxisMap:
 
     def arrange(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Applies the signed permutation along `axis`, in any dtype, without rounding."""
-        if self.index is not None:
-            x = x.index_select(axis, self.index)
-        return x if self.sign is None else x * _along(self.sign, x, axis)
+        x = x if self.index is None else _taken(x, self.index, axis)
+        return x if self.sign is None else _flipped(x, self.sign, axis)
 
     def scatter(self, out: torch.Tensor, rows: torch.Tensor, start: int) -> None:
         """`arrange` along axis 0 for some rows of x, from row `start` on: writes them to their positions in `out`."""
         stop = start + len(rows)
         positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
-        out[positions] = rows if self.sign is None else rows * _along(self.sign[positions], rows, 0)
+        if self.sign is not None:
+            rows = _flipped(rows, self.sign[positions], 0)
+        if isinstance(positions, slice) or out.device.type != "cpu":
+            out[positions] = rows
+        else:
+            _bits(out).numpy()[positions.numpy()] = _bits(rows).numpy()
 
     def gather(self, y: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The inverse of `scatter`: returns rows `start` … `stop` - 1 of x, given all of y."""
         positions = slice(start, stop) if self.inverse is None else self.inverse[start:stop]
-        return y[positions] if self.sign is None else y[positions] * _along(self.sign[positions], y, 0)
+        rows = y[positions] if isinstance(positions, slice) else _taken(y, positions, 0)
+        return rows if self.sign is None else _flipped(rows, self.sign[positions], 0)
 
     def rearrange(self, y: torch.Tensor, axis: int) -> torch.Tensor:
         """Applies the inverse of `arrange` along `axis`."""
         if self.sign is not None:
-            y = y * _along(self.sign, y, axis)
-        return y if self.inverse is None else y.index_select(axis, self.inverse)
+            y = _flipped(y, self.sign, axis)
+        return y if self.inverse is None else _taken(y, self.inverse, axis)
 
 
 IDENTITY = AxisMap()
@@ -154,5 +160,20 @@ def plane_rotations(angles: torch.Tensor) -> torch.Tensor:
     return blocks
 
 
-def _along(vector: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    return vector.to(x.dtype).view([-1 if i == axis else 1 for i in range(x.dim())])
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same size, whose copies NumPy makes several times faster than torch."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+
+
+def _taken(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    """`x.index_select(axis, index)`."""
+    if x.device.type != "cpu":
+        return x.index_select(axis, index)
+    return torch.from_numpy(np.take(_bits(x).numpy(), index.numpy(), axis)).view(x.dtype)
+
+
+def _flipped(x: torch.Tensor, sign: torch.Tensor, axis: int) -> torch.Tensor:
+    """Multiplies by ±1 along an axis: flips the sign bits, without arithmetic."""
+    bits = _bits(x)
+    flip = torch.where(sign < 0, torch.iinfo(bits.dtype).min, 0).to(bits.dtype)
+    return bits.bitwise_xor(flip.view([-1 if i == axis else 1 for i in range(x.dim())])).view(x.dtype)

@@ -164,6 +164,11 @@ class Offset:
     def __bool__(self) -> bool:
         return self.record.common is not None or self._stand_in is not None
 
+    def mixes(self, name: str) -> bool:
+        """Whether the noise of a tensor is a product of matrices."""
+        common = self.record.common
+        return common is not None and common.shape == "whitened" and name in self._whitening
+
     def add(self, value: torch.Tensor, rows: RowSlice, start: int, workspace: Workspace) -> None:
         """Adds c to `value`, in place.
 
@@ -187,7 +192,7 @@ class Offset:
         noise = workspace.empty(tuple(value.shape), value.dtype, value.device)
         stream = self._secret.stream(*common_stream(rows.name))
         stream.normals(value.numel(), first * (value.numel() // count), out=noise.view(-1), workspace=workspace)
-        if common.shape == "whitened" and rows.name in self._whitening:
+        if self.mixes(rows.name):
             noise = self._whitening.apply(noise, rows.name)
         value.add_(noise, alpha=common.sigma[rows.name])
 

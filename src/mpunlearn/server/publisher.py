@@ -18,7 +18,7 @@ from mpunlearn.server.keys import Labels, Wanted
 from mpunlearn.server.noise import block_of, draw, floored, noisy, rounded_entropy, spacing
 from mpunlearn.server.offset import Offset
 from mpunlearn.server.reparameterization import Reparameterization
-from mpunlearn.server.secret import Streams
+from mpunlearn.server.secret import BLOCK, Streams
 from mpunlearn.server.state import RoundRecord
 from mpunlearn.server.stream import RowSlice, chunks, compute_dtype, on_device
 from mpunlearn.server.workspace import Workspace
@@ -114,7 +114,10 @@ class Publisher:
         maps = [self.maps[copy].maps(rows.role) for copy in copies]
         published = [workspace.empty(tuple(stored.shape), dtype, device) for _ in copies]
         equal = [0] * len(copies)
-        for start, stop in chunks(len(stored), row_entries, maps[0][0].block, device):
+        aligned = {"first": rows.start, "block": BLOCK}
+        if self._offset.mixes(rows.name) or any(axis_map.blocks is not None for axes in maps for axis_map in axes):
+            aligned = {}  # the last bit of a product of matrices can depend on the chunks, and old runs have these
+        for start, stop in chunks(len(stored), row_entries, maps[0][0].block, device, **aligned):
             with workspace.frame():
                 original = on_device(stored[start:stop], device, workspace)
                 value = workspace.copy(original, compute_dtype(stored.dtype))
@@ -124,13 +127,17 @@ class Publisher:
                 for number, (copy, axes) in enumerate(zip(copies, maps, strict=True)):
                     with workspace.frame():
                         perturbed = noisy(value, draws, self.design, level, copy, workspace)
+                        cast = workspace.copy(perturbed, dtype)
                         if draws:
-                            equal[number] += _count_equal(perturbed, original, dtype, workspace)
-                        perturbed = axes[0].rotate(perturbed, 0, start)
+                            equal[number] += _count_equal(cast, original)
+                        if any(axis_map.blocks is not None for axis_map in axes):
+                            for axis, axis_map in enumerate(axes):
+                                perturbed = axis_map.rotate(perturbed, axis, 0 if axis else start)
+                            cast.copy_(perturbed)
+                        check_range(cast, perturbed, rows.name)
                         for axis, axis_map in list(enumerate(axes))[1:]:
-                            perturbed = axis_map.apply(perturbed, axis)
-                        cast = workspace.empty(tuple(perturbed.shape), dtype, device)
-                        axes[0].scatter(published[number], checked_cast(perturbed, rows.name, cast), start)
+                            cast = axis_map.arrange(cast, axis)
+                        axes[0].scatter(published[number], cast, start)
         return PublishedRows(published, equal)
 
     def _level(
@@ -164,26 +171,22 @@ def check_unchanged(source: Checkpoint, record: RoundRecord, rows: RowSlice, sto
         )
 
 
-def checked_cast(value: torch.Tensor, name: str, out: torch.Tensor) -> torch.Tensor:
-    """Casts `value` into `out` and checks for overflow, which is possible only in float16.
+def check_range(cast: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    """Checks the cast of the values of a tensor for overflow, which is possible only in float16.
 
     Raises:
-        UnsupportedModelError: an entry of the tensor `name` exceeds the range of the dtype of `out`.
+        UnsupportedModelError: an entry exceeds the range of the dtype of `cast`.
     """
-    out.copy_(value)
-    if torch.finfo(out.dtype).max < 1e30 and not bool(torch.isfinite(out).all()):
+    if torch.finfo(cast.dtype).max < 1e30 and not bool(torch.isfinite(cast).all()):
         raise UnsupportedModelError(
-            f"{name}: value {float(value.abs().max()):.3g} exceeds the range of {out.dtype}; use bfloat16 or float32"
+            f"{name}: value {float(value.abs().max()):.3g} exceeds the range of {cast.dtype}; use bfloat16 or float32"
         )
-    return out
 
 
-def _count_equal(value: torch.Tensor, original: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> int:
-    """The number of entries of `value` that equal those of `original` after a cast to `dtype`."""
-    with workspace.frame():
-        cast = workspace.copy(value, dtype)
-        if dtype != original.dtype or value.device.type != "cpu":
-            return int(torch.count_nonzero(cast == original))
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-        # NumPy compares and counts many times faster than torch.
-        return int(np.count_nonzero(cast.view(bits).numpy() == original.view(bits).numpy()))
+def _count_equal(cast: torch.Tensor, original: torch.Tensor) -> int:
+    """The number of entries of the published values, before the reparameterization, that equal those of θ."""
+    if cast.dtype != original.dtype or cast.device.type != "cpu":
+        return int(torch.count_nonzero(cast == original))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[cast.dtype.itemsize]
+    # NumPy compares and counts many times faster than torch.
+    return int(np.count_nonzero(cast.view(bits).numpy() == original.view(bits).numpy()))

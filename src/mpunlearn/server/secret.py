@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -33,6 +33,8 @@ from mpunlearn.server.workspace import Workspace
 KEY_BYTES = 32
 BLOCK = 1 << 14
 """Normals per Box-Muller block. If a range begins or ends inside a block, the whole block is generated."""
+CPU_BLOCKS, DEVICE_BLOCKS = 4, 1 << 8
+"""Number of blocks that are computed at once on the CPU, so that they fit into the cache of one core, and on a GPU."""
 
 
 class Streams(Protocol):
@@ -116,15 +118,15 @@ class Stream:
     def read(self, count: int, start: int = 0) -> bytearray:
         """Returns `count` bytes, starting at byte `start` (a multiple of 16)."""
         out = bytearray(count)
-        self._encrypt(memoryview(out), start)
+        self._keystream(start).update_into(out, out)
         return out
 
-    def _encrypt(self, zeros: memoryview, start: int) -> None:
-        """Overwrites a buffer of zeros with the keystream that starts at byte `start`."""
+    def _keystream(self, start: int) -> CipherContext:
+        """The cipher, positioned at byte `start`; whatever it encrypts is combined with the keystream by XOR."""
         if start % 16:
             raise ValueError(f"start {start} is not a multiple of the cipher's 16-byte block")
         counter = (start // 16).to_bytes(16, "big")
-        Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor().update_into(zeros, zeros)
+        return Cipher(algorithms.AES(self._key), modes.CTR(counter)).encryptor()
 
     def normals(
         self, count: int, start: int = 0, out: torch.Tensor | None = None, workspace: Workspace | None = None
@@ -139,16 +141,21 @@ class Stream:
             workspace: memory for intermediate results (default: newly allocated).
         """
         out = torch.empty(count, dtype=torch.float32) if out is None else out
-        workspace = workspace or Workspace()
-        first, last = start // BLOCK, -(-(start + count) // BLOCK)
-        if count:
-            with workspace.frame():
-                words = workspace.empty(((last - first) * BLOCK,), torch.int32).zero_()
-                self._encrypt(words.numpy().data.cast("B"), 4 * BLOCK * first)
-                if out.device != words.device:
-                    words = workspace.copy(words, device=out.device)
-                normals = _box_muller(words.view(-1, 2, BLOCK // 2), workspace)
-                out.copy_(normals.flatten()[start - first * BLOCK :][:count])
+        if not count:
+            return out
+        transform = (workspace or Workspace()).kept(f"Box-Muller on {out.device}", lambda: _BoxMuller(out.device))
+        stop, begin = start + count, start // BLOCK * BLOCK
+        keystream = self._keystream(4 * begin)
+        while begin < stop:
+            blocks = min(transform.blocks, -(-(stop - begin) // BLOCK))
+            low, high = max(begin, start), min(begin + blocks * BLOCK, stop)
+            target = out[low - start : high - start]
+            if high - low == blocks * BLOCK and out.dtype == torch.float32 and out.is_contiguous():
+                transform.draw(keystream, target.view(blocks, 2, -1))
+            else:
+                whole = transform.draw(keystream, transform.whole[:blocks])
+                target.copy_(whole.view(-1)[low - begin : high - begin])
+            begin += blocks * BLOCK
         return out
 
     def uniforms(self, count: int) -> np.ndarray:
@@ -191,18 +198,44 @@ def _encode(label: str | int) -> bytes:
     return kind + len(text).to_bytes(4, "big") + text
 
 
-def _box_muller(words: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Turns random 32-bit words (as signed integers) into as many normals, shape (blocks, 2, BLOCK / 2), float32.
+class _BoxMuller:
+    """The Box-Muller transform, with memory for all of its intermediate results.
 
-    The radius uses the lower 31 bits as a number in (0, 1]. Numbers near zero, which produce the tail of the
-    distribution, are where float32 has its finest resolution.
+    On the CPU, it computes so few blocks at a time that everything stays in the cache of one core. The views are made
+    only once, since for so little data, making them takes as long as the arithmetic.
+
+    Args:
+        device: the device of the transform; the keystream always comes from the CPU.
     """
-    half, device = (len(words), words.shape[2]), words.device
-    out = workspace.empty(tuple(words.shape), torch.float32, device)
-    radius = workspace.copy(words[:, 0].bitwise_and_(0x7FFFFFFF), torch.float32)
-    radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
-    angle = workspace.copy(words[:, 1], torch.float32).mul_(2.0 * math.pi * 2.0**-32)
-    sine = workspace.empty(half, torch.float32, device)
-    torch.mul(torch.sin(angle, out=sine), radius, out=out[:, 1])
-    torch.mul(angle.cos_(), radius, out=out[:, 0])
-    return out
+
+    def __init__(self, device: torch.device) -> None:
+        self.blocks = CPU_BLOCKS if device.type == "cpu" else DEVICE_BLOCKS
+        self.whole = torch.empty((self.blocks, 2, BLOCK // 2), device=device)
+        """Room for normals that a caller needs only a part of, shape (blocks, 2, BLOCK / 2), float32."""
+        self._encrypted = torch.empty((self.blocks, 2, BLOCK // 2), dtype=torch.int32)
+        self._bytes = self._encrypted.view(-1).numpy().data.cast("B")
+        self._zeros = memoryview(bytes(len(self._bytes)))
+        self._words = self._encrypted if device.type == "cpu" else torch.empty_like(self._encrypted, device=device)
+        radius, angle, sine = (torch.empty((self.blocks, BLOCK // 2), device=device) for _ in range(3))
+        self._all = (self._words[:, 0], self._words[:, 1], radius, angle, sine)
+
+    def draw(self, keystream: CipherContext, out: torch.Tensor) -> torch.Tensor:
+        """Fills `out`, shape (n, 2, BLOCK / 2) with n at most `blocks`, float32, from the next words of the keystream.
+
+        The radius uses the lower 31 bits of a word as a number in (0, 1]. Numbers near zero, which produce the tail of
+        the distribution, are where float32 has its finest resolution.
+        """
+        blocks, size = len(out), 4 * out.numel()
+        keystream.update_into(self._zeros[:size], self._bytes[:size])
+        if self._words is not self._encrypted:
+            self._words[:blocks].copy_(self._encrypted[:blocks])
+        first, second, radius, angle, sine = (
+            self._all if blocks == self.blocks else [part[:blocks] for part in self._all]
+        )
+        radius.copy_(first.bitwise_and_(0x7FFFFFFF))
+        radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
+        angle.copy_(second).mul_(2.0 * math.pi * 2.0**-32)
+        torch.sin(angle, out=sine)
+        torch.mul(sine, radius, out=out[:, 1])
+        torch.mul(angle.cos_(), radius, out=out[:, 0])
+        return out

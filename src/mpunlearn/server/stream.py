@@ -9,12 +9,14 @@ Peak memory is roughly the number of threads times the size of the largest slice
 chunks. Not covered: a single weight matrix so large that m copies of it do not fit into memory.
 """
 
+import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -98,7 +100,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(rows: int, row_entries: int, multiple: int, device: torch.device | None = None) -> list[tuple[int, int]]:
+def chunks(
+    rows: int,
+    row_entries: int,
+    multiple: int,
+    device: torch.device | None = None,
+    *,
+    first: int = 0,
+    block: int = 1,
+) -> list[tuple[int, int]]:
     """Cuts rows into ranges (start, stop) with as many entries as the device should compute at once.
 
     Args:
@@ -106,10 +116,17 @@ def chunks(rows: int, row_entries: int, multiple: int, device: torch.device | No
         row_entries: number of entries in a row.
         multiple: every range starts at a multiple of this number of rows.
         device: the device (default: CPU).
+        first: number of rows of the tensor before these.
+        block: if the ranges stay about as large, all but the first start at a multiple of this number of entries of the
+            whole tensor.
     """
     size = CHUNK_ENTRIES if device is None or device.type == "cpu" else DEVICE_CHUNK_ENTRIES
     step = max(1, size // max(1, row_entries) // multiple) * multiple
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    aligned = math.lcm(multiple, block // math.gcd(block, max(1, row_entries)))
+    if aligned <= 2 * step:
+        step = max(1, step // aligned) * aligned
+    cuts = [0, *range(step - first % step, rows, step), rows]
+    return [(start, stop) for start, stop in pairwise(cuts) if stop > start]
 
 
 def in_parallel(

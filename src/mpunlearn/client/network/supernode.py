@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpunlearn.files import write_bytes
 from mpunlearn.protocol.flower.keys import Invitation
-from mpunlearn.protocol.flower.programs import PROXIES, Program, confined, free_port
+from mpunlearn.protocol.flower.programs import PROXIES, Program, confined, free_port, is_listening
 
 HINT = "Flower accepts a node only a minute after it was killed, and only if the server has this client's client.json"
 
@@ -43,17 +43,21 @@ class SuperNode:
         run = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *between]
         link = confined("flower-supernode", node, read=[key], write=[folder])
         executor = confined("flower-superexec", run, read=[], write=[folder, spool])
-        self._programs = [
-            Program("flower-supernode", link, self.log, folder, PROXIES, HINT),
-            Program("flower-superexec", executor, folder / "superexec.log", folder),
-        ]
+        self._port = port
+        self._node = Program("flower-supernode", link, self.log, folder, PROXIES, HINT)
+        self._executor = Program("flower-superexec", executor, folder / "superexec.log", folder)
+        self._is_listening = False
 
     def ensure_running(self) -> bool:
-        """Starts the programs that are not running; returns whether any was started."""
-        started = [program.ensure_running() for program in self._programs]
-        return any(started)
+        """Starts the programs that are not running; returns whether any was started.
+
+        The SuperExec is started when the node is listening, since one that finds nobody waits longer and longer.
+        """
+        started = self._node.ensure_running()
+        self._is_listening = self._is_listening or is_listening(self._port)
+        return (self._is_listening and self._executor.ensure_running()) or started
 
     def stop(self) -> None:
         """Stops the programs."""
-        for program in self._programs:
+        for program in (self._node, self._executor):
             program.stop()

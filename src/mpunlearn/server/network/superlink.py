@@ -148,7 +148,11 @@ class SuperLink:
         Raises:
             NetworkError: the restart failed; a call some seconds later tries again.
         """
-        started = {name for name, program in self._programs.items() if program.ensure_running()}
+        started = {
+            name
+            for name, program in self._programs.items()
+            if (self._ready or name != "flower-superexec") and program.ensure_running()
+        }
         if "flower-superlink" in started:
             self._ready = False
         if "flower-superexec" in started:
@@ -159,6 +163,8 @@ class SuperLink:
         if not self._ready:
             name = f"Flower's SuperLink ({self._folder / 'superlink.log'})"
             wait_for_port(self._port, START_TIMEOUT_SECONDS, name)
+            if self._programs:  # only now, since a SuperExec that finds nobody waits longer and longer
+                self._programs["flower-superexec"].ensure_running()
             for client in self._clients:
                 self._register(client)
             self._launched, self._ready = 0.0, True
