@@ -55,7 +55,8 @@ def test_known_scales_of_extrapolation_disclose_the_model_and_secret_ones_less(s
     for name, alphas in (("known", (1.0, -1.0, 2.0)), ("secret", None)):
         copies = published(model, tmp_path / name, denoising="extrapolate", alphas=alphas)
         errors.append(audit(model=model, copies=copies).attacks["all copies, known scales"].error)
-    assert errors[0] < 1e-5 < errors[1]
+    assert errors[0] < 1e-7  # rounding
+    assert errors[1] > 10 * errors[0]  # how much more depends on the scales that were drawn
 
 
 @pytest.mark.parametrize("level", [0.05, 0.1])
