@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pydantic  # noqa: F401  cyclopts checks more once it is imported
 import pytest
 import yaml
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args, get_origin
 
 from mpunlearn.errors import SchemaError
 from mpunlearn.presets import NEEDED, PRESETS
@@ -67,7 +67,8 @@ def parse(prog: str, function: Callable[..., Any], arguments: list[str]) -> tupl
         raise ParseError(_message(error, options, prog)) from None
     bound.apply_defaults()
     given = {
-        name: _pairs(options[name], value) if options[name].pairs else value for name, value in bound.arguments.items()
+        name: _pairs(options[name], configured.get(name) if value is None else value) if options[name].pairs else value
+        for name, value in bound.arguments.items()
     }
     if only_print:
         _print_config(given)
@@ -100,7 +101,10 @@ def _signature(options: Mapping[str, Option], configured: Mapping[str, Any], opt
     parameters = []
     for option in options.values():
         default = configured.get(option.name, None if optional and option.default is REQUIRED else option.default)
+        default = None if option.pairs else default  # a mapping, which `parse` takes from the configuration
         hint, how = _for_cyclopts(option)
+        if default is None:  # cyclopts checks defaults, too, once anything has imported pydantic
+            hint = Optional[hint]  # noqa: UP045
         how["show_default"] = option.default not in (False, None, REQUIRED, ())
         about = cyclopts.Parameter(help=option.help, group=groups[option.group], **how)
         annotation = Annotated[hint, about]  # type: ignore[valid-type]
