@@ -91,7 +91,9 @@ def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still
     published = preprocess(path, **options, perturbation=perturbation)
     for name, value in published.rounding.items():
         assert value.entropy > 1.9, name
-        assert value.equal < (0.8 if "norm" in name else 0.6), name  # norms have few entries, and shares of these scatter
+        assert value.equal < (0.8 if "norm" in name else 0.6), (
+            name
+        )  # norms have few entries, and shares of these scatter
     control = preprocess(
         path,
         state=tmp_path / "t",
