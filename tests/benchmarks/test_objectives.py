@@ -77,12 +77,10 @@ def test_a_cell_unlearns_and_measures_everything(tmp_path: Path) -> None:
     evaluated = [json.loads(line) for line in (world(0).benchmark / "forget.jsonl").read_text().splitlines()]
     trained = [json.loads(line) for line in world(0).training("forget").read_text().splitlines()]
     assert all(a["wrong_answer"] not in b["perturbed_answer"] for a, b in zip(trained, evaluated, strict=True))
-    found = cell(world, "npo", "paper", 1e-3, 0.1, 0, tmp_path, deep=True)
+    found = cell(world, "npo", FREE, 1e-3, 0.1, 0, tmp_path, deep=True)
     assert found["forget_prob"] < 0.5 < found["retain_prob"]
     assert all(np.isfinite(value) for name, value in found.items() if name not in ("world", "objective", "arm"))
-    before = cell(world, "", "original", 0.0, 0.0, 0, tmp_path, deep=True)
-    assert before["uds"] == 0
-    assert before["forget_prob"] > 0.9
+    assert cell(world, "", "original", 0.0, 0.0, 0, tmp_path, deep=False)["forget_prob"] > 0.9
 
 
 def test_training_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
