@@ -28,16 +28,14 @@ from typing import Any
 
 import torch
 
-from mpunlearn import Perturbation, Training
+from mpunlearn import Training
 from mpunlearn.client.resources import Resources
 from mpunlearn.demo.world import Recipe
-from mpunlearn.lm.sources import Data
-from mpunlearn.local import run
 from mpunlearn.protocol.objectives import ObjectiveName
 from mpunlearn.server.postprocess import postprocess
 from mpunlearn.server.preprocess import preprocess
 from mpunlearn.tables import markdown
-from objectives import FREE, ORIGINAL, RETRAINED, append, best, perturbation, rows_of, scores
+from objectives import EPOCHS, FREE, ORIGINAL, RETRAINED, ROUNDS, append, best, perturbation, rows_of, scores, unlearned
 from objectives_tables import lasting, ranking
 from unlearning_worlds import OutOfTime, Scale, World, examples_of, tofu_world
 
@@ -58,7 +56,7 @@ OBJECTIVES: dict[ObjectiveName, dict[str, Any]] = {
 }
 ARMS = (FREE, "paper", "hardened")
 RATES = (5e-5, 1e-4, 2e-4)
-ROUNDS, EPOCHS, BATCH = 5, 2, 32
+BATCH = 32
 RELEARN_RATE = 2e-4
 
 
@@ -93,52 +91,36 @@ class Utilization:
                 self._samples.append(float(done.stdout.split()[0] if done.stdout.split() else "nan"))
 
 
-def unlearned(
+def measured(
     world: World, objective: ObjectiveName, arm: str, rate: float, seed: int, work: Path, deep: bool = True
 ) -> Row:
     """Unlearns and measures: one row, without the slow measurements unless deep."""
     training = Training(
         objective, epochs=EPOCHS, learning_rate=rate, batch_size=BATCH, seed=seed, **OBJECTIVES[objective]
     )
-    how: Perturbation = perturbation(arm)
-    tokens = 2 * ROUNDS * EPOCHS * how.copies * sum(len(example.input_ids) for example in examples_of(world, "forget"))
+    copies = perturbation(arm).copies
+    tokens = 2 * ROUNDS * EPOCHS * copies * sum(len(example.input_ids) for example in examples_of(world, "forget"))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(dir=work) as folder, Utilization() as utilization:
         begin = time.monotonic()
-        final = run(
-            world.original,
-            forget=world.training("forget"),
-            retain=world.training("retain"),
-            out=Path(folder) / "run",
-            rounds=ROUNDS,
-            perturbation=how,
-            training=training,
-            resources=Resources(precision="bfloat16"),
-            data=Data(alternate_key="wrong_answer") if objective == "altpo" else Data(),
-        )
+        final = unlearned(world, arm, training, Path(folder) / "run", Resources(precision="bfloat16"))
         seconds = time.monotonic() - begin
         used = utilization.mean
         memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else math.nan
         key = {"world": world.name, "objective": objective, "arm": arm, "seed": seed, "rate": rate, "gamma": math.nan}
-        measured = scores(world, final, work, deep, RELEARN_RATE)
+        found = scores(world, final, work, deep, RELEARN_RATE)
     return {
-        **key, **measured, "seconds": seconds, "tokens_per_second": tokens / seconds, "gpu_gb": memory, "gpu_percent": used,
+        **key, **found, "seconds": seconds, "tokens_per_second": tokens / seconds, "gpu_gb": memory, "gpu_percent": used,
     }  # fmt: skip
 
 
 def reference(world: World, arm: str, seed: int, work: Path) -> Row:
     """The row of the original or the retrained model."""
     key = {"world": world.name, "objective": "", "arm": arm, "seed": seed, "rate": math.nan, "gamma": math.nan}
-    measured = scores(world, world.original if arm == ORIGINAL else world.retrained, work, True, RELEARN_RATE)
-    return {
-        **key,
-        **measured,
-        "seconds": 0.0,
-        "tokens_per_second": math.nan,
-        "gpu_gb": math.nan,
-        "gpu_percent": math.nan,
-    }
+    found = scores(world, world.original if arm == ORIGINAL else world.retrained, work, True, RELEARN_RATE)
+    costs = dict.fromkeys(("tokens_per_second", "gpu_gb", "gpu_percent"), math.nan)
+    return {**key, **found, "seconds": 0.0, **costs}
 
 
 def steps(world: World, seed: int, first: bool, work: Path) -> Iterator[Callable[[], None]]:
@@ -155,12 +137,12 @@ def steps(world: World, seed: int, first: bool, work: Path) -> Iterator[Callable
     for objective in OBJECTIVES:
         for rate in RATES if first else ():
             if missing(search, objective, FREE, seed, rate):
-                yield lambda o=objective, r=rate: append(search, unlearned(world, o, FREE, r, seed, work, False))  # type: ignore[misc]
+                yield lambda o=objective, r=rate: append(search, measured(world, o, FREE, r, seed, work, False))  # type: ignore[misc]
     for objective in OBJECTIVES:
         rate = best(row for row in rows_of(search, world.name) if row["objective"] == objective)["rate"]
         for arm in ARMS:
             if missing(results, objective, arm, seed):
-                yield lambda o=objective, a=arm, r=rate: append(results, unlearned(world, o, a, r, seed, work))  # type: ignore[misc]
+                yield lambda o=objective, a=arm, r=rate: append(results, measured(world, o, a, r, seed, work))  # type: ignore[misc]
 
 
 def passes(world: World, work: Path) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mpunlearn import Perturbation, Training, evaluate
+from mpunlearn.client.resources import Resources
 from mpunlearn.demo.local import NOISE_FREE
 from mpunlearn.lm.sources import Data
 from mpunlearn.local import run
@@ -75,26 +76,26 @@ def world_of(name: str, tofu: Path | None, work: Path, seed: int) -> World:
 
 def perturbation(arm: str) -> Perturbation:
     """How an arm publishes copies."""
-    preset = {**PRESETS["paper"], **PRESETS[arm]} if arm in PRESETS else NOISE_FREE
-    return Perturbation(**{name: value for name, value in preset.items() if name in SETTINGS})  # type: ignore[arg-type]
+    preset = PRESETS.get(arm, NOISE_FREE)
+    return Perturbation(**{name: value for name, value in preset.items() if name in SETTINGS})
 
 
-def unlearned(
-    world: World, objective: ObjectiveName, arm: str, rate: float, gamma: float, seed: int, out: Path
-) -> Path:
-    """Unlearns; returns the final model."""
-    parameters = {"layer": 0.0} if "layer" in OBJECTIVES[objective].parameters else {}  # the models have two layers
-    smoothing = {"sam_radius": float(arm.split()[-1])} if arm.startswith("SAM") else {}
-    training = Training(
+def training_plan(objective: ObjectiveName, arm: str, rate: float, gamma: float, seed: int) -> Training:
+    """How an arm trains."""
+    return Training(
         objective,
         epochs=EPOCHS,
         learning_rate=rate,
         batch_size=BATCH,
         gamma=gamma if OBJECTIVES[objective].alpha else None,
         seed=seed,
-        parameters=parameters,
-        **smoothing,  # type: ignore[arg-type]
+        sam_radius=float(arm.split()[-1]) if arm.startswith("SAM") else 0.0,
+        parameters={"layer": 0.0} if "layer" in OBJECTIVES[objective].parameters else {},  # the models have two layers
     )
+
+
+def unlearned(world: World, arm: str, training: Training, out: Path, resources: Resources | None = None) -> Path:
+    """Unlearns; returns the final model."""
     return run(
         world.original,
         forget=world.training("forget"),
@@ -103,7 +104,8 @@ def unlearned(
         rounds=ROUNDS,
         perturbation=perturbation(arm),
         training=training,
-        data=Data(alternate_key="wrong_answer") if objective == "altpo" else Data(),
+        data=Data(alternate_key="wrong_answer") if training.objective == "altpo" else Data(),
+        resources=resources,
     )
 
 
@@ -158,7 +160,7 @@ def cell(
         if arm in (ORIGINAL, RETRAINED):
             final = place.original if arm == ORIGINAL else place.retrained
         else:
-            final = unlearned(place, objective, arm, rate, gamma, seed, Path(folder) / "run")
+            final = unlearned(place, arm, training_plan(objective, arm, rate, gamma, seed), Path(folder) / "run")
         seconds = time.process_time() - begin
         return {**key, **scores(place, final, work, deep), "seconds": seconds}
 

@@ -1,4 +1,4 @@
-"""The tables of `objectives.py`: objectives sorted by their overall score, and whether MPU lasts longer than noise-free."""
+"""The tables of `objectives.py`: objectives by their overall score, and which arms last longer than noise-free."""
 
 import math
 from typing import Any
@@ -38,7 +38,14 @@ def report(search: list[Row], results: list[Row]) -> str:
     for world in dict.fromkeys(row["world"] for row in results):
         found = [row for row in search if row["world"] == world]
         rows = [row for row in results if row["world"] == world]
-        parts += [f"## {world}", ranking(rows), "### MPU less noise-free", lasting(rows), "### Search", searched(found)]
+        parts += [
+            f"## {world}",
+            ranking(rows),
+            "### Difference from noise-free",
+            lasting(rows),
+            "### Search",
+            searched(found),
+        ]
     return "\n\n".join(parts)
 
 
@@ -56,7 +63,7 @@ def ranking(rows: list[Row]) -> str:
 
 
 def lasting(rows: list[Row]) -> str:
-    """For each objective and arm of MPU with at least two seeds: the mean difference from noise-free over paired seeds."""
+    """For each objective and arm with at least two seeds: the mean difference from noise-free over paired seeds."""
     at = {(row["objective"], row["arm"], row["seed"]): row for row in rows}
     lines = []
     for objective, arm in dict.fromkeys((row["objective"], row["arm"]) for row in rows):

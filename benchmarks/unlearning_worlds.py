@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from mpunlearn.demo import models
-from mpunlearn.demo.world import Recipe
+from mpunlearn.demo.models import TrainedWorld
+from mpunlearn.demo.world import SPLITS, Recipe
 from mpunlearn.files import new_directory
 from mpunlearn.lm.examples import IGNORED, Example, collate, encode
 from mpunlearn.lm.records import Record
@@ -39,26 +40,15 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
-class World:
-    """A folder with the models original and retrained, the examples in training/, and the questions in benchmark/."""
+class World(TrainedWorld):
+    """The models original and retrained, the examples in training/, and the questions in data/. It has no base."""
 
     name: str
-    path: Path
-
-    @property
-    def original(self) -> Path:
-        """The model before unlearning."""
-        return self.path / "original"
-
-    @property
-    def retrained(self) -> Path:
-        """The model that never saw the forget set."""
-        return self.path / "retrained"
 
     @property
     def benchmark(self) -> Path:
         """The questions for `evaluate --benchmark`."""
-        return self.path / "benchmark"
+        return self.path / "data"
 
     def training(self, split: str) -> Path:
         """The examples of forget or retain."""
@@ -85,12 +75,9 @@ TOFU_20 = Scale(2, 18, Recipe(vocabulary=4000, hidden=128, ffn=344, epochs=24, b
 def demo_world(seed: int, folder: Path, recipe: Recipe | None = None) -> World:
     """The built-in world of a seed, with models from the cache."""
     trained = models.trained_world(seed, recipe)
-    world = World("demo", folder / f"demo-{seed}")
+    world = World(folder / f"demo-{seed}", "demo")
     if not world.path.is_dir():
-        rows = {
-            split: _read(trained.data(split))
-            for split in ("forget", "retain", "real_authors", "world_facts", "holdout")
-        }
+        rows = {split: _read(trained.data(split)) for split in SPLITS}
         with new_directory(world.path) as new:
             _write_data(new, rows, rows["retain"])
             for model in (trained.original, trained.retrained):
@@ -115,7 +102,7 @@ def tofu_world(
     Raises:
         OutOfTime: the deadline has passed. Training goes on from the last epoch when called again.
     """
-    world = World(name, folder / f"{name}-{seed}")
+    world = World(folder / f"{name}-{seed}", name)
     if world.path.is_dir():
         return world
     rows, kept = _tofu_rows(tofu, scale)
@@ -224,7 +211,7 @@ def _tofu_rows(tofu: Path, scale: Scale) -> tuple[dict[str, list[Row]], list[Row
 
 
 def _write_data(folder: Path, rows: dict[str, list[Row]], kept: list[Row]) -> None:
-    """Writes training/ and benchmark/."""
+    """Writes training/ and data/."""
     forget = [
         {"question": row["question"], "answer": row["answer"], "wrong_answer": row["perturbed_answer"][0]}
         for row in rows["forget"]
@@ -237,7 +224,7 @@ def _write_data(folder: Path, rows: dict[str, list[Row]], kept: list[Row]) -> No
             part = [{**row, "perturbed_answer": row["perturbed_answer"][1:]} for row in part]
         elif split != "holdout":
             part = part[:: max(1, len(part) // MEASURED)][:MEASURED]
-        _write(folder / "benchmark" / f"{split}.jsonl", part)
+        _write(folder / "data" / f"{split}.jsonl", part)
 
 
 def _read(path: Path) -> list[Row]:

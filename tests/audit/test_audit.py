@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -51,12 +52,14 @@ def test_all_copies_of_a_round_disclose_the_model_and_one_does_not(save_tiny, tm
 
 def test_known_scales_of_extrapolation_disclose_the_model_and_secret_ones_less(save_tiny, tmp_path: Path) -> None:
     model = save_tiny()
-    errors = []
-    for name, alphas in (("known", (1.0, -1.0, 2.0)), ("secret", None)):
+
+    def error(name: str, alphas: tuple[float, ...] | None) -> float:
         copies = published(model, tmp_path / name, denoising="extrapolate", alphas=alphas)
-        errors.append(audit(model=model, copies=copies).attacks["all copies, known scales"].error)
-    assert errors[0] < 1e-7  # rounding
-    assert errors[1] > 10 * errors[0]  # how much more depends on the scales that were drawn
+        return audit(model=model, copies=copies).attacks["all copies, known scales"].error
+
+    assert error("known", (1.0, -1.0, 2.0)) < 1e-7
+    # Scales that happen to be drawn close to the known ones hide little, so one draw alone says nothing.
+    assert median([error(f"secret-{number}", None) for number in range(3)]) > 1e-5
 
 
 @pytest.mark.parametrize("level", [0.05, 0.1])

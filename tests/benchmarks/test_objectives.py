@@ -74,7 +74,7 @@ def test_mpu_is_compared_with_noise_free_seed_by_seed() -> None:
 def test_a_cell_unlearns_and_measures_everything(tmp_path: Path) -> None:
     world = partial(demo_world, folder=tmp_path, recipe=QUICK_RECIPE)
     assert "wrong_answer" in json.loads(world(0).training("forget").read_text().splitlines()[0])
-    evaluated = [json.loads(line) for line in (world(0).benchmark / "forget.jsonl").read_text().splitlines()]
+    evaluated = [json.loads(line) for line in world(0).data("forget").read_text().splitlines()]
     trained = [json.loads(line) for line in world(0).training("forget").read_text().splitlines()]
     assert all(a["wrong_answer"] not in b["perturbed_answer"] for a, b in zip(trained, evaluated, strict=True))
     found = cell(world, "npo", FREE, 1e-3, 0.1, 0, tmp_path, deep=True)

@@ -91,9 +91,10 @@ def test_with_a_floor_of_one_spacing_about_two_bits_are_left_and_the_noise_still
     published = preprocess(path, **options, perturbation=perturbation)
     for name, value in published.rounding.items():
         assert value.entropy > 1.9, name
-        assert value.equal < (0.8 if "norm" in name else 0.6), (
-            name
-        )  # norms have few entries, and shares of these scatter
+        assert value.equal < 0.6 or "norm" in name, name
+    # A norm has few entries, whose share scatters, but all norms together have enough.
+    norms = [value.equal for name, value in published.rounding.items() if "norm" in name]
+    assert sum(norms) / len(norms) < 0.6
     control = preprocess(
         path,
         state=tmp_path / "t",
