@@ -89,7 +89,7 @@ def measure(
     for name, texts in sets.texts.items():
         before = len(tokenizer("")["input_ids"]) if definitions.prompt_alone else 0  # the beginning-of-text token
         encoded = [tokenizer(text)["input_ids"][: before + CONTEXT] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad)
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad, moments=True)
         cut = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
         per_example.setdefault(name, {}).update(likelihood_scores(probes, cut, definitions))
     return per_example
