@@ -98,7 +98,6 @@ def measure(
 def summarize(
     per_example: PerExample,
     retrained: PerExample | None = None,
-    original: PerExample | None = None,
     sample: Sample = EVERYTHING,
     definitions: Definitions = OPENUNLEARNING,
 ) -> dict[str, Any]:
@@ -106,9 +105,7 @@ def summarize(
 
     Args:
         per_example: what `measure` returned for the model.
-        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need
-            it.
-        original: the same for the model before unlearning, which no metric of MUSE needs.
+        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need it.
         sample: how often each example counts.
         definitions: which definitions of the metrics, the same as for `measure`.
 

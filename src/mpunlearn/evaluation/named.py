@@ -51,7 +51,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The benchmark's metrics, by name, as numbers or, for resamples, arrays of shape (B,)."""
     if isinstance(sets, muse.MuseSets):
-        return muse.summarize(per_example, retrained, None, sample, definitions)
+        return muse.summarize(per_example, retrained, sample, definitions)
     if isinstance(sets, wmdp.WmdpQuestions):
         return wmdp.summarize(per_example, sample)
     if isinstance(sets, rwku.RwkuSets):
