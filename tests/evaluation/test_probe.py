@@ -52,30 +52,6 @@ def test_probes_equal_a_loop_over_single_examples(loaded, monkeypatch, tokens: i
         assert probed.ends == (given.input_ids[-1] == tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("tokens", [1, 8192])
-def test_generation_is_greedy_and_batches_do_not_matter(loaded, monkeypatch, tokens: int) -> None:
-    monkeypatch.setattr(probes, "BATCH_TOKENS", tokens)
-    model, tokenizer = loaded
-    prompts = [prompt_of(given) for given in EXAMPLES]
-    assert prompts[0] == [5, 6]
-    for prompt, text in zip(prompts, generate(model, tokenizer, prompts, 6), strict=True):
-        ids = list(prompt)
-        for _ in range(6):
-            following = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-            ids.append(following)
-            if following == tokenizer.eos_token_id:
-                break
-        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-
-
-WINDOWS = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-}
-"""Family → options: no layer with a sliding window, all of them, and one of two."""
-
-
 def step_by_step(model, prompt: list[int], mask: list[int], count: int, end: int | None) -> list[int]:
     """A greedy continuation without a cache and without other prompts."""
     ids = list(prompt)
@@ -87,6 +63,25 @@ def step_by_step(model, prompt: list[int], mask: list[int], count: int, end: int
         if ids[-1] == end:
             break
     return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_generation_is_greedy_and_batches_do_not_matter(loaded, monkeypatch, tokens: int) -> None:
+    monkeypatch.setattr(probes, "BATCH_TOKENS", tokens)
+    model, tokenizer = loaded
+    prompts = [prompt_of(given) for given in EXAMPLES]
+    assert prompts[0] == [5, 6]
+    for prompt, text in zip(prompts, generate(model, tokenizer, prompts, 6), strict=True):
+        ids = step_by_step(model, prompt, [1] * len(prompt), 6, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+WINDOWS = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+}
+"""Family → options: no layer with a sliding window, all of them, and one of two."""
 
 
 @pytest.mark.parametrize("mask_pad", [False, True])
