@@ -98,7 +98,7 @@ class Ours:
         for name in ("forget", "holdout"):
             alone: list[list[str]] = [[] for _ in self._sets[name].wrong]  # only the answers are tokenized
             examples = replace(self._sets[name], wrong=alone).encoded(tokenizer).answers
-            answers = probe(model, tokenizer, examples, mask_pad=True)
+            answers = probe(model, tokenizer, examples, mask_pad=True, moments=True)
             written = [answer_text(example, tokenizer) for example in examples]
             per_example[name] = tofu.membership_scores(model, tokenizer, examples, answers, written, None)
         for attack in per_example["forget"]:

@@ -10,6 +10,18 @@ from pathlib import Path
 
 import pytest
 
+READ = """
+import sys
+from mpunlearn.errors import DataError
+from mpunlearn.lm.records import read_records
+for source in sys.argv[1:]:
+    try:
+        read_records(source)
+    except DataError as error:
+        print(error)
+"""
+"""A program that prints the errors of reading sources."""
+
 
 class Hub:
     """A hub without repositories, on the loopback address."""
@@ -53,6 +65,10 @@ class Hub:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
+    def errors(self, *sources: str) -> list[str]:
+        """The errors of reading sources in a program that has this hub."""
+        return self.run(READ, *sources)
 
 
 @pytest.fixture

@@ -101,26 +101,14 @@ def test_a_part_that_does_not_exist_is_refused_before_anything_is_loaded(source:
         read_records(source)
 
 
-READ = """
-import sys
-from mpunlearn.errors import DataError
-from mpunlearn.lm.records import read_records
-for source in sys.argv[1:]:
-    try:
-        read_records(source)
-    except DataError as error:
-        print(error)
-"""
-
-
 def test_gated_data_says_where_to_accept_its_conditions(hub) -> None:
     hub.code = (403, "GatedRepo")
-    (error,) = hub.run(READ, "wmdp/bio")
+    (error,) = hub.errors("wmdp/bio")
     assert error.startswith("wmdp/bio: cannot be loaded from cais/wmdp-bio-forget-corpus (")
     assert "accept their conditions at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus, then run" in error
     assert "`hf auth login` or set HF_TOKEN; to work offline" in error
     hub.code = (404, "RepoNotFound")
     names = {"wmdp/cyber": "cais/wmdp-corpora", "rwku/A": "jinzhuoran/RWKU", "knowundo/privacy": "zjunlp/KnowUnDo"}
-    for (source, repository), line in zip(names.items(), hub.run(READ, *names), strict=True):
+    for (source, repository), line in zip(names.items(), hub.errors(*names), strict=True):
         assert line.startswith(f"{source}: cannot be loaded from {repository} (DatasetNotFoundError: ")
         assert "accept" not in line

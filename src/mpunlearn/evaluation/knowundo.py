@@ -1,4 +1,4 @@
-"""KnowUnDo (Tian et al., arXiv 2407.01920): is what must go gone, and what must stay still there?
+"""KnowUnDo (Tian et al., arXiv 2407.01920): does a model forget what it must, and still know what it may?
 
 The benchmark asks about authors (`knowundo/privacy`) and books (`knowundo/copyright`). Its unlearn scope is what the law
 lets a person or an owner take back, and its retention scope what everyone may know. Each has questions for evaluation (the
@@ -68,7 +68,7 @@ def read(benchmark: str, data: Data) -> KnowUnDoSets:
 def measure(model: Any, tokenizer: Any, sets: KnowUnDoSets, batch_size: int | None = None) -> PerExample:
     """The values for every example: `acc`, the share of answer tokens ranked first; `loss`, in nats per token; `ROUGE`.
 
-    Both are NaN if the question alone fills the 256 tokens, and do not count, as in the authors' code.
+    If the question alone fills the 256 tokens, `acc` and `loss` are NaN and do not count, as in the authors' code.
     """
     per_example: PerExample = {}
     for name, pairs in sets.pairs.items():

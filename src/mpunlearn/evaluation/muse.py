@@ -89,7 +89,7 @@ def measure(
     for name, texts in sets.texts.items():
         before = len(tokenizer("")["input_ids"]) if definitions.prompt_alone else 0  # the beginning-of-text token
         encoded = [tokenizer(text)["input_ids"][: before + CONTEXT] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad)
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, mask_pad, moments=True)
         cut = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
         per_example.setdefault(name, {}).update(likelihood_scores(probes, cut, definitions))
     return per_example
@@ -98,7 +98,6 @@ def measure(
 def summarize(
     per_example: PerExample,
     retrained: PerExample | None = None,
-    original: PerExample | None = None,
     sample: Sample = EVERYTHING,
     definitions: Definitions = OPENUNLEARNING,
 ) -> dict[str, Any]:
@@ -106,9 +105,7 @@ def summarize(
 
     Args:
         per_example: what `measure` returned for the model.
-        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need
-            it.
-        original: the same for the model before unlearning, which no metric of MUSE needs.
+        retrained: the same for the model that never saw the forget texts; PrivLeak and the privacy score need it.
         sample: how often each example counts.
         definitions: which definitions of the metrics, the same as for `measure`.
 

@@ -1,8 +1,8 @@
 """The benchmarks that have a form of their own: which name is read by which module, and measured by which.
 
 TOFU, and folders in its format, are `sets` and `tofu`. Every other benchmark is a module that reads its examples into a
-frozen dataclass, measures a model on them, and summarizes what it measured. Here they are made alike. Only MUSE has
-definitions that differ (see `definitions`), and metrics that need a retrained model.
+frozen dataclass, measures a model on them, and summarizes what it measured. The functions here give them one interface.
+Only MUSE has definitions that differ (see `definitions`), and metrics that need a retrained model.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The benchmark's metrics, by name, as numbers or, for resamples, arrays of shape (B,)."""
     if isinstance(sets, muse.MuseSets):
-        return muse.summarize(per_example, retrained, None, sample, definitions)
+        return muse.summarize(per_example, retrained, sample, definitions)
     if isinstance(sets, wmdp.WmdpQuestions):
         return wmdp.summarize(per_example, sample)
     if isinstance(sets, rwku.RwkuSets):

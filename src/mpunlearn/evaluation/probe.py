@@ -25,7 +25,7 @@ CPU_TOKENS = 1024
 """The same for likelihoods on a CPU, whose caches larger batches do not fit into."""
 
 FIRST_STEPS = 16
-"""After how many tokens of all answers those that have ended leave; then after twice as many, and so on."""
+"""Answers that have ended leave after this many tokens, then after twice as many, and so on."""
 
 GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1}
 """The most likely token at each step."""
@@ -65,7 +65,7 @@ def probe(
     examples: Sequence[Example],
     batch_size: int | None = None,
     mask_pad: bool = False,
-    moments: bool | Sequence[bool] = True,
+    moments: bool | Sequence[bool] = False,
 ) -> list[Probe]:
     """Likelihoods of the labeled tokens of each example, in the order of the examples.
 
@@ -189,6 +189,7 @@ def _continued(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         past_key_values=growing_cache(model),
+        cache_implementation=None,  # one from the checkpoint's generation config would be a second cache, which is an error
         max_new_tokens=steps,
         **decoding,
         pad_token_id=pad,

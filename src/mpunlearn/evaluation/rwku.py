@@ -16,7 +16,7 @@ Not covered: the utility sets (MMLU, BBH, TruthfulQA, TriviaQA, AlpacaEval), for
 mmlu,bbh,truthfulqa_mc1,triviaqa`), and averages over several targets, each of which is a run of its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mpunlearn.errors import DataError
@@ -43,9 +43,9 @@ class RwkuSets:
     questions: dict[str, list[str]]
     """The message of each probe."""
     answers: dict[str, list[str]]
-    begun: dict[str, list[bool]] = field(default_factory=dict)
+    begun: dict[str, list[bool]]
     """Whether the answer is begun with `Answer:`."""
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, list[str]]
     """Texts for membership inference."""
 
 
@@ -106,7 +106,7 @@ def measure(model: Any, tokenizer: Any, sets: RwkuSets, batch_size: int | None =
         per_example[name] = {"ROUGE": [metrics.rouge_l(*pair)[0] for pair in answers]}
     for name, texts in sets.texts.items():
         encoded = [tokenized(tokenizer, text, name)["input_ids"] for text in texts]
-        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size)
+        probes = probe(model, tokenizer, [Example(ids, ids) for ids in encoded], batch_size, moments=True)
         pairs = list(zip(probes, texts, strict=True))
         per_example[name] = {
             "loss": [metrics.loss_score(value) for value in probes],

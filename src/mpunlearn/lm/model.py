@@ -8,7 +8,8 @@ an error, not a model name on the Hub. Any exception that transformers raises fo
 
 This module imports transformers at the top, which takes seconds, so import it only where the work begins.
 
-Not covered: sharding over several processes (see `client.sharding`), which begins with a model without values.
+Not covered: sharding over several processes (see `client.sharding`), which begins with a model without values; and
+generation_config.json, whose entries, such as a repetition penalty, are transformers' defaults when text is generated.
 """
 
 import logging
