@@ -54,6 +54,8 @@ def test_traffic() -> None:
     assert received == pytest.approx(2 * (2 * 2 + 4) * SHAPES.parameters, rel=0.1)
     assert needs(1).step_traffic == 0
     assert needs(8, micro_batches=3).step_traffic == pytest.approx(3 * needs(8).step_traffic)
+    sharp = needs(8, Training(sam_radius=0.01))
+    assert sharp.step_traffic == pytest.approx(1.5 * needs(8).step_traffic)  # the forget gradient is taken twice
     lora = Training(lora_rank=16)
     assert needs(8, lora).step_traffic < 0.6 * needs(8).step_traffic
     assert needs(8, lora).gpu < needs(8).gpu
