@@ -72,5 +72,11 @@ def test_plan_says_what_several_processes_need(save_tiny, examples, tmp_path: Pa
     assert four.several.processes == 4
     assert "training on 4 processes, each: GPU" in four.text()
     assert replace(four, several=None, config="", training_parts=one.training_parts).text().count("processes") == 0
+    received = {}
+    for objective in ("npo", "jensun", "dpo"):  # only dpo has a forward pass for alternate answers
+        options = {"processes": 2, "recommended": False, "training": Training(objective, retain_loss="nll")}
+        several = plan(tmp_path / "model", **given, out=tmp_path / f"{objective}.yaml", **options).several
+        received[objective] = several.step_traffic
+    assert received["jensun"] == received["npo"] < received["dpo"]
     with pytest.raises(PlanError, match="--processes: expected at least 1, found 0"):
         plan(tmp_path / "model", **given, out=tmp_path / "0.yaml", processes=0)
