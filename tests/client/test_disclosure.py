@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 from tests.architecture.test_families import TOKENS, VARIANTS, build
-from tests.client.training import update_of, with_options
+from tests.client.training import trained_shapes, update_of, with_options
 
 from mpunlearn.client.batches import Pick
 from mpunlearn.client.disclosure import longest_step, warn_of_spelling
-from mpunlearn.client.weights import LAYER, adapt, naming, select, trained, trained_shapes
+from mpunlearn.client.weights import LAYER, adapt, naming, select, trained
 from mpunlearn.errors import DisclosureWarning, PlanError
 from mpunlearn.lm.examples import Example
 from mpunlearn.protocol.exchange import Card

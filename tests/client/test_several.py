@@ -13,8 +13,14 @@ from mpunlearn.checkpoint import Checkpoint, TensorDirectory
 from mpunlearn.cli import main
 from mpunlearn.client.batches import MicroBatches
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::mpunlearn.DisclosureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::mpunlearn.DisclosureWarning"),
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),  # float16 skips steps
+]
 
+SMOOTH = ["--adam-epsilon", 1e-4]
+"""With its default epsilon, AdamW magnifies rounding errors in tiny gradients."""
 CASES: dict[str, list] = {
     "tensor_adam": ["--objective", "npo", "--optimizer", "tensor_adam"],
     "reference": ["--objective", "grad-diff", "--retain-loss", "kl", "--cpu-offload"],
@@ -23,12 +29,13 @@ CASES: dict[str, list] = {
     "dpo": ["--objective", "dpo"],
     "sam": ["--objective", "npo", "--optimizer", "tensor_adam", "--sam-radius", "0.1"],
     "lora": ["--objective", "npo", "--lora-rank", "3", "--gradient-checkpointing"],
-    "lora-reference": ["--objective", "undial", "--lora-rank", "2"],
+    "lora-reference": ["--objective", "undial", "--lora-rank", "2", *SMOOTH],
     "everything": ["--objective", "npo", "--train", "all", "--gradient-checkpointing"],
     "experts": ["--objective", "npo", "--train", "experts"],
-    "bfloat16": ["--objective", "grad-diff", "--precision", "bfloat16", "--optimizer", "sgd", "--learning-rate", "0.1"],
+    "bfloat16": ["--objective", "npo", "--precision", "bfloat16", "--optimizer", "sgd", "--learning-rate", "0.1"],
+    "float16": ["--objective", "grad-diff", "--precision", "float16", "--optimizer", "sgd", "--learning-rate", "0.1"],
 }
-TOLERANCE = {"bfloat16": 0.1, "lora-reference": 1e-3}
+TOLERANCE = {"bfloat16": 0.06, "float16": 0.02}
 
 
 def line(model: Path, examples, out: Path, *options) -> list:
@@ -85,6 +92,11 @@ def test_two_processes_give_the_update_of_one(models, tmp_path: Path, examples) 
         assert alone(line(models[case], examples, tmp_path / f"{case}-1", *options)) == 0
         one, two = (read_all(tmp_path / f"{case}-{count}") for count in (1, 2))
         assert distance(one, two) < TOLERANCE.get(case, 1e-5), case
+        if case == "bfloat16":  # on several processes, it is as close to float32
+            precise = ["float32" if option == case else option for option in options]
+            assert alone(line(models[case], examples, tmp_path / "precise", *precise)) == 0
+            full = read_all(tmp_path / "precise")
+            assert distance(full, two) < 1.5 * distance(full, one)
     assert distance(read_all(tmp_path / "tensor_adam-1"), read_all(tmp_path / "continued")) < 1e-5
     assert alone(merged[0]) == 0
     first, second = (Checkpoint(tmp_path / f"merged-{count}") for count in (1, 2))
@@ -111,7 +123,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 def test_a_killed_process_does_not_cost_the_training(save_tiny, tmp_path: Path, examples, capsys) -> None:
     """Three processes begin, one of them is killed in the middle of the third checkpoint, and one process goes on."""
-    options = ["--objective", "pdu", "--dual-warmup", "1", "--save-every", "1", "--optimizer", "adamw_torch"]
+    options = ["--objective", "pdu", "--dual-warmup", "1", "--save-every", "1", "--optimizer", "adamw_torch", *SMOOTH]
     path, folder = save_tiny(), tmp_path / ".u.training"
     whole, cut = (line(path, examples, tmp_path / name, *options) for name in ("whole", "u"))
     assert run_together([cut], tmp_path, count=3, kill=3).returncode not in (0, FAILED)
@@ -120,5 +132,5 @@ def test_a_killed_process_does_not_cost_the_training(save_tiny, tmp_path: Path, 
     assert alone(cut) == 0
     assert "resuming after step 2 of 4" in capsys.readouterr().err
     assert alone(whole) == 0
-    assert distance(read_all(tmp_path / "whole"), read_all(tmp_path / "u")) < 1e-4  # AdamW magnifies rounding
+    assert distance(read_all(tmp_path / "whole"), read_all(tmp_path / "u")) < 1e-5
     assert not list(tmp_path.glob(".*"))

@@ -7,6 +7,7 @@ import torch
 from mpunlearn.checkpoint import TensorDirectory
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.unlearn import unlearn
+from mpunlearn.client.weights import trained
 from mpunlearn.lm.sources import Data
 from mpunlearn.protocol.plan import Training
 
@@ -16,6 +17,11 @@ QUICK = Training(objective="npo", epochs=2, batch_size=4, learning_rate=1e-3, ma
 def read_all(path: Path) -> dict[str, torch.Tensor]:
     directory = TensorDirectory(path, stem="update")
     return {name: directory.read(name) for name in directory.tensors}
+
+
+def trained_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of the update."""
+    return {name: shape for part in trained(model) for name, shape in part.shapes.items()}
 
 
 def with_options(**options) -> Training:

@@ -54,6 +54,8 @@ def test_traffic() -> None:
     assert received == pytest.approx(2 * (2 * 2 + 4) * SHAPES.parameters, rel=0.1)
     assert needs(1).step_traffic == 0
     assert needs(8, micro_batches=3).step_traffic == pytest.approx(3 * needs(8).step_traffic)
+    sharp = needs(8, Training(sam_radius=0.01))
+    assert sharp.step_traffic == pytest.approx(1.5 * needs(8).step_traffic)  # the forget gradient is taken twice
     lora = Training(lora_rank=16)
     assert needs(8, lora).step_traffic < 0.6 * needs(8).step_traffic
     assert needs(8, lora).gpu < needs(8).gpu
@@ -70,5 +72,11 @@ def test_plan_says_what_several_processes_need(save_tiny, examples, tmp_path: Pa
     assert four.several.processes == 4
     assert "training on 4 processes, each: GPU" in four.text()
     assert replace(four, several=None, config="", training_parts=one.training_parts).text().count("processes") == 0
+    received = {}
+    for objective in ("npo", "jensun", "dpo"):  # only dpo has a forward pass for alternate answers
+        options = {"processes": 2, "recommended": False, "training": Training(objective, retain_loss="nll")}
+        several = plan(tmp_path / "model", **given, out=tmp_path / f"{objective}.yaml", **options).several
+        received[objective] = several.step_traffic
+    assert received["jensun"] == received["npo"] < received["dpo"]
     with pytest.raises(PlanError, match="--processes: expected at least 1, found 0"):
         plan(tmp_path / "model", **given, out=tmp_path / "0.yaml", processes=0)

@@ -98,9 +98,10 @@ MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 40, "h
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_server_knows_what_a_plan_trains(family: str, tmp_path: Path) -> None:
     """For each family, plan and pattern: exactly the tensors that the client's own code selects and writes."""
+    from tests.client.training import trained_shapes
     from tests.conftest import tiny_model
 
-    from mpunlearn.client.weights import adapt, select, trained_shapes
+    from mpunlearn.client.weights import adapt, select
 
     moe = MOE if "moe" in family or family == "mixtral" else {}
     tiny_model(family, torch.float32, **moe).save_pretrained(tmp_path / "copy")

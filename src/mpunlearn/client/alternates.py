@@ -10,7 +10,6 @@ rounds, and are written to a file in the client's folder: JSON Lines with questi
 can be given as --forget. Examples that have alternate answers of their own keep them. Not covered: several processes.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Any
 
 import torch
 
-from mpunlearn.client.auto_retain import generate, prompt_tokens
+from mpunlearn.client.auto_retain import generate, prompt_tokens, write_rows
 from mpunlearn.errors import DataError, PlanError
-from mpunlearn.files import write_bytes
 from mpunlearn.lm.model import load
 from mpunlearn.lm.processes import processes
 from mpunlearn.lm.records import Record, read_records
@@ -102,11 +100,7 @@ class Generated:
             {"question": record.question, "answer": record.answer, "alternate": answers}
             for record, answers in zip(records, found, strict=True)
         ]
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        except OSError as error:
-            raise DataError(f"{file}: cannot be written: {error.strerror}") from error
+        write_rows(file, rows)
         say(f"alternate answers: up to {PER_QUESTION} for each question, from {path}, written to {file}")
         return [replace(record, alternates=tuple(answers)) for record, answers in zip(records, found, strict=True)]
 
@@ -120,7 +114,7 @@ class Generated:
         model.eval()
         prompts = {number: _prompt(tokenizer, records[number]) for number in open_questions}
         ends = set(tokenizer.all_special_ids)
-        with Progress(len(open_questions), "generating alternate answers") as task:
+        with Progress(PER_QUESTION * len(open_questions), "generating alternate answers") as task:
             for attempt in range(ATTEMPTS):
                 wanted = [n for n in open_questions for _ in range(PER_QUESTION - len(found[n]))]
                 for start, numbers in _chunks(wanted):
@@ -134,7 +128,7 @@ class Generated:
                         if text and _plain(text) != _plain(records[number].answer):
                             found[number].append(text)
                     if attempt == 0:
-                        task.update(len(set(numbers)))
+                        task.update(len(numbers))
         for number in open_questions:
             if not found[number]:
                 raise DataError(

@@ -124,11 +124,7 @@ class AutoRetain:
                 "retain set of your own"
             )
         rows = [_row(record) for record in chosen.values()]
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        except OSError as error:
-            raise DataError(f"{file}: cannot be written: {error.strerror}") from error
+        write_rows(file, rows)
         short = f", fewer than the {wanted} wanted" if len(rows) < wanted else ""
         say(
             f"retain set: {len(rows)} examples{short} from {origin}, written to {file}; {left_out} repeated the forget set"
@@ -265,6 +261,19 @@ def _words(text: str) -> list[str]:
 
 def _sequences(words: list[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a JSON Lines file. If its folder is new, only its owner may enter it.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def _row(record: Record) -> dict[str, Any]:

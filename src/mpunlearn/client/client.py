@@ -31,14 +31,14 @@ from mpunlearn.client.optimizer import check_optimizer
 from mpunlearn.client.reference import ReferenceCache, ReferenceNLL, TrainingFolder
 from mpunlearn.client.resources import Callback, Resources
 from mpunlearn.client.sharding import fill, shard
-from mpunlearn.client.trainer import History, Trainer, check_resources
+from mpunlearn.client.trainer import History, Trainer, autocast, check_resources
 from mpunlearn.client.update import write_update
 from mpunlearn.client.weights import adapt, check_layer, select
 from mpunlearn.errors import DataError, FileError, NothingUnlearnedWarning, PlanError
 from mpunlearn.files import as_path
 from mpunlearn.lm.examples import Example, encode, encode_alternates, examples_digest
 from mpunlearn.lm.model import empty_model, load_model, load_tokenizer, model_device, nll, pad_id
-from mpunlearn.lm.processes import gathered, is_main, processes, rank
+from mpunlearn.lm.processes import compute_device, gathered, is_main, processes, rank
 from mpunlearn.lm.records import Record, read_records, record_text, records_digest, with_alternates
 from mpunlearn.lm.sources import Data, Source
 from mpunlearn.protocol.exchange import Card
@@ -297,16 +297,15 @@ class Client:
         return stored
 
     def _reference_nll(self, model: Any, encoded: "_Encoded") -> ReferenceNLL:
-        """Computes the log-likelihoods under the reference model, for objectives that use them."""
+        """Computes the log-likelihoods under the reference model in the precision of training, if they are used."""
         if "reference_nll" not in self.losses.needs:
             return ReferenceNLL()
         size = self._resources.micro_batch_size or self.training.batch_size
         answers = [answer for alternates in encoded.alternates for answer in alternates]
-        values = iter(gathered(answers, lambda part: nll(model, part, size, encoded.tokenizer)))
-        return ReferenceNLL(
-            gathered(encoded.forget, lambda part: nll(model, part, size, encoded.tokenizer)),
-            [[next(values) for _ in alternates] for alternates in encoded.alternates],
-        )
+        with autocast(self._resources, compute_device(next(model.parameters()))):
+            values = iter(gathered(answers, lambda part: nll(model, part, size, encoded.tokenizer)))
+            forget = gathered(encoded.forget, lambda part: nll(model, part, size, encoded.tokenizer))
+        return ReferenceNLL(forget, [[next(values) for _ in alternates] for alternates in encoded.alternates])
 
     def _reference_model(self, path: Path, card: Card | None, cache: ReferenceCache | None, model: Any) -> Any | None:
         """The reference model, for objectives that need more than its log-likelihoods."""

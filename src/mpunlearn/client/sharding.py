@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mpunlearn.checkpoint import Checkpoint
+from mpunlearn.checkpoint import FLOAT_DTYPES, Checkpoint
 from mpunlearn.client.resources import Resources
 from mpunlearn.client.weights import INNER, PREFIX, inner_factor, on_disk, shapes_on_disk
 from mpunlearn.errors import CheckpointError, UnloadableError
@@ -30,13 +30,13 @@ from mpunlearn.protocol.exchange import Card
 
 BLOCK_BYTES = 1 << 26
 """About as many bytes of a checkpoint are read at a time."""
-_PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shard(model: Any, resources: Resources) -> None:
     """Shards a model without values over all processes, in place.
 
     In bfloat16 or float16, the weights of a layer are gathered in that precision, and gradients are summed in float32.
+    Forward passes then need `trainer.autocast`, since inputs are not cast.
     Embeddings, the final norm and the LM head are gathered in float32, as autocast has them in one process.
 
     Args:
@@ -44,7 +44,7 @@ def shard(model: Any, resources: Resources) -> None:
         resources: precision, and whether shards are kept on the CPU.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
     connect()
     gpu = torch.cuda.is_available()
@@ -52,8 +52,9 @@ def shard(model: Any, resources: Resources) -> None:
     if resources.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=gpu)
     precision = MixedPrecisionPolicy()
-    if resources.precision in _PRECISIONS:
-        precision = MixedPrecisionPolicy(_PRECISIONS[resources.precision], torch.float32, cast_forward_inputs=False)
+    if resources.precision != "float32":
+        dtype = FLOAT_DTYPES[resources.precision]
+        precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     for layer in layers:
         fully_shard(layer, mp_policy=precision, **options)
@@ -62,6 +63,11 @@ def shard(model: Any, resources: Resources) -> None:
         fully_shard(embeddings, **options)
     # By default, the root would keep its weights after a forward pass without gradients, and then miss some gradients.
     fully_shard(model, reshard_after_forward=True, **options)
+    # By default, gradients are averaged over processes. Each of them has its part of the loss, so they have to be summed.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def fill(model: Any, source: Checkpoint, resources: Resources, seed: int = 0, card: Card | None = None) -> None:
@@ -138,7 +144,7 @@ def stored(model: Any, name: str, shape: torch.Size) -> list[Stored]:
     """
     axes = max(1, len(shape) - 1)
     numbers = torch.arange(shape[:axes].numel()).reshape(*shape[:axes], *[1] * (len(shape) - axes))
-    shapes, found = shapes_on_disk(model, name, numbers.expand(shape)), []
+    shapes, found = shapes_on_disk(model, name, shape), []
     for tensor, rows in on_disk(model, {name: numbers}).items():
         rows = rows.flatten()
         if not torch.equal(rows, torch.arange(len(rows)) + rows[0]) or shapes[tensor][1:] != shape[axes:]:

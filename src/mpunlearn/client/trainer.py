@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from mpunlearn.checkpoint import FLOAT_DTYPES
 from mpunlearn.client.batches import Batch, MicroBatches
 from mpunlearn.client.combine import COMBINATIONS
 from mpunlearn.client.objectives import Losses
@@ -175,8 +176,7 @@ class Trainer:
 
     def _add_gradient(self, loss: torch.Tensor, weight: float) -> float:
         """Adds the gradient of weight · loss and returns the loss."""
-        # FSDP averages gradients over processes, but the contributions to a loss have to be summed.
-        torch.autograd.backward(self._scaler.scale(weight * loss * processes()))
+        torch.autograd.backward(self._scaler.scale(weight * loss))
         return float(loss.detach())
 
     def _loss(self, batch: Batch, side: str) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Trainer:
         losses, examples = self._losses, batch[side]
         needs = losses.needs if side == "forget" else losses.retain_needs
         layer = int(self._objective.parameters["layer"]) if "hidden" in needs else None
-        with self._autocast():
+        with autocast(self._resources, self._device):
             outputs = forward(self._model, examples, layer)
             if needs & {"reference_logits", "reference_hidden"}:
                 reference = self._under_reference(examples, layer)
@@ -240,7 +240,7 @@ class Trainer:
     def _forget_probability(self) -> float:
         """The value of `History.probability_after`."""
         self._model.eval()
-        with self._autocast():
+        with autocast(self._resources, self._device):
             return _probability(forward(self._model, self._to_device(self._batches.step(0)[0])["forget"]))
 
     def _control_vector(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -249,10 +249,6 @@ class Trainer:
             vector = torch.rand(hidden.shape[-1], generator=generator)
             self._control = (vector / vector.norm()).to(hidden.device)
         return self._control
-
-    def _autocast(self) -> Any:
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self._resources.precision)
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
 
     def _to_device(self, batch: Any) -> Any:
         if isinstance(batch, dict):
@@ -292,6 +288,12 @@ class Trainer:
         self.history = History(**progress["history"])
         if is_main():
             logger.info("%s: resuming after step %d of %d", self._name, self._done, len(self._batches))
+
+
+def autocast(resources: Resources, device: torch.device) -> torch.autocast:
+    """A context manager for forward passes in the precision of `resources`; sharded layers need it, too."""
+    dtype = FLOAT_DTYPES[resources.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def check_resources(training: Training, resources: Resources) -> None:

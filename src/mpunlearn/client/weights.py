@@ -170,7 +170,7 @@ def trained(model: Any) -> list[Trained]:
     """
     if not hasattr(model, "peft_config"):
         return [
-            Trained(parameter, shapes_on_disk(model, name, parameter), partial(_named_on_disk, model, name))
+            Trained(parameter, shapes_on_disk(model, name, parameter.shape), partial(_named_on_disk, model, name))
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
@@ -193,14 +193,9 @@ def _scaled(name: str, scale: float, value: torch.Tensor) -> dict[str, torch.Ten
     return {name: value * scale}
 
 
-def trained_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of the update."""
-    return {name: shape for part in trained(model) for name, shape in part.shapes.items()}
-
-
-def shapes_on_disk(model: Any, name: str, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that hold a parameter in the checkpoint on disk."""
-    tensors = on_disk(model, {name: torch.empty(parameter.shape, device="meta")})
+def shapes_on_disk(model: Any, name: str, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that hold a parameter of that name and shape in the checkpoint on disk."""
+    tensors = on_disk(model, {name: torch.empty(shape, device="meta")})
     return {stored: tuple(tensor.shape) for stored, tensor in tensors.items()}
 
 

@@ -127,7 +127,7 @@ def _several(shapes: Shapes, work: Work, rounds: int, processes: int, program: i
         _training_memory(shapes, work, rounds, processes),
         processes=processes,
         micro_batches=-(-max(map(len, work.steps)) // (_micro_batch(work, processes) * processes)),
-        alternates=bool(work.examples.alternates),
+        alternates=work.losses.alternate_passes,
         precision=work.resources.precision,
         cpu_offload=work.resources.cpu_offload,
     )

@@ -44,10 +44,8 @@ def several_processes(
     """
     layer, trained_layer, root, embedding = _groups(shapes, training)
     item = ITEM_BYTES[precision]
-    adapters = training.lora_rank * sum(
-        sum(shapes.shapes[name]) for name in (shapes.trained(training) if training.lora_rank else ())
-    )
-    shard = -(-(FLOAT32 * (shapes.parameters + adapters) + one.reference + one.gradients + one.optimizer) // processes)
+    own = FLOAT32 * (shapes.parameters + shapes.adapter_entries(training))
+    shard = -(-(own + one.reference + one.gradients + one.optimizer) // processes)
     gathered = LAYERS_GATHERED * item * layer + (item + FLOAT32) * trained_layer
     gathered = max(gathered, FLOAT32 * embedding) + (FLOAT32 + (0 if precision == "float32" else item)) * root
     written = FLOAT32 * max(
@@ -55,11 +53,12 @@ def several_processes(
     )
     host = written + BLOCK_BYTES
     compute = gathered + one.activations
-    passes = 1 + bool(training.resolved().alpha)
+    forget = 2 if training.sam_radius else 1  # how often the forget gradient is taken
+    passes = forget + bool(training.resolved().alpha)
     # Weights are gathered for the forward pass, and again for the backward pass.
     layers = item * sum(math.prod(shapes.shapes[name]) for name, role in shapes.roles.items() if role.layer is not None)
     weights = layers + FLOAT32 * (root + embedding)
-    received = 2 * (passes + alternates) * weights + passes * one.gradients
+    received = 2 * (passes + forget * alternates) * weights + passes * FLOAT32 * shapes.trained_entries(training)
     received += passes * weights if one.reference else 0
     return SeveralProcesses(
         processes=processes,

@@ -113,6 +113,11 @@ class Shapes:
             return sum(rank * self.shapes[name][0] for name in names)
         return sum(math.prod(self.shapes[name]) for name in names)
 
+    def adapter_entries(self, training: Training) -> int:
+        """The number of entries of both LoRA factors; 0 without LoRA."""
+        names = self.trained(training) if training.lora_rank else ()
+        return sum(training.lora_rank * sum(self.shapes[name]) for name in names)
+
     def update_bytes(self, training: Training) -> int:
         """The size of the update of one copy: the trained tensors, or both LoRA factors."""
         item, names = ITEM_BYTES[training.update_dtype], self.trained(training)
@@ -148,11 +153,7 @@ class Shapes:
             reference_model: whether the reference model itself is in memory, too.
         """
         entries, trained = self.parameters, self.trained_entries(training)
-        adapters = sum(
-            training.lora_rank * sum(self.shapes[name])
-            for name in (self.trained(training) if training.lora_rank else ())
-        )
-        weights = FLOAT32 * (entries + adapters)
+        weights = FLOAT32 * (entries + self.adapter_entries(training))
         if precision != "float32":
             weights += ITEM_BYTES[precision] * entries  # autocast keeps the cast weights of a pass
         positions = examples * tokens
